@@ -1,0 +1,1 @@
+"""What is learned: the adapter, its file, and wearing it."""

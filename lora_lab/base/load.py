@@ -1,0 +1,83 @@
+"""Load SDXL as diffusers' pipeline: from the hub, a folder, or a single checkpoint file."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from lora_lab.base.locate import locate_model
+from lora_lab.config import Model
+from lora_lab.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu; a device that is not there is an InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name}: not usable here, say device=auto or device=cpu") from error
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the GPU has it, else float16; float32 on a CPU."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def load_base(model: Model, device: torch.device) -> StableDiffusionXLPipeline:
+    """The frozen pipeline on `device`. Raises InputError when the base cannot be read."""
+    _quiet()
+    dtype = pick_dtype(model.precision, device)
+    base = locate_model("model.base", model.base)
+    vae = None if model.vae is None else _load_vae(model.vae, dtype)
+    try:
+        pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.base={model.base}: cannot be loaded as SDXL ({_sentence(error)})") from error
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        part.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.watermark = None  # changes the pixels of what is learnt from and compared
+    return pipe.to(device)
+
+
+def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
+    location = locate_model("model.vae", name)
+    try:
+        if Path(location).is_file():
+            return AutoencoderKL.from_single_file(location, dtype=dtype)
+        return AutoencoderKL.from_pretrained(location, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.vae={name}: cannot be loaded ({_sentence(error)})") from error
+
+
+def _load_pipeline(base: str, model: Model, dtype: torch.dtype, parts: dict) -> StableDiffusionXLPipeline:
+    if Path(base).is_file():
+        # Only weights are in such a file; configs and tokenizers come from model.config or, by diffusers, from the hub.
+        return StableDiffusionXLPipeline.from_single_file(base, dtype=dtype, config=model.config, **parts)
+    variant = None if Path(base).is_dir() else model.variant
+    # An explicit dtype everywhere: without one the text encoders come in the file's, the UNet in float32.
+    return StableDiffusionXLPipeline.from_pretrained(base, dtype=dtype, variant=variant, **parts)
+
+
+def _quiet() -> None:
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")

@@ -1,0 +1,47 @@
+"""Where a model, captioner or dataset lies: on disk, in the package or on the hub."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from lora_lab import demo
+from lora_lab.errors import InputError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate_folder(key: str, value: str | None) -> Path:
+    """A folder (or file) that must exist: `demo:tofu` is the package's own. `key` is named when it does not."""
+    if value is None:
+        raise InputError(f"{key} is missing: say {key}=FOLDER")
+    path = demo.HERE / value.removeprefix("demo:") if value.startswith("demo:") else Path(value)
+    if not path.exists():
+        raise InputError(f"{key}={value}: there is no such folder{_nearest(path)}")
+    return path
+
+
+def locate_model(key: str, value: str) -> str:
+    """A folder or file that exists, else a hub id (`owner/name`) for the libraries to fetch."""
+    if value.startswith("demo:") or Path(value).exists():
+        return str(locate_folder(key, value))
+    # Something with a suffix or an absolute path is a file that is not there, never a repository.
+    if HUB_ID.fullmatch(value) and not value.endswith((".safetensors", ".ckpt")) and not value.startswith((".", "/")):
+        return value
+    raise InputError(f"{key}={value}: no such file or folder, and not a hub id like owner/name{_nearest(Path(value))}")
+
+
+def _nearest(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    found = difflib.get_close_matches(path.name, siblings, n=1)
+    return f", did you mean {path.parent / found[0]}?" if found else ""
+
+
+def writable_folder(key: str, value: str | None) -> Path:
+    """A folder of the user's that can be written to; the package's own never is."""
+    path = locate_folder(key, value)
+    if demo.HERE in (path.resolve(), *path.resolve().parents):
+        raise InputError(f"{key}={value}: the bundled files are not written to, copy the folder and name the copy")
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{key}={value}: this folder cannot be written to, change its permissions or copy it")
+    return path

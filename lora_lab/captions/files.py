@@ -1,0 +1,292 @@
+"""Caption files in four forms: metadata.jsonl, metadata.csv, metadata.json and kohya's one .txt beside each picture.
+
+In memory captions are one plain dict, name -> text, in natural order. A name is the picture's path relative to the
+dataset folder, with "/" and in Unicode NFC; a text is one line. A picture without a caption is not in the dict.
+"""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from lora_lab.errors import InputError
+from lora_lab.runs import write_atomically
+
+FORMS = ("jsonl", "csv", "json", "txt")
+NAME_FIELDS = ("file_name", "image", "file")
+TEXT_FIELDS = ("text", "caption", "prompt")
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+Row = tuple[str, object, object]  # where it stands (for messages), name, text; not yet checked
+
+
+def natural_key(name: str) -> tuple:
+    """Sort key that counts: image_2.png before image_10.png, letters without regard to case."""
+    parts = re.split(r"(\d+)", unicodedata.normalize("NFC", name))
+    return tuple(int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)), name
+
+
+def read_captions(root: Path) -> dict[str, str]:
+    """The captions of a dataset folder, whatever form stands in it; {} if none does.
+
+    Raises InputError for a malformed file, and for two forms that say different things."""
+    forms = _standing(Path(root))
+    if not forms:
+        return {}
+    (form, captions), *others = forms.items()
+    for other, theirs in others:
+        if theirs != captions:
+            name = min((captions.items() ^ theirs.items()), key=lambda row: natural_key(row[0]))[0]
+            raise InputError(
+                f"{_title(form)} and {_title(other)} in {root} differ (first at {name}): "
+                f"keep one of them, or make them one with stage=convert"
+            )
+    return captions
+
+
+def read_caption_file(path: Path) -> dict[str, str]:
+    """The captions of one .jsonl, .csv or .json file, or of a folder of pictures with a .txt beside each."""
+    path = Path(path)
+    if path.is_dir():
+        captions = _checked(_txt_rows(path), path)
+        if not captions:
+            raise InputError(f"no .txt file with a caption beside a picture in {path}: name the caption file itself")
+        return captions
+    if not path.is_file():
+        raise InputError(f"no caption file {path}: check the path")
+    rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".json": _json_rows}.get(path.suffix.lower())
+    if rows is None:
+        raise InputError(f"{path} is no caption file: give a .jsonl, .csv or .json file, or a folder of .txt files")
+    return _checked(rows(path), path)
+
+
+def write_captions(root: Path, captions: dict[str, str], form: str | None = None) -> list[Path]:
+    """Write the captions into a dataset folder, in natural order; returns the files.
+
+    `form` is one of FORMS; None takes the form that stands there, or jsonl. Afterwards read_captions() gives these
+    captions and nothing is lost: a file that is changed is first copied beside (metadata.1.jsonl.bak), and a file of
+    another form that now says otherwise is renamed so. metadata.jsonl keeps the fields it has besides name and text.
+    """
+    root = Path(root)
+    captions = _checked(((f"caption of {name}", name, text) for name, text in captions.items()), root)
+    standing = _standing(root)
+    form = form or next(iter(standing), "jsonl")
+    if form not in FORMS:
+        raise InputError(f"unknown form of captions {form!r}: choose one of {', '.join(FORMS)}")
+    contents = _contents(root, captions, form)
+    for path, content in contents.items():
+        if path.is_file() and path.read_bytes() != content:
+            _free_backup(path).write_bytes(path.read_bytes())
+        write_atomically(path, lambda file, content=content: file.write_bytes(content))
+    for other, theirs in standing.items():
+        if other != form and theirs != captions:
+            for path in _paths(root, other):
+                path.replace(_free_backup(path))
+    if form == "txt":  # a picture that has no caption any more
+        for path in set(_paths(root, "txt")) - set(contents):
+            path.replace(_free_backup(path))
+    return list(contents)
+
+
+def pictures(root: Path) -> dict[str, Path]:
+    """Name -> file of every picture under a folder, hidden ones left out, in natural order.
+
+    The name is in NFC while the file's own may be in NFD (archives made on macOS)."""
+    files = (path for path in Path(root).rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    named = {unicodedata.normalize("NFC", path.relative_to(root).as_posix()): path for path in files}
+    visible = (name for name in named if not any(part.startswith(".") for part in PurePosixPath(name).parts))
+    return {name: named[name] for name in sorted(visible, key=natural_key)}
+
+
+# ---- which files stand in a folder
+
+
+def _paths(root: Path, form: str) -> list[Path]:
+    if form == "txt":
+        beside = dict.fromkeys(path.with_suffix(".txt") for path in pictures(root).values())
+        return [path for path in beside if path.is_file()]
+    path = root / f"metadata.{form}"
+    return [path] if path.is_file() else []
+
+
+def _standing(root: Path) -> dict[str, dict[str, str]]:
+    """Form -> captions, for each form that has any."""
+    forms = {
+        form: _checked(_txt_rows(root), root) if form == "txt" else read_caption_file(root / f"metadata.{form}")
+        for form in FORMS
+        if _paths(root, form)
+    }
+    return {form: captions for form, captions in forms.items() if captions}
+
+
+def _title(form: str) -> str:
+    return "the .txt files" if form == "txt" else f"metadata.{form}"
+
+
+def _free_backup(path: Path) -> Path:
+    """metadata.jsonl -> metadata.1.jsonl.bak, or the first number that is free."""
+    number = 1
+    while (backup := path.with_name(f"{path.stem}.{number}{path.suffix}.bak")).exists():
+        number += 1
+    return backup
+
+
+# ---- reading
+
+
+def _checked(rows: Iterable[Row], source: Path) -> dict[str, str]:
+    """Rows -> captions: names and texts in their one form, empty texts dropped, contradictions refused."""
+    captions: dict[str, str] = {}
+    for where, raw_name, raw_text in rows:
+        name = _name(raw_name, where)
+        text = _text(raw_text, where)
+        if text and captions.setdefault(name, text) != text:
+            raise InputError(f"{where}: {name} is there twice with different texts in {source}: keep one")
+    return {name: captions[name] for name in sorted(captions, key=natural_key)}
+
+
+def _name(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f'{where}: the file name is {value!r}: write the picture\'s name, such as "image_1.png"')
+    path = PurePosixPath(unicodedata.normalize("NFC", value.strip()).replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] == () or path.parts[0].endswith(":"):
+        raise InputError(f"{where}: {value!r} is not inside the dataset folder: write the path relative to it")
+    return str(path)  # PurePosixPath has dropped "./"
+
+
+def _text(value: object, where: str) -> str:
+    """One line; "" (no caption yet) for nothing or blanks."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: the caption is {value!r}: write a text in quotes")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # half an emoji: JSON can say it, UTF-8 can't
+        raise InputError(f"{where}: the caption has a broken character (half an emoji?): type it again")
+    return " ".join(filter(None, map(str.strip, value.splitlines())))
+
+
+def _decoded(path: Path, encodings: tuple[str, ...] = ("utf-8-sig",)) -> str:
+    for encoding in encodings:
+        try:
+            return path.read_bytes().decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise InputError(f"{path} is not UTF-8: save it again with the encoding UTF-8")
+
+
+def _jsonl_objects(path: Path) -> Iterator[tuple[str, dict]]:
+    # not splitlines(): it would also cut at U+2028, which JSON allows inside a text
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            row = _json(line, where)
+            if not isinstance(row, dict):
+                raise InputError(f'{where}: not a row like {{"file_name": "image_1.png", "text": "..."}}')
+            yield where, row
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for where, row in _jsonl_objects(path):
+        name, text = _field(row, NAME_FIELDS, where), _field(row, TEXT_FIELDS, where)
+        yield where, row[name], row[text]
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    # Korean Excel saves "CSV" in cp949 and only "CSV UTF-8" in UTF-8.
+    text = _decoded(path, ("utf-8-sig", "cp949"))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: a lost quote must not swallow the rest
+    header: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}, line {reader.line_num}"
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                name, text = _field(header, NAME_FIELDS, where), _field(header, TEXT_FIELDS, where)
+                continue
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{where}: {len(cells)} cells where the header has {len(header)}: "
+                    f"put a text that has commas in double quotes"
+                )
+            row = dict(zip(header, cells, strict=True))
+            yield where, row[name], row[text]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}: check the double quotes") from None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    # pairs, not a dict: of a name that is there twice Python would keep the last without a word
+    pairs = _json(_decoded(path), str(path), object_pairs_hook=list)
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise InputError(f'{path}: not a mapping like {{"image_1.png": "a caption"}}')
+    for name, text in pairs:
+        yield f"{path}, {name}", name, text
+
+
+def _txt_rows(root: Path) -> Iterator[Row]:
+    for name, picture in pictures(root).items():
+        path = picture.with_suffix(".txt")
+        if path.is_file():
+            yield str(path), name, _decoded(path, ("utf-8-sig", "cp949"))
+
+
+def _json(text: str, where: str, **options):
+    try:
+        return json.loads(text, **options)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if ", line " not in where else ""
+        raise InputError(f"{where}{line}: not JSON ({error.msg}, column {error.colno}): mend that line") from None
+
+
+def _field(row: Iterable[str], fields: tuple[str, ...], where: str) -> str:
+    found = next((field for field in fields if field in row), None)
+    if found is None:
+        raise InputError(f"{where}: no field {fields[0]!r} among {', '.join(map(repr, row))}: name it {fields[0]!r}")
+    return found
+
+
+# ---- writing
+
+
+def _contents(root: Path, captions: dict[str, str], form: str) -> dict[Path, bytes]:
+    """File -> what it shall hold."""
+    path = root / f"metadata.{form}"
+    if form == "jsonl":
+        return {path: _jsonl(captions, _other_fields(path)).encode()}
+    if form == "csv":
+        file = io.StringIO(newline="")
+        csv.writer(file, lineterminator="\n").writerows([("file_name", "text"), *captions.items()])
+        return {path: file.getvalue().encode("utf-8-sig")}  # without the mark Excel takes UTF-8 for cp949
+    if form == "json":
+        return {path: (json.dumps(captions, ensure_ascii=False, indent=2) + "\n").encode()}
+    files = pictures(root)
+    contents: dict[Path, bytes] = {}
+    for name, text in captions.items():
+        beside = files.get(name, root / name).with_suffix(".txt")
+        if contents.setdefault(beside, content := f"{text}\n".encode()) != content:
+            raise InputError(f"{name} and another picture would share {beside.name}: rename one of the pictures")
+    return contents
+
+
+def _jsonl(captions: dict[str, str], other_fields: dict[str, dict]) -> str:
+    names = sorted({**captions, **other_fields}, key=natural_key)
+    rows = ({"file_name": name, "text": captions.get(name, ""), **other_fields.get(name, {})} for name in names)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _other_fields(path: Path) -> dict[str, dict]:
+    """Name -> the user's own fields in a metadata.jsonl, for the rows that have any."""
+    if not path.is_file():
+        return {}
+    kept = {}
+    for where, row in _jsonl_objects(path):
+        name = _field(row, NAME_FIELDS, where)
+        others = {key: value for key, value in row.items() if key not in (name, _field(row, TEXT_FIELDS, where))}
+        if others:
+            kept[_name(row[name], where)] = others
+    return kept

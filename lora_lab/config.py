@@ -1,0 +1,287 @@
+"""The shape of a run: every key of conf/ and its type. Beside command_line.py the only module that knows OmegaConf."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lora_lab.errors import InputError
+
+PACKAGE = Path(__file__).resolve().parent
+# conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
+HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+CONF = HOME / "conf"
+
+# What a key means and its unit stand beside its value in conf/; here are only names, types and bounds.
+
+
+def _at_least(owner: object, **bounds: float) -> None:
+    for key, bound in bounds.items():
+        value = getattr(owner, key)
+        if value is not None and value < bound:
+            raise InputError(f"{key}={value}: {key} must be at least {bound}")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}={value}: {key} is one of {', '.join(choices)}")
+
+
+@dataclass
+class Model:
+    name: str
+    base: str
+    vae: str | None
+    config: str | None
+    judge: str | None
+    resolution: int
+    bucket_step: int
+    precision: str
+    variant: str | None
+
+    def __post_init__(self) -> None:
+        _one_of("model.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        _at_least(self, bucket_step=8, resolution=self.bucket_step)
+
+
+@dataclass
+class Dataset:
+    root: str | None
+    flip: bool
+
+
+@dataclass
+class Captioner:
+    name: str
+    base: str
+    prompt: str | None
+    max_tokens: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        _at_least(self, max_tokens=1, batch_size=1)
+
+
+@dataclass
+class Rule:
+    pattern: str
+    replacement: str = ""
+
+
+@dataclass
+class Refiner:
+    replace: list[Rule]
+    vocabulary: list[Rule]
+    subjects: list[str]
+    article: str
+    drop_repeats: bool
+
+
+@dataclass
+class Schedule:
+    name: str
+    warmup: int
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.name", self.name, ("constant_with_warmup", "linear", "cosine", "polynomial"))
+        _at_least(self, warmup=0)
+
+
+@dataclass
+class Sampler:
+    scheduler: dict[str, Any]
+    steps: int
+    guidance: float
+    negative_prompt: str
+
+    def __post_init__(self) -> None:
+        _at_least(self, steps=1, guidance=0)
+
+
+@dataclass
+class Memory:
+    gradient_checkpointing: bool
+    offload: bool
+
+
+@dataclass
+class Tracker:
+    kind: str
+    project: str | None
+    mode: str
+    group: str | None
+    tags: list[str]
+
+    def __post_init__(self) -> None:
+        _one_of("tracker.mode", self.mode, ("auto", "online", "offline"))
+
+
+@dataclass
+class Stage:
+    """What to do: `stage=train` puts a Train here, and so on."""
+
+
+@dataclass
+class Check(Stage):
+    pass
+
+
+@dataclass
+class Caption(Stage):
+    mode: str
+
+    def __post_init__(self) -> None:
+        _one_of("stage.mode", self.mode, ("missing", "replace", "propose"))
+
+
+@dataclass
+class Refine(Stage):
+    pass
+
+
+@dataclass
+class Convert(Stage):
+    source: str | None
+    form: str
+    output: str | None
+
+    def __post_init__(self) -> None:
+        _one_of("stage.form", self.form, ("jsonl", "csv", "json", "txt"))
+
+
+@dataclass
+class Train(Stage):
+    gradient_accumulation: int
+    max_grad_norm: float | None
+    snr_gamma: float | None
+    caption_dropout: float
+    checkpoint_every: int
+    keep_checkpoints: int
+    validate_every: int
+    prompts: list[str]
+    seeds: list[int]
+    save_dtype: str
+
+    def __post_init__(self) -> None:
+        _at_least(self, gradient_accumulation=1, max_grad_norm=0, snr_gamma=0, caption_dropout=0)
+        _at_least(self, checkpoint_every=0, keep_checkpoints=1, validate_every=0)
+        _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
+        if self.caption_dropout > 1:
+            raise InputError(f"caption_dropout={self.caption_dropout}: a share of the captions is between 0 and 1")
+
+
+@dataclass
+class Img2img(Stage):
+    photo: Any  # a picture, a folder or a list of either; OmegaConf has no union of str and list
+    prompt: str | None
+    strength: float
+    seeds: list[int]
+    lora_weight: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise InputError(f"stage.strength={self.strength}: strength is above 0 and at most 1")
+        if not self.seeds:
+            raise InputError("stage.seeds=[]: name at least one seed")
+
+
+@dataclass
+class Pipeline(Stage):
+    captions: str
+    train: Train
+    img2img: Img2img
+
+    def __post_init__(self) -> None:
+        _one_of("stage.captions", self.captions, ("new", "keep"))
+
+
+@dataclass
+class Config:
+    stage: Stage
+    model: Model
+    dataset: Dataset
+    captioner: Captioner
+    refiner: Refiner
+    adapter: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: Schedule
+    sampler: Sampler
+    memory: Memory
+    tracker: Tracker
+    trigger: str = MISSING
+    name: str = MISSING
+    lr: float = MISSING
+    rank: int = MISSING
+    steps: int = MISSING
+    batch_size: int = MISSING
+    seed: int = MISSING
+    lora: str | None = None
+    resume: str | None = None
+    device: str = MISSING
+
+    def __post_init__(self) -> None:
+        _at_least(self, rank=1, steps=1, batch_size=1, seed=0)
+        if not self.lr > 0:
+            raise InputError(f"lr={self.lr}: the learning rate must be above 0")
+        if not self.trigger.strip() or self.trigger != " ".join(self.trigger.split()):
+            raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
+        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+            raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
+
+
+STAGES: dict[str, type[Stage]] = {
+    "check": Check,
+    "caption": Caption,
+    "refine": Refine,
+    "convert": Convert,
+    "train": Train,
+    "img2img": Img2img,
+    "pipeline": Pipeline,
+}
+
+
+def register() -> None:
+    """Tell Hydra about the schema and about every recipe, the package's and those in ./experiments."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, schema in STAGES.items():
+        store.store(group="schema/stage", name=name, node=schema)
+    for folder in dict.fromkeys((HOME / "experiments", Path.cwd() / "experiments")):
+        for file in sorted(folder.glob("*.yaml")):
+            store.store(group="experiment", name=file.stem, node=OmegaConf.load(file), package="_global_")
+
+
+def typed(cfg: DictConfig) -> Config:
+    """Leave OmegaConf behind: plain dataclasses from here on, every value checked."""
+    strays = set(cfg) - {f.name for f in fields(Config)}
+    if strays:
+        raise InputError(f"unknown key: {', '.join(sorted(strays))} (a leading + goes past the schema: leave it out)")
+    return OmegaConf.to_object(cfg)
+
+
+def compose(*overrides: str) -> Config:
+    """What the command line would give, for notebooks and tests: `compose("stage=train", "lr=1e-3")`."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(hydra_compose("config", list(overrides)))
+
+
+def known_keys() -> list[str]:
+    """Every key that a command line may name: `lr`, `stage.photo`, `model.base`, ..."""
+
+    def walk(schema: type, prefix: str) -> list[str]:
+        keys = []
+        for entry in fields(schema):
+            keys.append(prefix + entry.name)
+            if isinstance(entry.type, type) and hasattr(entry.type, "__dataclass_fields__"):
+                keys += walk(entry.type, f"{prefix}{entry.name}.")
+        return keys
+
+    keys = walk(Config, "")
+    for schema in STAGES.values():
+        keys += walk(schema, "stage.")
+    return list(dict.fromkeys(keys))

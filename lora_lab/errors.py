@@ -1,0 +1,11 @@
+"""What the user can mend."""
+
+
+class InputError(Exception):
+    """Wrong input: one sentence that names the file, the key or the number and says what to do.
+
+    The entrypoint prints it without a traceback and exits with 2, so it is raised before anything is lost."""
+
+
+class RunError(Exception):
+    """A run that cannot go on though the input was right (a loss that is not a number): one sentence, exit code 1."""

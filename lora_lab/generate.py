@@ -1,0 +1,68 @@
+"""Draw: text-to-image and img2img in one function, for validation, the img2img stage and everybody else."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from hydra.utils import instantiate
+from PIL import Image
+
+from lora_lab.config import Sampler
+from lora_lab.errors import InputError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw. With a `photo` (RGB, sides multiples of the model's step) it is img2img of its size."""
+
+    prompt: str
+    seed: int
+    size: tuple[int, int]  # width, height in pixels
+    photo: Image.Image | None = None
+    strength: float = 1.0
+
+
+def check_strength(steps: int, strength: float) -> None:
+    """diffusers runs int(steps * strength) steps, and crashes where that is none."""
+    if int(steps * strength) < 1:
+        raise InputError(
+            f"stage.strength={strength} with sampler.steps={steps} leaves no step to run: "
+            f"use a strength of at least {1 / steps:.2g} or more steps"
+        )
+
+
+@torch.inference_mode()
+def generate(
+    pipe: StableDiffusionXLPipeline,
+    requests: list[Request],
+    sampler: Sampler,
+    progress: Callable[[list[Request]], Iterator[Request]] = iter,
+) -> list[Image.Image]:
+    """Draw every request with what `pipe` wears (adapters.wear.worn).
+
+    One picture at a time: it must not depend on the company it was drawn in, and batched kernels round differently.
+    The noise comes from a CPU generator, so a seed means the same on every device."""
+    scheduler = instantiate(sampler.scheduler)(pipe.scheduler.config)
+    parts = {**pipe.components, "scheduler": scheduler}
+    text_to_image = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    img2img = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    pictures = []
+    for request in progress(requests):
+        common = dict(
+            prompt=request.prompt,
+            negative_prompt=sampler.negative_prompt or None,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+        )
+        if request.photo is None:
+            draw, width, height = text_to_image, *request.size
+            common |= {"width": width, "height": height}
+        else:
+            check_strength(sampler.steps, request.strength)
+            draw = img2img
+            common |= {"image": request.photo, "strength": request.strength}
+        draw.set_progress_bar_config(disable=True)
+        pictures.append(draw(**common).images[0])
+    return pictures

@@ -1,0 +1,1 @@
+"""Pixels: which files are pictures, what training sees of them, and the sheets that show them."""

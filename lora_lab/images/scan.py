@@ -1,0 +1,60 @@
+"""Which files of a dataset folder are pictures, and what they are called."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+from lora_lab.captions.files import natural_key
+from lora_lab.errors import InputError
+
+READ = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+NOT_READ = frozenset({".heic", ".heif", ".avif", ".jxl", ".gif"})  # pictures too, but Pillow alone cannot be relied on
+
+
+def find_pictures(root: Path) -> dict[str, Path]:
+    """Every picture under `root` that is not hidden, by name (relative, POSIX, NFC), in natural order.
+
+    Raises InputError when `root` is no folder or holds no picture. Of two files whose names are equal in NFC one is
+    kept (`same_names` finds them)."""
+    pictures = {name: path for name, path in _files(root) if path.suffix.lower() in READ}
+    if not pictures:
+        others = unsupported(root)
+        hint = f" ({others[0]} and its like are not read: convert them to PNG)" if others else ""
+        raise InputError(f"no pictures in {root}: point dataset.root at a folder of .png, .jpg or .webp files{hint}")
+    return pictures
+
+
+def unsupported(root: Path) -> list[str]:
+    """Names of the pictures under `root` in a format that is not read (HEIC, AVIF, JPEG XL, GIF), in natural order."""
+    return [name for name, path in _files(root) if path.suffix.lower() in NOT_READ]
+
+
+def same_names(root: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Names too alike: (those on disk both as NFC and as NFD, those that differ only by case).
+
+    The first are one name to this program; the second are one file on Windows and macOS, so one is lost there."""
+    by_name: dict[str, int] = defaultdict(int)
+    by_case: dict[str, list[str]] = defaultdict(list)
+    for name, path in _files(root):
+        if path.suffix.lower() in READ:
+            by_name[name] += 1
+            by_case[name.casefold()].append(name)
+    twice = [name for name, count in by_name.items() if count > 1]
+    return twice, [tuple(dict.fromkeys(names)) for names in by_case.values() if len(set(names)) > 1]
+
+
+def _files(root: Path) -> list[tuple[str, Path]]:
+    """(name, path) of every file under `root` that is not hidden, in natural order."""
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise InputError(f"{root} {state}: point dataset.root at a folder of .png, .jpg or .webp files")
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for file in files:
+            if not file.startswith("."):
+                path = Path(folder, file)
+                # macOS unpacks names as NFD; metadata written anywhere else has them as NFC
+                found.append((unicodedata.normalize("NFC", path.relative_to(root).as_posix()), path))
+    return sorted(found, key=lambda item: (natural_key(item[0]), str(item[1])))

@@ -1,0 +1,134 @@
+"""Turn photos into the character: photo -> caption -> refined caption with the trigger -> img2img with the LoRA."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from tqdm import tqdm
+
+from lora_lab.adapters.wear import find_lora, worn
+from lora_lab.base.load import load_base, pick_device
+from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.captions.captioner import load_captioner
+from lora_lab.captions.rules import Rules, refine
+from lora_lab.config import Config
+from lora_lab.errors import InputError
+from lora_lab.generate import Request, check_strength, generate
+from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
+from lora_lab.images.pixels import open_picture
+from lora_lab.images.scan import find_pictures
+from lora_lab.images.sheet import contact_sheet
+from lora_lab.runs import save_picture, write_atomically, write_manifest, write_text
+
+
+@dataclass(frozen=True)
+class Drawn:
+    photo: str
+    caption: str | None  # what the captioner said; None if stage.prompt was given
+    prompt: str
+    seed: int
+    picture: str
+
+
+@dataclass(frozen=True)
+class Img2imgResult:
+    stage: str
+    lora: str | None
+    strength: float
+    pictures: list[Drawn]
+    sheet: str  # photos and pictures side by side
+
+
+def img2img(config: Config, folder: Path) -> Img2imgResult:
+    """Draw every photo with every seed into `folder`. Raises InputError before any model is loaded."""
+    stage, model = config.stage, config.model
+    check_strength(config.sampler.steps, stage.strength)
+    paths = find_photos(stage.photo)
+    buckets = aspect_buckets(model.resolution, model.bucket_step)
+    opened = [open_picture(path) for path in paths]
+    photos = [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
+    lora = _lora(config)
+    locate_model("model.base", model.base)
+    device = pick_device(config.device)
+    captions = [None] * len(photos) if stage.prompt else _captions(opened, config, str(device))
+    rules = Rules.from_config(**asdict(config.refiner))
+    prompts = [refine(text, config.trigger, rules) if text else _given(config) for text in captions]
+    write_manifest(folder, device, {})
+
+    pipe = load_base(model, device)
+    requests = [
+        Request(prompt, seed, photo.size, photo, stage.strength)
+        for photo, prompt in zip(photos, prompts, strict=True)
+        for seed in stage.seeds
+    ]
+    with worn(pipe, lora, stage.lora_weight):
+        pictures = generate(pipe, requests, config.sampler, lambda all_: tqdm(all_, "draw", unit="picture"))
+    names = _names(paths)
+    drawn = []
+    for i, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
+        which = i // len(stage.seeds)
+        file = folder / f"{names[which]}-s{request.seed}.png"
+        notes = {"prompt": request.prompt, "seed": request.seed, "strength": stage.strength, "lora": lora and lora.name}
+        save_picture(file, picture, notes)
+        drawn.append(Drawn(str(paths[which]), captions[which], request.prompt, request.seed, str(file)))
+    write_text(folder / "prompts.jsonl", "".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in drawn))
+    per_photo = [pictures[i : i + len(stage.seeds)] for i in range(0, len(pictures), len(stage.seeds))]
+    rows = [[photo, prompt, *row] for photo, prompt, row in zip(photos, prompts, per_photo, strict=True)]
+    sheet = contact_sheet(rows, ["photo", "prompt", *(f"seed {seed}" for seed in stage.seeds)])
+    write_atomically(folder / "sheet.png", sheet.save)
+    print(f"{len(drawn)} pictures in {folder}, side by side in {folder / 'sheet.png'}")
+    return Img2imgResult("img2img", lora and str(lora), stage.strength, drawn, str(folder / "sheet.png"))
+
+
+def find_photos(value: object) -> list[Path]:
+    """The files that `stage.photo` means: a picture, a folder of pictures, or a list of either."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(item, str) for item in values):
+        raise InputError(f"stage.photo={value}: name a picture, a folder of pictures, or a list: [me.jpg,you.png]")
+    found: list[Path] = []
+    for item in values:
+        path = locate_folder("stage.photo", item)
+        found += find_pictures(path).values() if path.is_dir() else [path]
+    return found
+
+
+def _lora(config: Config) -> Path | None:
+    """The file to wear. A trigger it was not trained on would draw anything but the character, so that is refused."""
+    if not config.stage.lora_weight:
+        return None
+    if config.lora is None:
+        raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
+    lora = find_lora(config.lora)
+    try:
+        with safe_open(str(lora), "pt") as file:
+            trigger = (file.metadata() or {}).get("modelspec.trigger_phrase")
+    except Exception as error:
+        raise InputError(f"{lora}: is not a readable .safetensors file ({error})") from error
+    if trigger and trigger != config.trigger and not config.stage.prompt:
+        raise InputError(
+            f"{lora.name} was trained on the trigger {trigger}, not {config.trigger}: say trigger={trigger}"
+        )
+    return lora
+
+
+def _captions(pictures: list, config: Config, device: str) -> list[str]:
+    settings = config.captioner
+    base = locate_model("captioner.base", settings.base)
+    captioner = load_captioner(base, device, settings.prompt, settings.max_tokens, settings.batch_size)
+    return captioner.caption(pictures)
+
+
+def _given(config: Config) -> str:
+    return config.stage.prompt.replace("{trigger}", config.trigger)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """File stems, with a number where two photos share one, so that no picture overwrites another."""
+    names: list[str] = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names

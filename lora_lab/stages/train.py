@@ -1,0 +1,181 @@
+"""Train a LoRA: plan, load, learn, save, and only then look."""
+
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from torch.utils.checkpoint import checkpoint as recompute
+
+from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
+from lora_lab.adapters.wear import MODELS
+from lora_lab.base.load import DTYPES, load_base
+from lora_lab.config import Config
+from lora_lab.curves import loss_plot, read_metrics
+from lora_lab.errors import InputError
+from lora_lab.runs import write_atomically, write_manifest
+from lora_lab.track import Track, tracking
+from lora_lab.training.data import TrainingData, encode_dataset
+from lora_lab.training.look import Look
+from lora_lab.training.loop import Job, MetricsFile, train_steps
+from lora_lab.training.plan import Plan, describe, make_plan
+from lora_lab.training.randomness import seed_of
+from lora_lab.training.state import load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    stage: str
+    name: str
+    trigger: str
+    lora: str  # the finished file, in the run folder
+    model: str  # its copy in models/lora
+    steps: int
+    seconds: float  # wall time of this process, loading and drawing included
+    loss: float  # mean of the last 50 steps
+    identity_before: float | None  # what scoring.identity gives without the LoRA; None without model.judge
+    identity: float | None
+    samples: dict[str, list[str]]  # step to its validation pictures
+
+
+def train(config: Config, folder: Path) -> TrainResult:
+    """Train `config.stage` (a Train) into `folder`. Raises InputError before the base is loaded."""
+    began = time.perf_counter()
+    plan = make_plan(config, folder)
+    print(describe(plan, config, folder))
+    write_manifest(folder, plan.device, plan.hashes)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the jobs of a sweep share one process
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(plan.dtype, "no")
+    accelerator = Accelerator(mixed_precision=half, cpu=plan.device.type == "cpu")
+    pipe = load_base(config.model, plan.device)
+    data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
+    references = [fitted.picture for fitted in plan.pictures]
+    look = Look(pipe, config, folder, plan.device)
+    identity_before = look.identity(None, references)
+    job = start_job(pipe.unet, config, plan, accelerator)
+    done = load_checkpoint(plan.goes_on, job.unet, job.optimizer, job.schedule, plan.recipe) if plan.goes_on else 0
+    noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    tracker = tracking(folder=folder, name=config.name, config=asdict(config), resume=done > 0, **vars(config.tracker))
+    with tracker as track:
+        lora = learn(job, data, noise_schedule, accelerator, done, plan, config, look, track, folder)
+        identity = look.identity(lora, references)
+        if identity is not None:
+            track.numbers(config.steps, {"identity": identity, "identity_before": identity_before})
+    return TrainResult(
+        stage="train",
+        name=config.name,
+        trigger=config.trigger,
+        lora=str(lora),
+        model=str(publish(lora, config.name)),
+        steps=config.steps,
+        seconds=round(time.perf_counter() - began, 1),
+        loss=statistics.mean(line["loss"] for line in read_metrics(folder / "metrics.jsonl")[-50:]),
+        identity_before=identity_before,
+        identity=identity,
+        samples=look.samples,
+    )
+
+
+def start_job(unet: torch.nn.Module, config: Config, plan: Plan, accelerator: Accelerator) -> Job:
+    """Put a fresh adapter into `unet`, and make what trains it."""
+    torch.manual_seed(seed_of(config.seed, "adapter"))
+    try:
+        unet.add_adapter(plan.adapter)
+    except ValueError as error:
+        raise InputError(f"adapter: {str(error).splitlines()[0][:200]}") from error
+    cast_training_params(unet, dtype=torch.float32)  # half precision would round most updates away
+    if config.memory.gradient_checkpointing:
+        random = bool(config.adapter.get("lora_dropout"))  # only dropout draws; keeping the state costs a sync a block
+        unet.enable_gradient_checkpointing(
+            lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=random)
+        )
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = accelerator.prepare_optimizer(plan.make_optimizer(parameters))
+    schedule = get_scheduler(
+        config.schedule.name,
+        optimizer.optimizer,
+        num_warmup_steps=config.schedule.warmup,
+        num_training_steps=config.steps,
+    )
+    return Job(unet, optimizer, schedule, config.stage, config.steps, config.batch_size, config.seed)
+
+
+def learn(
+    job: Job,
+    data: TrainingData,
+    noise_schedule: DDPMScheduler,
+    accelerator: Accelerator,
+    done: int,
+    plan: Plan,
+    config: Config,
+    look: Look,
+    track: Track,
+    folder: Path,
+) -> Path:
+    """The loop, with what happens around its steps; returns the finished LoRA file."""
+    stage = job.settings
+    metrics = MetricsFile(folder / "metrics.jsonl", done)
+
+    def save(step: int, name: str) -> Path:
+        notes = notes_for(config, plan, step)
+        file = folder / "lora" / f"{name}.safetensors"
+        return save_lora(file, kohya_state({"unet": job.unet}), DTYPES[stage.save_dtype], notes)
+
+    def keep(step: int) -> None:
+        save_checkpoint(folder, step, job.unet, job.optimizer, job.schedule, plan.recipe, stage.keep_checkpoints)
+
+    def after_step(step: int, numbers: dict[str, float]) -> None:
+        metrics.write(step, numbers)
+        track.numbers(step, {f"train/{key}": value for key, value in numbers.items()})
+        if step < job.steps and stage.checkpoint_every and step % stage.checkpoint_every == 0:
+            keep(step)
+        if step < job.steps and stage.validate_every and step % stage.validate_every == 0:
+            track.images(step, look.validate(save(step, f"{config.name}-{step:06d}"), step))
+
+    look.rest()
+    try:
+        reached = train_steps(job, data, noise_schedule, accelerator, done, after_step)
+    finally:
+        metrics.close()
+        loss_plot(read_metrics(metrics.path), folder / "loss.png")
+    keep(reached)
+    if reached < job.steps:
+        raise KeyboardInterrupt(f"stopped after step {reached}; go on with: python -m lora_lab resume={folder}")
+    lora = save(reached, config.name)
+    track.images(reached, look.validate(lora, reached))
+    return lora
+
+
+def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
+    """The metadata of the LoRA file after `step` steps."""
+    return metadata(
+        name=config.name,
+        base=config.model.base,
+        trigger=config.trigger,
+        rank=config.rank,
+        alpha=config.adapter.get("lora_alpha") or config.rank,
+        lr=config.lr,
+        steps=step,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        resolution=config.model.resolution,
+        captions=[sample.caption for sample in plan.samples],
+        dataset_hash=plan.hashes["dataset"],
+        base_hash=plan.hashes["base"],
+    )
+
+
+def publish(lora: Path, name: str) -> Path:
+    """Copy the finished file to models/lora/NAME.safetensors; one that stands there is given a number."""
+    target = MODELS / f"{name}.safetensors"
+    older = keep_older(target)
+    if older:
+        print(f"{target} was there already; it is now {older}")
+    return write_atomically(target, lambda file: shutil.copyfile(lora, file))

@@ -1,0 +1,1 @@
+"""Learning: counted randomness, the loss, the loop, and what a checkpoint holds."""

@@ -1,0 +1,123 @@
+"""What a training run will do, known and checked before anything heavy is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+
+from lora_lab.adapters.wear import MODELS
+from lora_lab.base.load import pick_device, pick_dtype
+from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.config import Config
+from lora_lab.dataset import Sample, read_dataset
+from lora_lab.errors import InputError
+from lora_lab.images.buckets import Fitted
+from lora_lab.runs import hash_files, hash_text
+from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
+from lora_lab.training.randomness import batches_per_epoch
+from lora_lab.training.state import checkpoints
+
+
+@dataclass(frozen=True)
+class Plan:
+    samples: list[Sample]
+    pictures: list[Fitted]  # of the samples, in their order
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+    adapter: object  # peft's configuration
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base
+    goes_on: Path | None  # the checkpoint to go on from
+    recipe: dict  # what a run that goes on must have in common with this one
+    hashes: dict[str, str]
+
+
+def make_plan(config: Config, folder: Path) -> Plan:
+    """Read everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError."""
+    base = locate_model("model.base", config.model.base)
+    samples = read_dataset(locate_folder("dataset.root", config.dataset.root))
+    check_trigger(samples, config.trigger)
+    device = pick_device(config.device)
+    hashes = {
+        "base": hash_files(Path(base)) if Path(base).exists() else f"hub:{base}",
+        "dataset": hash_files(*(s.path for s in samples)),
+        "captions": hash_text("\n".join(f"{s.name}\t{s.caption}" for s in samples)),
+    }
+    return Plan(
+        samples=samples,
+        pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step),
+        make_optimizer=from_library("optimizer", config.optimizer),
+        adapter=from_library("adapter", config.adapter),
+        device=device,
+        dtype=pick_dtype(config.model.precision, device),
+        goes_on=_newest_checkpoint(config, folder),
+        recipe=_recipe(config) | hashes,
+        hashes=hashes,
+    )
+
+
+def from_library(key: str, settings: dict) -> object:
+    """What `settings`' `_target_` makes of the rest; a missing package or a wrong argument is an InputError.
+
+    A partial is tried on a parameter of one number, so that a wrong argument shows before the base is loaded."""
+    target = settings["_target_"]
+    try:
+        get_class(target)
+        made = instantiate(settings, _convert_="all")
+        if settings.get("_partial_"):
+            made([torch.nn.Parameter(torch.zeros(1))])
+    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"{key}: {target} cannot be made ({reason}); see conf/{key} for what it takes") from error
+    return made
+
+
+def describe(plan: Plan, config: Config, folder: Path) -> str:
+    """The plan as a person reads it before the run."""
+    settings, sizes = config.stage, count_buckets(plan.pictures)
+    batch = config.batch_size * settings.gradient_accumulation
+    batches = batches_per_epoch([[0] * count for count in sizes.values()], config.batch_size)
+    epochs = config.steps * settings.gradient_accumulation / batches
+    every = f"every {settings.validate_every} steps and " if settings.validate_every else ""
+    lines = {
+        "character": f"{config.trigger}, {len(plan.samples)} pictures in {config.dataset.root}",
+        "sizes": ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.items()),
+        "base": f"{config.model.base} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
+        "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.lr:g}",
+        "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
+        "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
+    }
+    if plan.goes_on:
+        lines["goes on"] = f"from {plan.goes_on}"
+    return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
+    if not config.resume:
+        return None
+    found = checkpoints(folder)
+    if not found:
+        raise InputError(f"resume={config.resume}: {folder} has no checkpoint to go on from")
+    if int(found[-1].name.removeprefix("step-")) > config.steps:
+        raise InputError(f"resume={config.resume}: {found[-1].name} is beyond steps={config.steps}, ask for more steps")
+    return found[-1]
+
+
+def _recipe(config: Config) -> dict:
+    stage, model = config.stage, config.model
+    return {
+        "adapter": config.adapter,
+        "optimizer": config.optimizer,
+        "schedule": vars(config.schedule),
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "dataset.flip": config.dataset.flip,
+        "model.resolution": model.resolution,
+        "model.precision": model.precision,
+        **{
+            f"stage.{key}": getattr(stage, key)
+            for key in ("gradient_accumulation", "max_grad_norm", "snr_gamma", "caption_dropout")
+        },
+    }

@@ -1,0 +1,210 @@
+"""Caption files: what is read, what is refused, and that nothing is lost."""
+
+import json
+import unicodedata
+
+import pytest
+
+from lora_lab.captions.files import natural_key, read_caption_file, read_captions, write_captions
+from lora_lab.errors import InputError
+
+HARD = {
+    "1.png": 'A HANA_TOFU says "hello, there"',
+    "2.png": "=SUM(A1), +1, -1, @home",
+    "10.png": "눈을 감은 HANA_TOFU, 웃는 얼굴 🙂",
+    "두부/image_3.png": "it's; a|b\\n C:\\x\ttab",
+}
+
+
+def lay_out(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"not looked into")
+
+
+def everything(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_names_are_counted_not_spelled():
+    names = ["image_10.png", "image_2.png", "Image_1.png", "a/10.png", "a/9.png", "1.png", "01.png", ".png"]
+    ordered = sorted(names, key=natural_key)
+    assert ordered == ["01.png", "1.png", ".png", "a/9.png", "a/10.png", "Image_1.png", "image_2.png", "image_10.png"]
+
+
+def test_captions_survive_every_form(tmp_path):
+    lay_out(tmp_path, HARD)
+    for form in ("csv", "jsonl", "json", "txt", "jsonl", "txt", "csv"):
+        write_captions(tmp_path, HARD, form)
+        for path in tmp_path.glob("metadata.*"):
+            if path.suffix != f".{form}":
+                path.unlink()
+        if form != "txt":
+            for path in tmp_path.rglob("*.txt"):
+                path.unlink()
+        read = read_captions(tmp_path)
+        assert read == {name: " ".join(text.splitlines()) for name, text in HARD.items()}
+        assert list(read) == ["1.png", "2.png", "10.png", "두부/image_3.png"]
+
+
+def test_a_folder_without_captions_has_none(tmp_path):
+    lay_out(tmp_path, ["1.png", "sub/2.png"])
+    (tmp_path / "README.txt").write_text("beside no picture")
+    assert read_captions(tmp_path) == {}
+    assert read_captions(tmp_path / "missing") == {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"file_name": "1.png", "text": "a cat"}',
+        '{"image": "1.png", "text": "a cat"}',
+        '{"file": "./1.png", "caption": " a\\n cat "}',
+        '\ufeff{"file_name": "./1.png", "prompt": "a\\u2028cat"}\r\n\r\n',
+    ],
+)
+def test_jsonl_is_read_with_old_field_names(tmp_path, row):
+    (tmp_path / "metadata.jsonl").write_bytes(row.encode())
+    assert read_captions(tmp_path) == {"1.png": "a cat"}
+
+
+def test_csv_of_korean_excel_is_read(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes('file_name,text\r\n두부.png,"웃는, 두부"\r\n,\r\n'.encode("cp949"))
+    assert read_captions(tmp_path) == {"두부.png": "웃는, 두부"}
+
+
+def test_csv_opens_in_korean_excel(tmp_path):
+    (path,) = write_captions(tmp_path, {"1.png": "두부"}, "csv")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+
+
+def test_names_are_brought_to_one_form(tmp_path):
+    name = unicodedata.normalize("NFD", "각도.png")
+    (tmp_path / "metadata.json").write_text(json.dumps({f".\\sub\\{name}": "x", "2.png": "", "3.png": None}))
+    assert read_captions(tmp_path) == {"sub/" + unicodedata.normalize("NFC", name): "x"}
+
+
+def test_txt_stands_beside_a_picture_whose_name_is_decomposed(tmp_path):
+    picture = tmp_path / unicodedata.normalize("NFD", "각.png")
+    picture.write_bytes(b"")
+    (path,) = write_captions(tmp_path, {"각.png": "x"}, "txt")
+    assert path.name == unicodedata.normalize("NFD", "각.txt")
+    assert read_captions(tmp_path) == {"각.png": "x"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "te', "line 2: not JSON"),
+        ("metadata.jsonl", '{"file_name": "1.png"}', "line 1: no field 'text'"),
+        ("metadata.jsonl", '["1.png", "a"]', "line 1: not a row"),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": 3}', "line 1: the caption is 3"),
+        ("metadata.jsonl", '{"file_name": "", "text": "a"}', "line 1: the file name is ''"),
+        ("metadata.jsonl", '{"file_name": "../1.png", "text": "a"}', "not inside the dataset folder"),
+        ("metadata.jsonl", '{"file_name": "C:\\\\x\\\\1.png", "text": "a"}', "not inside the dataset folder"),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "a \\ud83d"}', "broken character"),
+        ("metadata.jsonl", '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}', "line 2: 1.png is"),
+        ("metadata.csv", "1.png,a cat\n", "line 1: no field 'file_name' among '1.png', 'a cat'"),
+        ("metadata.csv", "file_name,text\n1.png,a cat, smiling\n", "line 2: 3 cells where the header has 2"),
+        ("metadata.csv", 'file_name,text\n1.png,"a cat\n2.png,b\n', "line 3: .*check the double quotes"),
+        ("metadata.csv", b"file_name,text\n1.png,\xff\xff\n", "is not UTF-8"),
+        ("metadata.json", '{\n"1.png": "a",\n}', "line 3: not JSON"),
+        ("metadata.json", '{"1.png": "a", "1.png": "b"}', "1.png is there twice"),
+        ("metadata.json", '["1.png"]', "not a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named_by_file_and_line(tmp_path, file, content, said):
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=said) as error:
+        read_captions(tmp_path)
+    assert file in str(error.value)
+
+
+def test_a_file_may_say_the_same_twice(tmp_path):
+    row = '{"file_name": "1.png", "text": "a"}\n'
+    (tmp_path / "metadata.jsonl").write_text(row + row)
+    assert read_captions(tmp_path) == {"1.png": "a"}
+
+
+def test_two_forms_may_agree_but_not_differ(tmp_path):
+    (tmp_path / "metadata.json").write_text('{"1.png": "a", "2.png": "b"}')
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,a\n2.png,b\n")
+    assert read_captions(tmp_path) == {"1.png": "a", "2.png": "b"}
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,a\n2.png,c\n")
+    with pytest.raises(InputError, match=r"metadata.csv and metadata.json .* differ \(first at 2.png\).*stage=convert"):
+        read_captions(tmp_path)
+
+
+def test_a_named_file_is_read_and_others_are_refused(tmp_path):
+    lay_out(tmp_path, ["1.png"])
+    with pytest.raises(InputError, match=r"no \.txt file with a caption beside a picture"):
+        read_caption_file(tmp_path)
+    (tmp_path / "1.txt").write_bytes("\ufeffa cat\r\nsmiling\r\n".encode())
+    assert read_caption_file(tmp_path) == {"1.png": "a cat smiling"}
+    (tmp_path / "hints.csv").write_text("file_name,text\n1.png,in the snow\n")
+    assert read_caption_file(tmp_path / "hints.csv") == {"1.png": "in the snow"}
+    with pytest.raises(InputError, match=r"give a .jsonl, .csv or .json file"):
+        read_caption_file(tmp_path / "1.txt")
+    with pytest.raises(InputError, match="no caption file"):
+        read_caption_file(tmp_path / "none.csv")
+
+
+def test_the_old_file_is_kept_at_every_change(tmp_path):
+    for text in ("one", "two", "two", "three"):
+        write_captions(tmp_path, {"1.png": text}, "jsonl")
+    kept = [json.loads((tmp_path / f"metadata.{n}.jsonl.bak").read_text())["text"] for n in (1, 2)]
+    assert kept == ["one", "two"]
+    assert len(list(tmp_path.iterdir())) == 3, "no backup of what did not change, no temporary file"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "json", "txt"])
+def test_captions_are_written_in_the_form_that_stands_there(tmp_path, form):
+    lay_out(tmp_path, ["1.png", "2.png"])
+    written = write_captions(tmp_path, {"1.png": "a", "2.png": "b"}, form)
+    assert write_captions(tmp_path, {"1.png": "c", "2.png": "b"}) == written
+    assert read_captions(tmp_path) == {"1.png": "c", "2.png": "b"}
+
+
+def test_another_form_that_now_says_otherwise_is_set_aside(tmp_path):
+    lay_out(tmp_path, ["1.png", "2.png"])
+    old = {"1.png": "a", "2.png": "b"}
+    write_captions(tmp_path, old, "txt")
+    write_captions(tmp_path, old, "csv")
+    assert read_captions(tmp_path) == old
+    before = everything(tmp_path)
+    write_captions(tmp_path, {"1.png": "new", "2.png": "b"}, "jsonl")
+    assert read_captions(tmp_path) == {"1.png": "new", "2.png": "b"}
+    assert set(before.values()) <= set(everything(tmp_path).values()), "nothing is lost"
+
+
+def test_a_txt_whose_caption_is_gone_is_set_aside(tmp_path):
+    lay_out(tmp_path, ["1.png", "2.png"])
+    write_captions(tmp_path, {"1.png": "a", "2.png": "b"}, "txt")
+    write_captions(tmp_path, {"1.png": "a"}, "txt")
+    assert read_captions(tmp_path) == {"1.png": "a"}
+    assert (tmp_path / "2.1.txt.bak").read_text() == "b\n"
+
+
+def test_the_users_own_fields_stay_in_jsonl(tmp_path):
+    rows = [
+        {"file_name": "10.png", "text": "a", "license": "CC0", "tags": ["x"]},
+        {"image": "./2.png", "caption": "b", "width": 64},
+        {"file_name": "3.png", "text": "", "width": 32},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_captions(tmp_path, {"2.png": "c", "10.png": "a"})
+    assert [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()] == [
+        {"file_name": "2.png", "text": "c", "width": 64},
+        {"file_name": "3.png", "text": "", "width": 32},
+        {"file_name": "10.png", "text": "a", "license": "CC0", "tags": ["x"]},
+    ]
+
+
+def test_pictures_that_would_share_one_txt_are_refused_before_anything_is_written(tmp_path):
+    lay_out(tmp_path, ["1.png", "1.jpg"])
+    before = everything(tmp_path)
+    with pytest.raises(InputError, match=r"would share 1.txt"):
+        write_captions(tmp_path, {"1.png": "a", "1.jpg": "b"}, "txt")
+    with pytest.raises(InputError, match=r"unknown form of captions 'xml'"):
+        write_captions(tmp_path, {"1.png": "a"}, "xml")
+    assert everything(tmp_path) == before

@@ -1,0 +1,275 @@
+"""Refining: the captioner's words become a training caption with the trigger once."""
+
+import doctest
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lora_lab.captions import captioner, rules
+from lora_lab.captions.rules import Rules, read_hints, refine
+from lora_lab.errors import InputError
+
+CONF = Path(__file__).parents[2] / "conf" / "refiner"
+TRIGGERS = [
+    "HANA_TOFU",
+    "sks",
+    "김치_두부",
+    "c++",
+    "(tofu)",
+    "a.b|c*",
+    "$x^",
+    "back\\slash",
+    "hana tofu",
+    "[ohwx]?",
+    "Cat",
+]
+COLOURS = ["black", "brown", "blond", "red", "ginger", "gray", "white", "blue", "pink", "green", "purple"]
+
+
+def shipped(option):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return Rules.from_config(**OmegaConf.to_container(compose(option)))
+
+
+@pytest.fixture(scope="module")
+def general():
+    return shipped("rules")
+
+
+@pytest.fixture(scope="module")
+def avatars():
+    return shipped("avatars")
+
+
+@pytest.fixture(scope="module")
+def off():
+    return shipped("off")
+
+
+def generated(seed, count):
+    """Captions as BLIP large, the bundled BLIP and people write them, and nonsense made of the same words."""
+    draw = random.Random(seed)
+    subjects = [
+        "a cartoon white ghost",
+        "a flat cartoon person",
+        "there is a man",
+        "arafed image of a cat",
+        "a bear",
+        "a close up of a drawing of a square",
+        "waving",
+        "A HANA_TOFU",
+        "hana _ tofu",
+        "a SKS and a sks",
+        "two people",
+        "a black and white cat that is smiling",
+        "",
+        "a c + + and a cat",
+        "(TOFU)",
+        "a 김치 _ 두부",
+    ]
+    settings = ["with a purple background", "on a table", "with a star background", "in front of a white wall", ""]
+    phrases = [
+        "with curly gray hair",
+        "with a bald head",
+        "winking",
+        "winking",
+        "with tan skin",
+        "smiling",
+        "Smiling",
+        "wearing a checkered red turtleneck",
+        "with a moustache and a goatee",
+        "with spiky pink hair and long hair",
+        "a hat and hat",
+        "with a hat and a hat",
+        "with a smile on his face",
+        "in the snow",
+        "looking angry",
+        "and",
+        "with a",
+        "there is a hat.",
+        "a cat",
+        "orange hat",
+        "with a cat and HANA_TOFU",
+        "wearing sks",
+    ]
+    words = " ".join([*subjects, *settings, *phrases]).split()
+    for i in range(count):
+        if i % 3 == 0:
+            yield " ".join(draw.choices([*words, ",", ","], k=draw.randint(0, 20)))
+        else:
+            head = f"{draw.choice(subjects)} {draw.choice(settings)}"
+            yield ", ".join([head, *draw.choices(phrases, k=draw.randint(0, 5))])
+
+
+@pytest.mark.parametrize("option", ["rules", "avatars", "off"])
+def test_refining_twice_is_refining_once_and_the_trigger_is_there_once(option):
+    chosen = shipped(option)
+    hints = [
+        "",
+        "in the snow",
+        "with tan skin",
+        "a HANA_TOFU, at night",
+        "Smiling",
+        "there is a cat",
+        "a hat and a hat",
+    ]
+    for i, caption in enumerate(generated(7, 600)):
+        trigger, hint = TRIGGERS[i % len(TRIGGERS)], hints[i // len(TRIGGERS) % len(hints)]
+        once = refine(caption, trigger, chosen, hint)
+        assert refine(once, trigger, chosen, hint) == once, (caption, trigger, hint)
+        assert len(rules._spelling(trigger).findall(once)) == 1, (caption, trigger, hint, once)
+        assert trigger in once, (caption, trigger, hint, once)
+
+
+@pytest.mark.parametrize("module", [rules, captioner])
+def test_the_examples_in_the_docstrings_hold(module):
+    tried = doctest.testmod(module)
+    assert tried.attempted > 0
+    assert tried.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("caption", "refined"),
+    [
+        ("there is a cartoon character with a smile on his face", "A HANA_TOFU with a smile"),
+        ("arafed image of a white square with a face and glasses", "A HANA_TOFU with a face and glasses"),
+        ("a close up of a drawing of a piece of cheese with a mustache and mustache.", "A HANA_TOFU with a moustache"),
+        ("a black and white photo of a man that is smiling", "A HANA_TOFU smiling"),
+        ("a hana _ tofu waving", "a HANA_TOFU waving"),
+        ("HANA_TOFU in the snow, a hana_tofu with a hat", "HANA_TOFU in the snow, with a hat"),
+        ("waving in the snow", "HANA_TOFU, waving in the snow"),
+        ("a man riding a horse", "A HANA_TOFU riding a horse"),
+        ("with a star background, a cat smiling", "A HANA_TOFU smiling, with a star background"),
+        ("a square background with a hat", "HANA_TOFU, a square background with a hat"),
+        ("holding a cat", "HANA_TOFU, holding a cat"),
+        ("", "HANA_TOFU"),
+    ],
+)
+def test_general_rules_bring_blips_captions_to_the_character(general, caption, refined):
+    assert refine(caption, "HANA_TOFU", general) == refined
+
+
+def test_an_avatars_words_become_what_can_be_said_of_tofu(avatars):
+    caption = "a flat cartoon person with a teal background, with curly gray hair, with tan skin, wearing a green shirt"
+    expected = "A HANA_TOFU with a teal background, with curly gray hair, wearing a green shirt, smiling"
+    assert refine(f"{caption}, smiling", "HANA_TOFU", avatars) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "becomes"),
+    [
+        ("short {} hair with sideburns", "short {} hair"),
+        ("combed {} hair and shoulder-length hair", "short {} hair"),
+        ("a {} buzz cut", "short {} hair"),
+        ("side-shaved {} hair", "short {} hair"),
+        ("a few {} hairs", "short {} hair"),
+        ("wavy {} bob hair", "{} bob hair"),
+        ("a {} bowl cut", "{} bob hair"),
+        ("{} bob hair with bangs", "{} bob hair"),
+        ("a curly {} bun", "a {} bun"),
+        ("two {} buns", "a {} bun"),
+        ("a {} top bun", "a {} bun"),
+        ("a {} bun and long wavy hair", "a {} bun"),
+        ("long curly {} hair", "curly {} hair"),
+        ("fluffy {} hair", "curly {} hair"),
+        ("very long {} hair", "long {} hair"),
+        ("{} braids", "long {} hair"),
+        ("spiky {} hair and neck-length hair", "spiky {} hair"),
+        ("{} undercut hair", "spiky {} hair"),
+        ("{} pigtails", "a {} ponytail"),
+        ("a {} mohawk", "a {} mohawk"),
+        ("a {} pompadour", "short {} hair"),
+    ],
+)
+def test_hair_of_every_kind_and_colour_becomes_one_of_eight(avatars, said, becomes):
+    for colour in COLOURS:
+        refined = refine(f"a person, with {said.format(colour)}", "HANA_TOFU", avatars)
+        assert refined == f"A HANA_TOFU, with {becomes.format(colour)}"
+
+
+@pytest.mark.parametrize(
+    ("said", "becomes"),
+    [
+        ("wearing a checkered red turtleneck", "wearing a red shirt"),
+        ("wearing a hoop earring", ""),
+        ("wearing a blue cap", "wearing a blue cap"),
+        ("with a goatee", "with a full beard"),
+        ("with a thin moustache", "with a moustache"),
+        ("smiling with braces", "smiling"),
+        ("winking", "winking with its left eye"),
+        ("with a big smile", "laughing"),
+        ("looking sad", "frowning"),
+        ("looking sad with an open mouth", "looking surprised"),
+        ("with closed eyes", "with its eyes closed"),
+        ("with red lips", ""),
+        ("with happy eyes", "with happy eyes"),
+        ("with a bald head", ""),
+        ("raising its left hand", "raising its left hand"),
+    ],
+)
+def test_faces_and_clothes_are_said_in_tofus_words(avatars, said, becomes):
+    refined = refine(f"a person with a red background, {said}", "HANA_TOFU", avatars)
+    assert refined == "A HANA_TOFU with a red background" + (f", {becomes}" if becomes else "")
+
+
+def test_off_changes_nothing_but_the_trigger(off):
+    odd = "there is  a hat and a hat,smiling , smiling."
+    assert refine(odd, "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
+    assert refine(f"hana_tofu, {odd}", "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
+
+
+def test_a_hint_is_the_users_and_no_rule_touches_it(avatars):
+    for hint in ("with tan skin", "there is a man", "a hat and a hat", "winking, with red lips"):
+        refined = refine("a cartoon ghost with a red background", "HANA_TOFU", avatars, hint)
+        assert refined == f"A HANA_TOFU with a red background, {hint}"
+
+
+def test_a_hint_is_added_once_and_may_name_the_character(general):
+    assert refine("a cat, in the Snow", "HANA_TOFU", general, "in the snow") == "A HANA_TOFU, in the snow"
+    assert refine("a cat, at night, waving", "HANA_TOFU", general, "at night") == "A HANA_TOFU, at night, waving"
+    assert refine("a cat", "HANA_TOFU", general, "a hana_tofu at night") == "A HANA_TOFU, at night"
+
+
+def test_rules_can_not_change_the_trigger():
+    greedy = Rules.from_config(replace=[{"pattern": "tofu", "replacement": "cheese"}, {"pattern": "_"}])
+    assert refine("a HANA_TOFU with tofu", "HANA_TOFU", greedy) == "a HANA_TOFU with cheese"
+
+
+@pytest.mark.parametrize(
+    "rule", [{"pattern": "a (b"}, {"pattern": "a", "replacement": r"\2"}, {"pattern": "(a)", "replacement": r"\g<no>"}]
+)
+def test_a_bad_rule_is_named(rule):
+    with pytest.raises(InputError, match=r"refiner.vocabulary\[1\]: .* is no regular expression"):
+        Rules.from_config(vocabulary=[{"pattern": "fine"}, rule])
+
+
+@pytest.mark.parametrize("rule", [{"pattern": "cat", "replacement": "catty"}, {"pattern": "$", "replacement": "x"}])
+def test_rules_that_never_rest_are_refused(rule):
+    with pytest.raises(InputError, match="without end"):
+        refine("a cat", "HANA_TOFU", Rules.from_config(replace=[rule]))
+
+
+def test_rules_that_undo_each_other_are_refused():
+    swap = Rules.from_config(replace=[{"pattern": "^(cat|dog) (cat|dog)$", "replacement": r"\2 \1"}])
+    with pytest.raises(InputError, match="without end"):
+        refine("HANA_TOFU, cat dog", "HANA_TOFU", swap)
+
+
+def test_hints_are_read_from_either_file(tmp_path):
+    assert read_hints(tmp_path) == {}
+    (tmp_path / "hints.csv").write_text("file_name,text\n1.png,in the snow\n")
+    assert read_hints(tmp_path) == {"1.png": "in the snow"}
+    (tmp_path / "hints.jsonl").write_text('{"file_name": "1.png", "text": "at night"}\n')
+    with pytest.raises(InputError, match=r"hints.jsonl and hints.csv are both in"):
+        read_hints(tmp_path)
+
+
+def test_any_order_of_phrases_gives_the_same_phrases(avatars):
+    phrases = ["with a goatee", "winking", "with short wavy red hair", "with dark skin"]
+    orders = itertools.permutations(phrases)
+    results = {frozenset(refine(", ".join(order), "X", avatars).split(", ")) for order in orders}
+    assert results == {frozenset(["X", "with a full beard", "winking with its left eye", "with short red hair"])}

@@ -1,0 +1,193 @@
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from lora_lab.errors import InputError
+from lora_lab.images.pixels import open_picture
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Save a picture in a form, and read it as training does."""
+
+    def save_and_open(picture, name="picture.png", background=(255, 255, 255), **options):
+        picture.save(tmp_path / name, **options)
+        result = open_picture(tmp_path / name, background)
+        assert result.mode == "RGB"
+        return result
+
+    return save_and_open
+
+
+def corners(picture):
+    """The colours of the upper left, upper right, lower left and lower right pixel."""
+    right, bottom = picture.width - 1, picture.height - 1
+    return [picture.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
+
+
+def matrix_profile(columns, gamma):
+    """A minimal ICC 2.1 display profile: columns of the matrix to XYZ (D50), and one gamma for the three channels."""
+    fixed = lambda value: struct.pack(">i", round(value * 65536))  # noqa: E731
+    white = (0.9642, 1.0, 0.8249)
+    points = zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), [*columns, white], strict=True)
+    tags = {tag: b"XYZ \0\0\0\0" + b"".join(map(fixed, point)) for tag, point in points}
+    curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(gamma * 256))
+    tags |= {tag: curve for tag in (b"rTRC", b"gTRC", b"bTRC")}
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, body in tags.items():
+        table += tag + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(body))
+        data += body
+    size = 128 + len(table) + len(data)
+    head = struct.pack(">I4xI", size, 0x02100000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    head += b"".join(map(fixed, white))
+    return head.ljust(128, b"\0") + table + data
+
+
+# Display P3 primaries, adapted to D50
+P3 = matrix_profile([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)], 2.2)
+
+
+def test_an_opaque_srgb_png_keeps_every_value(opened):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(opened(Image.fromarray(pixels))), pixels)
+
+
+def test_the_colour_hidden_under_full_transparency_stays_hidden(opened):
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    picture.putpixel((0, 0), (0, 0, 255, 255))
+    assert corners(opened(picture)) == [(0, 0, 255)] + [(255, 255, 255)] * 3
+    assert corners(opened(picture, background=(0, 255, 0)))[1:] == [(0, 255, 0)] * 3
+
+
+def test_half_transparency_blends_with_the_background(opened):
+    blended = opened(Image.new("RGBA", (4, 4), (255, 0, 0, 128)), background=(0, 0, 0)).getpixel((1, 1))
+    assert blended == (128, 0, 0)
+
+
+def test_grey_with_alpha_and_palettes_with_a_transparent_entry_are_composited(opened):
+    assert opened(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert opened(palette).getpixel((0, 0)) == (255, 0, 0)
+    assert opened(palette, transparency=1).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp", "turned.tif"])
+def test_a_phone_picture_on_its_side_is_turned_upright(opened, name):
+    picture = Image.new("RGB", (32, 16), "white")
+    picture.paste("black", (0, 0, 16, 16))  # left half black: orientation 6 turns it to the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = opened(picture, name, exif=exif)
+    assert upright.size == (16, 32)
+    assert [sum(colour) > 380 for colour in corners(upright)] == [False, False, True, True]
+
+
+def test_a_broken_exif_block_costs_nothing_but_the_turn(opened):
+    assert opened(Image.new("RGB", (4, 2), "teal"), "a.png", exif=b"Exif\0\0garbage").size == (4, 2)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "deep.png"), ("I;16", "deep.tif"), ("I", "deep.tif")])
+def test_deep_grey_is_scaled_and_not_clipped(opened, mode, name):
+    ramp = np.array([[0, 255, 32768, 65535]])
+    picture = Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.int32))
+    assert picture.mode == mode
+    assert [grey for grey, _, _ in np.asarray(opened(picture, name))[0].tolist()] == [0, 1, 128, 255]
+
+
+def test_floating_point_grey_from_zero_to_one_is_not_black(opened):
+    ramp = opened(Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32)), "ramp.tif")
+    assert [grey for grey, _, _ in np.asarray(ramp)[0].tolist()] == [0, 128, 255]
+
+
+def test_a_picture_for_print_keeps_its_colours(opened):
+    cyan, magenta, yellow, black = Image.new("CMYK", (4, 4), (0, 255, 255, 0)).split()
+    red = opened(Image.merge("CMYK", (cyan, magenta, yellow, black)), "print.tif").getpixel((0, 0))
+    assert red[0] > 220 and red[1] < 60 and red[2] < 60
+
+
+def test_display_p3_becomes_srgb(opened):
+    p3 = (200, 100, 100)
+    to_srgb = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
+    linear = to_srgb @ (np.array(p3) / 255) ** 2.2
+    expected = 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    seen = opened(Image.new("RGB", (4, 4), p3), icc_profile=P3).getpixel((0, 0))
+    assert np.abs(seen - expected).max() < 2.5  # a red nearly out of sRGB: (213, 96, 97)
+    assert seen[0] > 208
+    assert opened(Image.new("RGB", (4, 4), "white"), icc_profile=P3).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_profile_is_applied_to_the_picture_and_not_to_its_background(opened):
+    picture = Image.new("RGBA", (4, 4), (200, 100, 100, 255))
+    picture.putpixel((3, 3), (9, 9, 9, 0))
+    seen = opened(picture, icc_profile=P3, background=(200, 100, 100))
+    assert seen.getpixel((0, 0))[0] > 208 and seen.getpixel((3, 3)) == (200, 100, 100)
+
+
+@pytest.mark.parametrize("profile", [b"no profile at all", P3[:200], "LAB"])
+def test_a_profile_that_does_not_fit_is_ignored(opened, profile):
+    if profile == "LAB":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert opened(Image.new("RGB", (4, 4), (10, 20, 30)), icc_profile=profile).getpixel((0, 0)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize("name", ["moving.webp", "moving.png", "pages.tif"])
+def test_an_animation_gives_its_first_frame(opened, name):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("black", "white")]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    assert opened(frames[0], name, save_all=True, append_images=frames[1:], **options).getpixel((8, 8)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path, suffix, kept):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix))
+    path = tmp_path / f"half.{suffix}"
+    path.write_bytes(whole.getvalue()[: int(kept * len(whole.getvalue()))])
+    with pytest.raises(InputError, match=rf"half\.{suffix} is (cut off or damaged|not a picture)"):
+        open_picture(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow tells of each damaged TIFF tag
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
+def test_a_file_with_flipped_bytes_opens_or_is_refused_but_never_crashes(tmp_path, suffix):
+    random, whole = np.random.default_rng(1), io.BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(whole, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix))
+    for _ in range(150):
+        data = np.frombuffer(whole.getvalue(), dtype=np.uint8).copy()
+        data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
+        path = tmp_path / f"flipped.{suffix}"
+        path.write_bytes(data.tobytes())
+        try:
+            assert open_picture(path).mode == "RGB"
+        except InputError as error:
+            assert path.name in str(error)
+
+
+def test_text_called_png_is_no_picture(tmp_path):
+    (tmp_path / "notes.png").write_text("a tofu")
+    with pytest.raises(InputError, match=r"notes\.png is not a picture"):
+        open_picture(tmp_path / "notes.png")
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"there is no picture .*me\.jpg"):
+        open_picture(tmp_path / "me.jpg")
+    with pytest.raises(InputError, match="cannot be read"):
+        open_picture(tmp_path)
+
+
+@pytest.mark.parametrize("side", [10_001, 20_000])  # Pillow itself only warns at the first and raises at the second
+def test_a_picture_too_large_for_memory_is_refused_from_its_header(tmp_path, side):
+    path = tmp_path / "wall.png"
+    with path.open("wb") as file:  # a header alone: to decode it would fail in another way
+        file.write(b"\x89PNG\r\n\x1a\n")
+        PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        PngImagePlugin.putchunk(file, b"IDAT", b"")
+    with pytest.raises(InputError, match=r"wall\.png has over 100 megapixels: scale it down"):
+        open_picture(path)

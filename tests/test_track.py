@@ -1,0 +1,271 @@
+"""Every W&B run here is a real one, made by a fresh interpreter with an empty home and no network."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from lora_lab.errors import InputError
+from lora_lab.track import tracking
+
+ROOT = Path(__file__).parents[1]
+WANDB = str(Path(sysconfig.get_path("scripts")) / "wandb")
+NOWHERE = "http://127.0.0.1:9"
+
+PRELUDE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from PIL import Image
+from lora_lab import track
+from lora_lab.errors import InputError
+folder = Path("run")
+def tracking(**more):
+    return track.tracking("wandb", folder, "rank 4", {"lr": 1e-4, "adapter": {"r": 4}}, **more)
+"""
+
+STORY = """
+with tracking(project="tofu", group="sweep", tags=["demo"]) as tracker:
+    for step in range(1, 4):
+        tracker.numbers(step, {"train/loss": 1 / step, "train/lr": 1e-4})
+    tracker.images(3, {"validation/wink": (Image.new("RGB", (8, 8), "red"), "rank 4, step 3")})
+try:
+    with tracking(project="tofu", resume=True) as tracker:
+        tracker.numbers(4, {"train/loss": 0.25})
+        raise RuntimeError("the power went")
+except RuntimeError:
+    pass
+with tracking(project="tofu") as tracker:
+    tracker.numbers(1, {"train/loss": 7})
+"""
+
+USE = """
+with tracking() as tracker:
+    tracker.numbers(1, {"train/loss": 0.5})
+"""
+
+
+def environment(root, **more):
+    kept = {name: value for name, value in os.environ.items() if "WANDB" not in name and name != "NETRC"}
+    folders = {"HOME": root / "home", "TMPDIR": root / "temporary"}
+    for folder in (*folders.values(), root / "here"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return kept | {name: str(path) for name, path in folders.items()} | {"PYTHONPATH": str(ROOT)} | more
+
+
+def run(root, script, **more):
+    """Run the script in root/here, stdin closed; returns stdout, stderr, the seconds it took and the run folder."""
+    env = environment(root, **more)
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script],
+        cwd=root / "here",
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = time.monotonic() - start
+    return SimpleNamespace(out=done.stdout, err=done.stderr, seconds=seconds, folder=root / "here" / "run")
+
+
+def inspect(path, *options):
+    """What `wandb leet inspect` shows of a run: a dict with --summary, else the list of its records."""
+    command = [WANDB, "leet", "inspect", *options, "--json", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(text) if options else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    root = tmp_path_factory.mktemp("story")
+    told = run(root, STORY)
+    told.root = root
+    told.synced = [str(root / "here" / line.rpartition("wandb sync ")[2]) for line in told.out.splitlines()]
+    return told
+
+
+def test_without_a_key_each_run_says_once_that_it_is_offline_and_what_to_type(story):
+    assert story.err == ""
+    lines = story.out.splitlines()
+    assert len(lines) == 3
+    start = "tracking offline (no W&B API key); to upload: wandb sync run/wandb/offline-run-"
+    assert all(line.startswith(start) for line in lines), story.out
+
+
+def test_an_offline_run_holds_the_names_the_config_and_the_last_numbers(story):
+    first = inspect(story.synced[0], "--summary")
+    assert (first["project"], first["name"], first["tags"]) == ("tofu", "rank 4", ["demo"])
+    assert first["config"]["adapter"] == {"r": 4} and first["config"]["lr"] == 1e-4
+    assert first["summary"]["train/loss"] == pytest.approx(1 / 3)
+    assert first["exit_code"] == 0
+
+
+def test_every_step_and_every_picture_stands_on_the_axis_of_global_step(story):
+    records = inspect(story.synced[0])
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    losses = {row["global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert losses == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3})
+    (image,) = [row for row in rows if "validation/wink.path" in row]
+    assert (image["global_step"], image["validation/wink.caption"]) == (3, "rank 4, step 3")
+    picture = Image.open(Path(story.synced[0]) / "files" / image["validation/wink.path"])
+    assert picture.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    rules = [record["metric"] for record in records if record["type"] == "metric"]
+    axes = {rule["glob_name"]: rule["step_metric"] for rule in rules if "glob_name" in rule}
+    assert axes == {"train/*": "global_step", "validation/*": "global_step"}
+
+
+def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(story):
+    first, resumed, other = (inspect(path, "--summary") for path in story.synced)
+    assert first["run_id"] == resumed["run_id"] != other["run_id"]
+    assert resumed["summary"]["train/loss"] == 0.25 and other["summary"]["train/loss"] == 7
+
+
+def test_an_exception_marks_the_run_as_failed(story):
+    assert inspect(story.synced[1], "--summary")["exit_code"] == 1
+
+
+def test_wandb_writes_nothing_outside_the_run_folder(story):
+    strays = [path for path in story.root.rglob("*") if not path.is_dir() and story.folder not in path.parents]
+    assert strays == []
+
+
+def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path):
+    parent, child = pty.openpty()
+    env = environment(tmp_path, TERM="xterm")
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + USE], cwd=tmp_path / "here", env=env, stdin=child, stdout=child, stderr=child
+    )
+    try:
+        assert process.wait(timeout=40) == 0
+    finally:
+        process.kill()
+        os.close(child)
+    said = os.read(parent, 65536).decode()
+    os.close(parent)
+    assert said.startswith("tracking offline (no W&B API key)") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["environment", "netrc"])
+def test_an_unreachable_server_delays_the_run_but_does_not_stop_it(tmp_path, place):
+    more = {"WANDB_BASE_URL": NOWHERE}
+    if place == "environment":
+        more["WANDB_API_KEY"] = "a" * 40
+    else:
+        environment(tmp_path)
+        netrc = tmp_path / "home" / ".netrc"
+        netrc.write_text(f"machine 127.0.0.1:9\n  login user\n  password {'a' * 40}\n")
+        netrc.chmod(0o600)
+    told = run(tmp_path, "track.INIT_SECONDS = 1" + USE, **more)
+    assert told.out.startswith("tracking offline (no connection: ") and len(told.out.splitlines()) == 1
+    path = str(tmp_path / "here" / told.out.strip().rpartition("wandb sync ")[2])
+    assert inspect(path, "--summary")["summary"]["train/loss"] == 0.5
+    assert told.seconds < 20 and told.err == ""
+
+
+def test_insisting_on_online_without_a_usable_key_is_refused_before_anything_is_written(tmp_path):
+    script = """
+try:
+    with tracking(mode="online"): print("went on")
+except InputError as error:
+    print(error)
+"""
+    told = run(tmp_path, script)
+    assert told.out.startswith("tracker.mode=online: no W&B API key; type `wandb login`")
+    assert not list(told.folder.glob("wandb/*run*"))
+    assert "40" in run(tmp_path, script, WANDB_API_KEY="short").out
+
+
+def test_a_service_that_dies_costs_one_warning_and_neither_this_run_nor_the_next(tmp_path):
+    script = """
+with tracking() as tracker:
+    children = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
+    for child in children.split():
+        os.kill(int(child), signal.SIGKILL)
+    time.sleep(0.5)
+    for step in (1, 2, 3):
+        tracker.numbers(step, {"train/loss": 0.5})
+print("trained")
+with tracking() as tracker:
+    tracker.numbers(1, {"train/loss": 0.75})
+"""
+    told = run(tmp_path, script)
+    assert "trained" in told.out
+    assert told.err.count("tracking failed") == 1 and "Traceback" not in told.err
+    path = str(tmp_path / "here" / told.out.splitlines()[-1].rpartition("wandb sync ")[2])
+    assert inspect(path, "--summary")["summary"]["train/loss"] == 0.75
+
+
+def test_disabled_wandb_stays_disabled(tmp_path):
+    told = run(tmp_path, USE, WANDB_MODE="disabled")
+    assert told.out == told.err == "" and not list(told.folder.glob("wandb/*run*"))
+
+
+def test_importing_the_module_imports_no_tracker():
+    script = "import sys, lora_lab.track; print({'wandb', 'torch', 'tensorboard', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_tensorboard_shows_numbers_pictures_captions_and_the_config(tmp_path):
+    with tracking("tensorboard", tmp_path, "rank 4", {"lr": 1e-4}) as tracker:
+        tracker.numbers(1, {"train/loss": 0.5})
+        tracker.images(2, {"validation/wink": (Image.new("RGBA", (8, 4), "red"), "rank 4, step 2")})
+    events = accumulated(tmp_path)
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5)]
+    (image,) = events.Images("validation/wink")
+    assert (image.step, image.width, image.height) == (2, 8, 4)
+    assert events.Tensors("validation/wink/caption/text_summary")[0].tensor_proto.string_val == [b"rank 4, step 2"]
+    assert b'"lr": 0.0001' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_a_resumed_tensorboard_run_draws_the_repeated_steps_once(tmp_path):
+    for resume, first in ((False, 1), (True, 3)):  # killed after 5, resumed from the checkpoint at 2
+        with tracking("tensorboard", tmp_path, "tofu", {}, resume=resume) as tracker:
+            for step in range(first, 6):
+                tracker.numbers(step, {"train/loss": float(step)})
+        time.sleep(1.1)  # event files are read in the order of the second in their names
+    assert [event.step for event in accumulated(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_a_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"pip install .*tensorboard"), tracking("tensorboard", tmp_path, "tofu", {}):
+        pass
+
+
+def test_tensorboard_on_a_full_disk_does_not_stop_the_run(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with tracking("tensorboard", tmp_path, "tofu", {}) as tracker:
+        tracker.numbers(1, {"train/loss": 1.0})
+        tracker.numbers(2, {"train/loss": 1.0})
+    assert caplog.text.count("tracking failed at step 1") == 1 and "step 2" not in caplog.text
+
+
+def test_off_writes_nothing(tmp_path):
+    with tracking("off", tmp_path, "tofu", {}) as tracker:
+        tracker.numbers(1, {"train/loss": 0.5})
+        tracker.images(1, {"validation/wink": (Image.new("RGB", (8, 8)), "caption")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_kind_is_refused_with_the_choices(tmp_path):
+    with pytest.raises(InputError, match="wandb, tensorboard, off"), tracking("mlflow", tmp_path, "tofu", {}):
+        pass
+
+
+def accumulated(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
