@@ -7,26 +7,19 @@ dataset folder, with "/" and in Unicode NFC; a text is one line. A picture witho
 import csv
 import io
 import json
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from lora_lab.errors import InputError
+from lora_lab.images.scan import natural_key, pictures
 from lora_lab.runs import write_atomically
 
 FORMS = ("jsonl", "csv", "json", "txt")
 NAME_FIELDS = ("file_name", "image", "file")
 TEXT_FIELDS = ("text", "caption", "prompt")
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 Row = tuple[str, object, object]  # where it stands (for messages), name, text; not yet checked
-
-
-def natural_key(name: str) -> tuple:
-    """Sort key that counts: image_2.png before image_10.png, letters without regard to case."""
-    parts = re.split(r"(\d+)", unicodedata.normalize("NFC", name))
-    return tuple(int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)), name
 
 
 def read_captions(root: Path) -> dict[str, str]:
@@ -89,16 +82,6 @@ def write_captions(root: Path, captions: dict[str, str], form: str | None = None
         for path in set(_paths(root, "txt")) - set(contents):
             path.replace(_free_backup(path))
     return list(contents)
-
-
-def pictures(root: Path) -> dict[str, Path]:
-    """Name -> file of every picture under a folder, hidden ones left out, in natural order.
-
-    The name is in NFC while the file's own may be in NFD (archives made on macOS)."""
-    files = (path for path in Path(root).rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    named = {unicodedata.normalize("NFC", path.relative_to(root).as_posix()): path for path in files}
-    visible = (name for name in named if not any(part.startswith(".") for part in PurePosixPath(name).parts))
-    return {name: named[name] for name in sorted(visible, key=natural_key)}
 
 
 # ---- which files stand in a folder

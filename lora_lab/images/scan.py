@@ -1,28 +1,38 @@
 """Which files of a dataset folder are pictures, and what they are called."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from lora_lab.captions.files import natural_key
 from lora_lab.errors import InputError
 
 READ = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 NOT_READ = frozenset({".heic", ".heif", ".avif", ".jxl", ".gif"})  # pictures too, but Pillow alone cannot be relied on
 
 
-def find_pictures(root: Path) -> dict[str, Path]:
-    """Every picture under `root` that is not hidden, by name (relative, POSIX, NFC), in natural order.
+def natural_key(name: str) -> tuple:
+    """Sort key that counts: image_2.png before image_10.png, letters without regard to case."""
+    parts = re.split(r"(\d+)", unicodedata.normalize("NFC", name))
+    return tuple(int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)), name
 
-    Raises InputError when `root` is no folder or holds no picture. Of two files whose names are equal in NFC one is
-    kept (`same_names` finds them)."""
-    pictures = {name: path for name, path in _files(root) if path.suffix.lower() in READ}
-    if not pictures:
+
+def pictures(root: Path) -> dict[str, Path]:
+    """Every picture under `root` that is not hidden, by name (relative, POSIX, NFC), in natural order; may be none.
+
+    Of two files whose names are equal in NFC one is kept (`same_names` finds them)."""
+    return {name: path for name, path in _files(root) if path.suffix.lower() in READ} if root.is_dir() else {}
+
+
+def find_pictures(root: Path) -> dict[str, Path]:
+    """`pictures`, of which there must be at least one: raises InputError."""
+    found = pictures(root)
+    if not found:
         others = unsupported(root)
         hint = f" ({others[0]} and its like are not read: convert them to PNG)" if others else ""
         raise InputError(f"no pictures in {root}: point dataset.root at a folder of .png, .jpg or .webp files{hint}")
-    return pictures
+    return found
 
 
 def unsupported(root: Path) -> list[str]:
