@@ -1,0 +1,303 @@
+"""Training on the bundled tiny base: what a user would miss if it broke."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_lab.config import compose
+from lora_lab.demo import BASE, TOFU
+from lora_lab.errors import InputError, RunError
+from lora_lab.stages import run
+from lora_lab.training import loop
+from lora_lab.training.state import checkpoints
+
+# Six of the tofu pictures: encoding all 24 would be half of the time.
+FAST = (
+    "stage=train", "dataset=folder", "dataset.root=../tofu", "refiner=off", "device=cpu", "tracker=off",
+    "model.judge=null", "rank=4", "batch_size=2", "sampler.steps=2", "stage.save_dtype=fp32",
+    "stage.prompts=['A {trigger} with a green background']",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tofu")
+    rows = [row for row in (TOFU / "metadata.jsonl").read_text().splitlines() if json.loads(row)["file_name"] < "06"]
+    (root / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    for i in range(6):
+        shutil.copy(TOFU / f"{i:02d}.png", root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, pictures, monkeypatch):
+    (tmp_path / "tofu").symlink_to(pictures)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def train(folder: str, *overrides: str):
+    return run(compose(*FAST, *overrides), Path(folder).absolute())
+
+
+def lora(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/lora/HANA_TOFU.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def metrics(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Ctrl-C while `step` is done."""
+    write = loop.MetricsFile.write
+
+    def and_interrupt(self, number, numbers):
+        write(self, number, numbers)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.MetricsFile, "write", and_interrupt)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, pictures):
+    """20 steps at once, for every test that needs something to compare with."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    (root / "tofu").symlink_to(pictures)
+    folder = root / "work"
+    folder.mkdir()
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        train("run", "steps=20", "stage.validate_every=10", "stage.checkpoint_every=10")
+    finally:
+        os.chdir(before)
+    return str(folder / "run")
+
+
+def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
+    train("run", "steps=10")
+    train("run", "steps=20", f"resume={Path('run').absolute()}")
+    assert_same(lora("run"), lora(uninterrupted))
+    assert [line["loss"] for line in metrics("run")] == [line["loss"] for line in metrics(uninterrupted)]
+
+
+@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", "adapter.lora_dropout=0.5"])
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
+    train("whole", "steps=6", how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*resume="):
+        interrupt_at(3, patch)
+        train("cut", "steps=6", how)
+    assert [c.name for c in checkpoints(Path("cut"))] == ["step-000003"]
+    assert not Path("cut/result.json").exists()
+    train("cut", "steps=6", how, f"resume={Path('cut').absolute()}")
+    assert_same(lora("cut"), lora("whole"))
+    assert [line["step"] for line in metrics("cut")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted):
+    train("run", "steps=10", "stage.checkpoint_every=5")
+    half = Path("run/checkpoints/.step-000015")  # what a kill in the middle of writing leaves
+    half.mkdir()
+    (half / "adapter.safetensors").write_bytes(b"half")
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
+    train("run", "steps=20", f"resume={Path('run').absolute()}")
+    assert_same(lora("run"), lora(uninterrupted))
+    assert [line["step"] for line in metrics("run")] == list(range(1, 21))
+
+
+def test_a_resumed_run_refuses_to_become_another_one():
+    train("run", "steps=2")
+    for change, named in (
+        ("rank=8", "adapter"),
+        ("lr=5e-4", "optimizer"),
+        ("seed=1", "seed"),
+        ("batch_size=1", "batch_size"),
+    ):
+        with pytest.raises(InputError, match=named):
+            train("run", "steps=4", change, f"resume={Path('run').absolute()}")
+    with pytest.raises(InputError, match="beyond steps=1"):
+        train("run", "steps=1", f"resume={Path('run').absolute()}")
+
+
+def test_a_validation_picture_is_what_inference_gives_in_a_new_process(uninterrupted):
+    picture = Path(uninterrupted, "samples", "step-000020", "p0-s0.png")
+    code = f"""
+import torch; torch.set_num_threads({torch.get_num_threads()})
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+pipe = StableDiffusionXLPipeline.from_pretrained({str(BASE)!r}, dtype=torch.float32)
+pipe.load_lora_weights({uninterrupted + "/lora"!r}, weight_name="HANA_TOFU.safetensors")
+pipe("A HANA_TOFU with a green background", width=128, height=128, num_inference_steps=2, guidance_scale=5.0,
+     generator=torch.Generator("cpu").manual_seed(0)).images[0].save("again.png")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open(picture)))
+    assert Image.open(picture).text["prompt"] == "A HANA_TOFU with a green background"
+
+
+def test_a_run_leaves_what_is_promised(uninterrupted):
+    folder = Path(uninterrupted)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["stage"] == "train" and result["steps"] == 20
+    assert Path(result["lora"]).is_file() and result["seconds"] > 0 and math.isfinite(result["loss"])
+    assert set(result["samples"]) == {"10", "20"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["sha256"]) == {"base", "dataset", "captions"} and manifest["packages"]["torch"]
+    assert [c.name for c in checkpoints(folder)] == ["step-000010", "step-000020"]
+    assert Image.open(folder / "loss.png").size[0] > 100
+    assert (folder.parent / "models/lora/HANA_TOFU.safetensors").read_bytes() == Path(result["lora"]).read_bytes()
+    with safe_open(result["lora"], "pt") as file:
+        notes = file.metadata()
+    assert notes["modelspec.trigger_phrase"] == "HANA_TOFU" and notes["ss_network_dim"] == "4"
+    assert notes["ss_num_train_images"] == "6" and notes["ss_steps"] == "20"
+
+
+def test_nothing_is_written_outside_the_run_folder_but_the_published_lora(uninterrupted):
+    root = Path(uninterrupted).parent
+    assert {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and "run" not in p.parts[-4:]} >= {
+        "models/lora/HANA_TOFU.safetensors"
+    }
+    assert sorted(p.name for p in root.iterdir()) == ["models", "run"]
+
+
+def test_an_older_lora_of_the_same_name_is_kept():
+    Path("models/lora").mkdir(parents=True)
+    Path("models/lora/HANA_TOFU.safetensors").write_bytes(b"precious")
+    train("run", "steps=1")
+    assert Path("models/lora/HANA_TOFU.1.safetensors").read_bytes() == b"precious"
+    assert load_file("models/lora/HANA_TOFU.safetensors").keys() == lora("run").keys()
+
+
+def test_the_loss_of_known_noise_falls(uninterrupted):
+    """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
+    from diffusers import DDPMScheduler
+
+    from lora_lab.adapters.wear import worn
+    from lora_lab.base.load import load_base
+    from lora_lab.training.data import encode_dataset
+    from lora_lab.training.loss import sample_losses
+    from lora_lab.training.plan import make_plan
+
+    config = compose(*FAST)
+    plan = make_plan(config, Path("none"))
+    pipe = load_base(config.model, plan.device)
+    data = encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device)
+    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+
+    def loss() -> float:
+        batches = (
+            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, timesteps=1000, caption_dropout=0.0)
+            for s in range(20)
+        )
+        with torch.no_grad():
+            return sum(sample_losses(pipe.unet, noise, batch, 5.0).mean().item() for batch in batches) / 20
+
+    before = loss()
+    with worn(pipe, Path(uninterrupted, "lora", "HANA_TOFU.safetensors")):
+        after = loss()
+    assert after < before * 0.97
+
+
+def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
+    """Sample i of a step draws the same noise in one batch or two; with one picture the order does not matter."""
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "00.png").write_bytes((TOFU / "00.png").read_bytes())
+    (one / "00.txt").write_text("A HANA_TOFU smiling")
+    data = (f"dataset.root={one}", "steps=3")
+    train("whole", *data, "batch_size=4")
+    train("halves", *data, "batch_size=2", "stage.gradient_accumulation=2")
+    whole, halves = lora("whole"), lora("halves")
+    for key in whole:
+        assert torch.allclose(whole[key], halves[key], atol=2e-5), key
+
+
+def test_pictures_of_several_shapes_are_trained_in_buckets(tmp_path, capsys):
+    shapes = tmp_path / "shapes"
+    shapes.mkdir()
+    for i, size in enumerate([(200, 200), (300, 200), (200, 300), (310, 200)]):
+        Image.effect_noise(size, 90).convert("RGB").save(shapes / f"{i}.png")
+        (shapes / f"{i}.txt").write_text("a HANA_TOFU")
+    train("run", f"dataset.root={shapes}", "steps=4")
+    printed = capsys.readouterr().out
+    assert "1 of 128x128" in printed and "2 of 160x96" in printed and "1 of 96x160" in printed
+    assert all(math.isfinite(line["loss"]) for line in metrics("run"))
+
+
+@pytest.fixture(scope="module")
+def three_steps(uninterrupted):
+    """Three steps without any option, in the folder of the long run's neighbour."""
+    before = Path.cwd()
+    os.chdir(Path(uninterrupted).parent)
+    try:
+        train("three", "steps=3", "name=three")
+    finally:
+        os.chdir(before)
+    return load_file(Path(uninterrupted).parent / "three/lora/three.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "lr=2e-3", "stage.snr_gamma=0.01", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
+     "adapter=lora_ff", "adapter.lora_alpha=2", "adapter.use_rslora=true", "stage.max_grad_norm=0.001",
+     "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "schedule=cosine"],
+)  # fmt: skip
+def test_an_option_changes_what_is_learnt(change, three_steps):
+    train("changed", "steps=3", change)
+    plain, changed = three_steps, lora("changed")
+    assert plain.keys() != changed.keys() or any(not torch.equal(plain[key], changed[key]) for key in plain)
+
+
+def test_gradient_checkpointing_and_offload_change_nothing():
+    train("fast", "steps=3", "memory=fast")
+    train("balanced", "steps=3", "memory=balanced", "stage.validate_every=1")
+    fast, balanced = lora("fast"), lora("balanced")
+    for key in fast:
+        assert torch.allclose(fast[key], balanced[key], atol=1e-6), key
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
+    real = loop.sample_losses
+    calls = []
+
+    def sometimes_nan(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(loop, "sample_losses", sometimes_nan)
+    with pytest.raises(RunError, match="step 4 is nan"):
+        train("run", "steps=6", "stage.checkpoint_every=2")
+    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    assert checkpoints(Path("run"))[-1].name == "step-000002"
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_only_the_newest_checkpoints_are_kept():
+    train("run", "steps=6", "stage.checkpoint_every=1", "stage.keep_checkpoints=3")
+    assert [c.name for c in checkpoints(Path("run"))] == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_identity_is_measured_before_and_after():
+    result = train("run", "steps=1", "model.judge=demo:tiny-clip")
+    assert -1 <= result.identity_before <= 1 and -1 <= result.identity <= 1
+    assert len(list(Path("run/samples/identity-before").glob("*.png"))) == 8
+    assert json.loads(Path("run/result.json").read_text())["identity"] == result.identity
