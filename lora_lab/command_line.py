@@ -1,14 +1,15 @@
 """What a person types: checked before anything is made, explained in one sentence, and taken up again by `resume=`."""
 
-import difflib
+import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+# Hydra's parser of flags is the only part of it that is used without being public: there is no other way to its -m.
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString, ValueType
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -20,78 +21,157 @@ from omegaconf.errors import (
 )
 
 from lora_lab import config
+from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.errors import InputError
+from lora_lab.keys import keys_of, nearest, unknown_key
 
 HELP = """\
 lora_lab teaches SDXL one character from 10 to 50 pictures, then turns photos into that character.
 
-  python -m lora_lab                                              everything, on the bundled demo
-  python -m lora_lab stage=check dataset=folder dataset.root=data/TOFU
-  python -m lora_lab stage=train experiment=sdxl dataset.root=data/TOFU trigger=HANA_TOFU lr=1e-4
-  python -m lora_lab stage=img2img experiment=sdxl dataset.root=null lora=HANA_TOFU stage.photo=me.jpg
-  python -m lora_lab -m stage=train rank=4,16 lr=1e-3,3e-4        a sweep: one run for each combination
+  python -m lora_lab                                                         everything, on the bundled demo
+  python -m lora_lab stage=check dataset=folder dataset.root=data/TOFU       what training would refuse, and why
+  python -m lora_lab stage=train experiment=sdxl dataset.root=data/TOFU lr=1e-4
+  python -m lora_lab stage=img2img model=sdxl lora=HANA_TOFU stage.photo=me.jpg
+  python -m lora_lab -m stage=train rank=4,16 lr=1e-3,3e-4                   a sweep: one run for each combination
 
-Groups (GROUP=OPTION; the options are files in conf/GROUP)
+Groups (GROUP=OPTION; the options are files in conf/GROUP, the default is marked *)
 {groups}
 
-Knobs (KEY=VALUE, defaults of the demo)
+Knobs (KEY=VALUE, with the defaults of the demo)
 {knobs}
 
-Of the stages: {stage_keys}
---cfg job shows the whole configuration, -m sweeps over comma-separated values (it stands before the overrides).
+Flags
+  --cfg job             show the whole configuration: every other key, and what it is set to
+  -m                    sweep over values with commas between them
 """
+KNOBS = ("trigger", "name", "lr", "rank", "steps", "batch_size", "seed", "lora", "resume", "device")
+STAGE_KNOBS = {"train": ("validate_every", "checkpoint_every"), "img2img": ("photo", "prompt", "strength", "seeds")}
+KINDS = {"integer": "a whole number", "float": "a number", "boolean": "true or false", "bool": "true or false"}
 
 
 def help_text() -> str:
-    groups = [f for f in sorted(config.CONF.iterdir()) if f.is_dir()]
-    options = [(g.name, "  ".join(sorted(f.stem for f in g.glob("*.yaml")))) for g in groups]
+    main = (config.CONF / "config.yaml").read_text(encoding="utf-8")
     recipes = {f.stem for home in (config.HOME, Path.cwd()) for f in (home / "experiments").glob("*.yaml")}
-    options.append(("experiment", "  ".join(sorted(recipes))))
-    text = "\n".join((config.CONF / name).read_text(encoding="utf-8") for name in ("config.yaml", "model/tiny.yaml"))
-    knobs = []
-    for key in ("trigger", "name", "lr", "rank", "steps", "batch_size", "seed", "lora", "resume", "device"):
-        value, _, meaning = re.search(rf"^{key}: (\S+)(  # (.*))?$", text, re.M).groups()
-        knobs.append(f"  {key + '=' + value:<20} {meaning or ''}")
-    shown = ("photo", "prompt", "strength", "mode", "form", "validate_every", "checkpoint_every", "prompts", "seeds")
-    return HELP.format(
-        groups="\n".join(f"  {name:<12} {choices}" for name, choices in options),
-        knobs="\n".join(knobs),
-        stage_keys=" ".join(f"stage.{key}" for key in shown),
-    )
+    options = {g.name: [f.stem for f in g.glob("*.yaml")] for g in sorted(config.CONF.iterdir()) if g.is_dir()}
+    groups = []
+    for group, names in (options | {"experiment": recipes}).items():
+        default = re.search(rf"^  - {group}: (\S+)", main, re.M)[1]
+        marked = (f"{name}*" if name == default else name for name in sorted(names))
+        groups.append(f"  {group:<12} {'  '.join(marked)}")
+    tiny = (config.CONF / "model" / "tiny.yaml").read_text(encoding="utf-8")
+    knobs = [_knob(main + tiny, key) for key in KNOBS]
+    for stage, keys in STAGE_KNOBS.items():
+        text = (config.CONF / "stage" / f"{stage}.yaml").read_text(encoding="utf-8")
+        text = re.sub(r"\$\{model\.(\w+)\}", lambda found: re.search(rf"^  {found[1]}: (\S+)", tiny, re.M)[1], text)
+        knobs += [_knob(text, key, "stage.", f"({stage}) ") for key in keys]
+    return HELP.format(groups="\n".join(groups), knobs="\n".join(knobs))
 
 
-def explain(error: BaseException, overrides: list[str] = ()) -> str:
+def _knob(text: str, key: str, group: str = "", note: str = "") -> str:
+    """A line of the help from a line of YAML: its key, value and comment."""
+    value, meaning = re.search(rf"^{key}: (\S+) *# (.*)$", text, re.M).groups()
+    return f"  {group + key + '=' + value.replace('???', '...'):<27} {note}{meaning}"
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Hydra's own reading of the command line (.overrides, .multirun, .cfg, .help, ...), -m at any place.
+
+    Raises InputError."""
+    parser = get_args_parser()
+    parser.error = _refuse_flag
+    given = parser.parse_intermixed_args(argv)
+    if given.config_name or given.config_path or given.config_dir:
+        raise InputError(
+            "--config-name, --config-path and --config-dir are not for this program: recipes go into ./experiments, "
+            "a folder of more options is added by hydra.searchpath=[file://FOLDER]"
+        )
+    given.multirun = given.multirun or "hydra.mode=MULTIRUN" in given.overrides
+    given.overrides = [_quoted(override, given.multirun) for override in given.overrides]
+    return given
+
+
+def _refuse_flag(message: str) -> None:
+    raise InputError(f"{message} (--help shows what can be said)")
+
+
+def _quoted(override: str, multirun: bool) -> str:
+    """Hydra's grammar wants quotes around `두부 (1).jpg`: where nothing else can be meant they are put here."""
+    key, equals, value = override.partition("=")
+    if _parses(override) or not equals or any(mark in value[:1] + value[-1:] for mark in "[]'\""):
+        return override
+    values = value.split(",") if multirun else [value]
+    quoted = f"{key}={','.join(QuotedString(v, quote=Quote.single).with_quotes() for v in values)}"
+    return quoted if _parses(quoted) else override
+
+
+def _parses(override: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_override(override).key_or_group)
+    except HydraException:
+        return False
+
+
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     """One sentence for an error of Hydra or OmegaConf: what was wrong, and the nearest right name."""
     if isinstance(error, InputError):
         return str(error)
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    where = next((m for e in chain if (m := re.match(r"In '(experiment/\S+)'", str(e)))), None)
+    chain = [error]  # from Hydra's wrapping down to who found out
+    while not isinstance(chain[-1], (OmegaConfBaseException, OSError)):
+        before = chain[-1].__cause__ or chain[-1].__context__
+        if before is None:
+            break
+        chain.append(before)
+    cause = chain[-1]
+    where = next((m for e in chain if (m := re.match(r"In '(experiment/\S+?)'", str(e)))), None)
     prefix = f"in {where[1]}.yaml: " if where else ""
-    cause = next((e for e in reversed(chain) if isinstance(e, (OmegaConfBaseException, HydraException))), error)
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
-        group, _, option = str(cause.missing_cfg_file).rpartition("/")
-        choices = list(cause.options or [])
-        return f"{prefix}{group}={option}: no such {group}{_nearest(option, choices)}; there are {', '.join(choices)}"
-    if isinstance(cause, OverrideParseException):
-        return f"{cause.override}: cannot be read as KEY=VALUE (quote text with spaces or commas: 'key=\"a, b\"')"
+        return _unknown_option(cause, overrides)
+    if isinstance(cause, OSError):
+        return f"{cause.filename}: {cause.strerror}; choose another run folder with hydra.run.dir="
     if isinstance(cause, MissingMandatoryValue):
         return f"{_key(cause)} is missing: say {_key(cause)}=..."
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and not isinstance(cause, InterpolationKeyError):
-        return prefix + _unknown(_key(cause))
+        return prefix + unknown_key(_key(cause), known_keys(overrides), config.KEYS_OF_STAGES)
     if isinstance(cause, ValidationError):
-        return f"{prefix}{_key(cause)}: {_first_line(cause).lower().replace('value ', '', 1)}"
-    return prefix + _first_line(cause)
+        return prefix + _wrong_value(_key(cause), _first_line(cause))
+    ambiguous = re.match("Ambiguous value for argument '(.*)'", str(cause))
+    if ambiguous:
+        return f"{ambiguous[1]}: several values are a sweep and need -m; a comma in a text needs quotes, \"key='a, b'\""
+    return prefix + _first_line(cause if isinstance(cause, (OmegaConfBaseException, HydraException)) else error)
 
 
-def _unknown(key: str) -> str:
-    return f"{key}: no such key{_nearest(key, config.known_keys())}"
+def _wrong_value(key: str, message: str) -> str:
+    """OmegaConf's word on a value of the wrong type, in ours."""
+    value = re.match(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+)", message)
+    if value:
+        return f"{key}={value[1]}: not {KINDS.get(value[2].lower(), value[2])}"
+    if "is not a ListConfig" in message:
+        return f"{key}: not a list, write {key}=[...]"
+    if "is not Optional" in message:
+        return f"{key}=null: {key} must have a value"
+    return f"{key}: {message}"
 
 
-def _nearest(word: str, choices: list[str]) -> str:
-    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f", did you mean {found[0]}?" if found else ""
+def known_keys(overrides: Sequence[str]) -> list[str]:
+    """Every key that this command line may name: of the options it chooses, whatever else is wrong with it."""
+    groups = tuple(f.name for f in config.CONF.iterdir() if f.is_dir())
+    chosen = [o for o in overrides if _name(o) in groups]
+    for attempt in (chosen, []):
+        try:
+            return keys_of(OmegaConf.to_container(config.composed(attempt)))
+        except (HydraException, OmegaConfBaseException, InputError):
+            continue
+    return []
+
+
+def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    group, _, option = error.missing_cfg_file.rpartition("/")
+    if group == "experiment" and option in config.unreadable_recipes:
+        return config.unreadable_recipes[option]
+    choices = sorted(error.options or ())
+    recipe = next((o.partition("=")[2] for o in overrides if _name(o) == "experiment"), None)
+    where = f"in experiment/{recipe}.yaml: " if recipe and group not in map(_name, overrides) else ""
+    return f"{where}{group}={option}: no such {group}{nearest(option, choices)} (there are {', '.join(choices)})"
 
 
 def _key(error: OmegaConfBaseException) -> str:
@@ -102,26 +182,56 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def check(overrides: list[str], multirun: bool) -> None:
+def check(overrides: list[str], multirun: bool) -> list[config.Config]:
     """Compose and type every point that `overrides` ask for, before Hydra makes a folder. Raises InputError."""
+    for override in overrides:
+        if not _parses(override):
+            raise InputError(
+                f"{override}: cannot be read as KEY=VALUE (text with brackets or commas needs quotes: \"key='a, b'\")"
+            )
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
-            _refuse_additions(override)
-        for point in _points(parsed) if multirun else [overrides]:
-            with initialize_config_dir(str(config.CONF), version_base="1.3"):
-                config.typed(compose("config", point))
+            _refuse_additions(override, overrides)
+            _refuse_no_option(override)
+        return [config.typed(config.composed(p)) for p in (_points(parsed) if multirun else [overrides])]
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from error
 
 
-def _refuse_additions(override: Override) -> None:
-    key = override.key_or_group
-    if (override.is_add() or override.is_delete()) and not key.startswith("hydra"):
-        sign = override.input_line[0]
-        if key in config.known_keys() or (config.CONF / key).is_dir() or key == "experiment":
-            raise InputError(f"{override.input_line}: {key} is part of every run, leave out the {sign}")
-        raise InputError(f"{override.input_line}: {_unknown(key)}")
+def refuse_missing(run: config.Config) -> None:
+    """Raise InputError for a picture, folder or model that is not there. Stages do so too, but import torch first."""
+    stage = run.stage
+    draws = isinstance(stage, (config.Img2img, config.Pipeline))
+    if not isinstance(stage, (config.Img2img, config.Convert)):
+        locate_folder("dataset.root", run.dataset.root)
+    if draws:
+        photo = stage.photo if isinstance(stage, config.Img2img) else stage.img2img.photo
+        for item in photo if isinstance(photo, list) else [photo]:
+            locate_folder("stage.photo", str(item))
+    if draws or isinstance(stage, config.Train):
+        locate_model("model.base", run.model.base)
+    if isinstance(stage, (config.Caption, config.Pipeline)):
+        locate_model("captioner.base", run.captioner.base)
+
+
+def _refuse_additions(override: Override, overrides: list[str]) -> None:
+    """+key, ++key and ~key go past the schema. Hydra's own part is left to those who know it."""
+    key, text = override.key_or_group, override.input_line
+    if not (override.is_add() or override.is_force_add() or override.is_delete()) or key.startswith("hydra"):
+        return
+    known = known_keys(overrides)
+    if key in known or key == "experiment":
+        raise InputError(f"{text}: {key} is part of every run, leave out the {text[: -len(text.lstrip('+~'))]}")
+    raise InputError(f"{text}: {unknown_key(key, known, config.KEYS_OF_STAGES).partition(': ')[2]}")
+
+
+def _refuse_no_option(override: Override) -> None:
+    """`model=null` and `model=3` name no option."""
+    folder = config.CONF / override.key_or_group
+    if folder.is_dir() and not override.is_sweep_override() and not isinstance(override.value(), str):
+        options = sorted(f.stem for f in folder.glob("*.yaml"))
+        raise InputError(f"{override.input_line}: {override.key_or_group} is one of {', '.join(options)}")
 
 
 def _points(parsed: list[Override]) -> list[list[str]]:
@@ -130,6 +240,8 @@ def _points(parsed: list[Override]) -> list[list[str]]:
     for override in parsed:
         if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP):
             values = list(override.sweep_string_iterator())
+            if override.value_type == ValueType.RANGE_SWEEP:
+                values = [values[0], values[-1]]
             swept.append([f"{override.key_or_group}={value}" for value in values])
         elif not override.is_sweep_override():
             fixed.append(override.input_line)
@@ -138,28 +250,24 @@ def _points(parsed: list[Override]) -> list[list[str]]:
     return [[*fixed, *point] for point in [first, *others]]
 
 
-def resumed(overrides: list[str]) -> list[str]:
+def resumed(overrides: list[str], multirun: bool) -> list[str]:
     """With `resume=FOLDER` among them: the overrides that started that run, then the new ones, into that very folder.
 
-    `latest` is the newest folder under outputs/ that has a checkpoint. Raises InputError if there is none."""
-    given = {_name(o): o.partition("=")[2] for o in overrides}
-    if given.get("resume") in (None, "null"):
+    `latest` is the newest folder under outputs/ or multirun/ that has a checkpoint. Raises InputError if none has."""
+    given = {_name(o): o.partition("=")[2].strip("'\"") for o in overrides}
+    if given.get("resume", "null") == "null":
         return overrides
-    folder = _latest() if given["resume"] == "latest" else Path(given["resume"].strip("'\""))
+    if multirun:
+        raise InputError(f"resume={given['resume']}: one run is taken up at a time, leave out the -m")
+    folder = _latest() if given["resume"] == "latest" else Path(given["resume"])
     record = folder / ".hydra" / "overrides.yaml"
-    if not record.is_file():
-        raise InputError(f"resume={given['resume']}: {folder} is not a run folder (no {record} there)")
+    if not given["resume"] or not record.is_file():
+        raise InputError(f"resume={given['resume']}: name a run folder, one with {Path(*record.parts[-2:])} in it")
     before = [str(o) for o in OmegaConf.load(record)]
     kept = [o for o in before if _name(o) not in given and _name(o) != "resume"]
     new = [o for o in overrides if _name(o) not in ("resume", "hydra.run.dir")]
-    quoted = QuotedString(str(folder), quote=_quote()).with_quotes()
+    quoted = QuotedString(str(folder), quote=Quote.single).with_quotes()
     return [*kept, *new, f"resume={quoted}", f"hydra.run.dir={quoted}"]
-
-
-def _quote():
-    from hydra.core.override_parser.types import Quote
-
-    return Quote.single
 
 
 def _name(override: str) -> str:
@@ -167,12 +275,8 @@ def _name(override: str) -> str:
 
 
 def _latest() -> Path:
-    found = sorted(Path("outputs").glob("*/*/checkpoints/step-*"), key=lambda f: f.stat().st_mtime)
+    runs = [*Path("outputs").glob("*/*/checkpoints/step-*"), *Path("multirun").glob("*/*/*/checkpoints/step-*")]
+    found = sorted(runs, key=lambda f: f.stat().st_mtime)
     if not found:
-        raise InputError("resume=latest: no run under outputs/ has a checkpoint, name the run folder")
+        raise InputError("resume=latest: no run under outputs/ or multirun/ has a checkpoint, name the run folder")
     return found[-1].parents[1]
-
-
-def arguments(argv: list[str]):
-    """Hydra's own reading of the command line: .overrides, .multirun, .cfg, .help, ..."""
-    return get_args_parser().parse_args(argv)

@@ -1,15 +1,19 @@
 """The shape of a run: every key of conf/ and its type. Beside command_line.py the only module that knows OmegaConf."""
 
+import math
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from yaml import YAMLError
 
 from lora_lab.errors import InputError
+from lora_lab.keys import keys_of, unknown_key
 
 PACKAGE = Path(__file__).resolve().parent
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
@@ -19,11 +23,11 @@ CONF = HOME / "conf"
 # What a key means and its unit stand beside its value in conf/; here are only names, types and bounds.
 
 
-def _at_least(owner: object, **bounds: float) -> None:
+def _at_least(owner: object, prefix: str = "", **bounds: float) -> None:
     for key, bound in bounds.items():
         value = getattr(owner, key)
-        if value is not None and value < bound:
-            raise InputError(f"{key}={value}: {key} must be at least {bound}")
+        if value is not None and not bound <= value < math.inf:  # nan is refused too
+            raise InputError(f"{prefix}{key}={value}: {key} must be at least {bound}")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -40,12 +44,13 @@ class Model:
     judge: str | None
     resolution: int
     bucket_step: int
+    strength: float
     precision: str
     variant: str | None
 
     def __post_init__(self) -> None:
         _one_of("model.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _at_least(self, bucket_step=8, resolution=self.bucket_step)
+        _at_least(self, "model.", bucket_step=8, resolution=self.bucket_step)
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Captioner:
     batch_size: int
 
     def __post_init__(self) -> None:
-        _at_least(self, max_tokens=1, batch_size=1)
+        _at_least(self, "captioner.", max_tokens=1, batch_size=1)
 
 
 @dataclass
@@ -88,7 +93,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         _one_of("schedule.name", self.name, ("constant_with_warmup", "linear", "cosine", "polynomial"))
-        _at_least(self, warmup=0)
+        _at_least(self, "schedule.", warmup=0)
 
 
 @dataclass
@@ -99,7 +104,7 @@ class Sampler:
     negative_prompt: str
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, guidance=0)
+        _at_least(self, "sampler.", steps=1, guidance=0)
 
 
 @dataclass
@@ -167,11 +172,13 @@ class Train(Stage):
     save_dtype: str
 
     def __post_init__(self) -> None:
-        _at_least(self, gradient_accumulation=1, max_grad_norm=0, snr_gamma=0, caption_dropout=0)
-        _at_least(self, checkpoint_every=0, keep_checkpoints=1, validate_every=0)
+        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0, snr_gamma=0, caption_dropout=0)
+        _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
         if self.caption_dropout > 1:
-            raise InputError(f"caption_dropout={self.caption_dropout}: a share of the captions is between 0 and 1")
+            raise InputError(
+                f"stage.caption_dropout={self.caption_dropout}: a share of the captions is between 0 and 1"
+            )
 
 
 @dataclass
@@ -225,13 +232,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _at_least(self, rank=1, steps=1, batch_size=1, seed=0)
-        if not self.lr > 0:
-            raise InputError(f"lr={self.lr}: the learning rate must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr={self.lr}: the learning rate is a number above 0")
         if not self.trigger.strip() or self.trigger != " ".join(self.trigger.split()):
             raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
 
+
+OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/
 
 STAGES: dict[str, type[Stage]] = {
     "check": Check,
@@ -243,6 +252,10 @@ STAGES: dict[str, type[Stage]] = {
     "pipeline": Pipeline,
 }
 
+KEYS_OF_STAGES = {name: [f.name for f in fields(schema)] for name, schema in STAGES.items()}
+
+unreadable_recipes: dict[str, str] = {}  # name -> why; only a run that asks for one is told
+
 
 def register() -> None:
     """Tell Hydra about the schema and about every recipe, the package's and those in ./experiments."""
@@ -250,9 +263,40 @@ def register() -> None:
     store.store(name="schema", node=Config)
     for name, schema in STAGES.items():
         store.store(group="schema/stage", name=name, node=schema)
+    store.repo.pop("experiment", None)  # of another working folder, in a notebook or a test
+    unreadable_recipes.clear()
     for folder in dict.fromkeys((HOME / "experiments", Path.cwd() / "experiments")):
         for file in sorted(folder.glob("*.yaml")):
-            store.store(group="experiment", name=file.stem, node=OmegaConf.load(file), package="_global_")
+            try:
+                recipe = OmegaConf.load(file)
+                if not isinstance(recipe, DictConfig):
+                    raise ValueError("it is not a list of KEY: VALUE")
+            except (YAMLError, ValueError, OSError) as error:
+                unreadable_recipes[file.stem] = f"{file} cannot be read: {' '.join(str(error).split())}"
+                continue
+            store.store(group="experiment", name=file.stem, node=recipe, package="_global_")
+
+
+def compose(*overrides: str) -> Config:
+    """What the command line would give, for notebooks and tests: `compose("stage=train", "lr=1e-3")`."""
+    register()
+    return typed(composed(list(overrides)))
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """Hydra's composition, without its own part. Raises InputError for a key that no file in conf/ has."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra_compose("config", overrides, return_hydra_config=True)
+    choices, search = cfg.hydra.runtime.choices, [o for o in overrides if o.startswith("hydra.searchpath")]
+    with open_dict(cfg):
+        del cfg["hydra"]
+    if all(choices.get(group) for group in OPEN):
+        known = _keys_of_options((*(f"{group}={choices[group]}" for group in OPEN), *search))
+        for key in keys_of(OmegaConf.to_container(cfg)):
+            if key.partition(".")[0] in OPEN and key not in known:
+                where = f"in experiment/{choices.experiment}.yaml: " if choices.get("experiment") else ""
+                raise InputError(where + unknown_key(key, known, KEYS_OF_STAGES))
+    return cfg
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -263,25 +307,7 @@ def typed(cfg: DictConfig) -> Config:
     return OmegaConf.to_object(cfg)
 
 
-def compose(*overrides: str) -> Config:
-    """What the command line would give, for notebooks and tests: `compose("stage=train", "lr=1e-3")`."""
-    register()
+@cache
+def _keys_of_options(overrides: tuple[str, ...]) -> list[str]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(hydra_compose("config", list(overrides)))
-
-
-def known_keys() -> list[str]:
-    """Every key that a command line may name: `lr`, `stage.photo`, `model.base`, ..."""
-
-    def walk(schema: type, prefix: str) -> list[str]:
-        keys = []
-        for entry in fields(schema):
-            keys.append(prefix + entry.name)
-            if isinstance(entry.type, type) and hasattr(entry.type, "__dataclass_fields__"):
-                keys += walk(entry.type, f"{prefix}{entry.name}.")
-        return keys
-
-    keys = walk(Config, "")
-    for schema in STAGES.values():
-        keys += walk(schema, "stage.")
-    return list(dict.fromkeys(keys))
+        return keys_of(OmegaConf.to_container(hydra_compose("config", list(overrides))))

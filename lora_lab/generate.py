@@ -1,6 +1,6 @@
 """Draw: text-to-image and img2img in one function, for validation, the img2img stage and everybody else."""
 
-from collections.abc import Callable, Iterator
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from lora_lab.config import Sampler
+from lora_lab.console import bar
 from lora_lab.errors import InputError
 
 
@@ -28,7 +29,7 @@ def check_strength(steps: int, strength: float) -> None:
     if int(steps * strength) < 1:
         raise InputError(
             f"stage.strength={strength} with sampler.steps={steps} leaves no step to run: "
-            f"use a strength of at least {1 / steps:.2g} or more steps"
+            f"use a strength of at least {math.ceil(100 / steps) / 100} or more steps"
         )
 
 
@@ -37,7 +38,6 @@ def generate(
     pipe: StableDiffusionXLPipeline,
     requests: list[Request],
     sampler: Sampler,
-    progress: Callable[[list[Request]], Iterator[Request]] = iter,
 ) -> list[Image.Image]:
     """Draw every request with what `pipe` wears (adapters.wear.worn).
 
@@ -48,7 +48,7 @@ def generate(
     text_to_image = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     img2img = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
     pictures = []
-    for request in progress(requests):
+    for request in bar(requests, desc="draw", unit="picture", leave=False):
         common = dict(
             prompt=request.prompt,
             negative_prompt=sampler.negative_prompt or None,

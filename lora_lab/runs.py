@@ -120,6 +120,12 @@ def refuse_unwritable(folder: Path) -> None:
         ) from error
 
 
+def refuse_used(folder: Path, sign: str) -> None:
+    """Raise InputError if `sign`, which a run leaves, is in `folder`: a second run would write over the first."""
+    if (folder / sign).exists():
+        raise InputError(f"{folder} has a run already: name another folder with hydra.run.dir=, or say resume={folder}")
+
+
 def _describe(device: object) -> str:
     if getattr(device, "type", None) != "cuda":
         return f"{device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"

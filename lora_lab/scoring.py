@@ -7,16 +7,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-# Identity is measured on these prompts: backgrounds and accessories that the bundled character was never seen with.
+# Identity is measured on these prompts: no background is one that the bundled character was seen with, and most
+# accessories are new to it. A set of other prompts gives other figures, so it is part of the measure.
 IDENTITY_PROMPTS = (
     "A {trigger} with a green background, wearing sunglasses, smiling",
-    "A {trigger} with a yellow background, wearing a red party hat, laughing",
-    "A {trigger} with a white background, with curly brown hair, wearing round glasses, smiling",
-    "A {trigger} with a blue background, raising both hands, with its eyes closed",
-    "A {trigger} with a pink background, wearing a blue shirt, with long black hair, smiling",
-    "A {trigger} with a black background, with a moustache, wearing a green top hat",
-    "A {trigger} with a teal background, wearing square glasses, frowning",
     "A {trigger} with an orange background, wearing a yellow crown, winking with its left eye",
+    "A {trigger} with a pink background, wearing a blue shirt, with long black hair, smiling",
+    "A {trigger} with a blue background, raising both hands, with its eyes closed",
+    "A {trigger} with a white background, wearing round glasses, smiling",
+    "A {trigger} with a red background, wearing a white beanie, smiling",
+    "A {trigger} with a teal background, with a moustache, smiling",
+    "A {trigger} with a beige background, wearing a red bow, smiling",
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.runs import write_text
 
@@ -138,7 +139,7 @@ def _open_run(mode: str, **arguments: Any) -> "wandb.Run | None":
     if not reason:
         try:
             run = wandb.init(mode="online", **arguments)
-            print(f"tracking: {run.url}")
+            say(f"tracking: {run.url}")
             return run
         except Exception as error:  # CommError, AuthenticationError, a refused key, an unknown entity, ...
             reason = f"no connection: {_line(error)}"
@@ -147,7 +148,7 @@ def _open_run(mode: str, **arguments: Any) -> "wandb.Run | None":
     except Exception as error:
         log.warning("tracking could not be started, the run goes on without it: %s", _line(error))
         return None
-    print(f"tracking offline ({reason}); to upload: {_sync(run)}")
+    say(f"tracking offline ({reason}); to upload: {_sync(run)}")
     return run
 
 

@@ -9,6 +9,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
 
 PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -18,21 +19,28 @@ SUFFIX = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.wei
 def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[str, Tensor]:
     """The LoRA of `parts` ("unet", "text_encoder", "text_encoder_2" -> module with a peft adapter) in kohya's keys.
 
-    alpha is scaling * r, so alpha != rank, rsLoRA and patterns come out right: readers compute scaling as alpha / r.
-    transformers 5 dropped "text_model." from the first encoder's names; every other program expects it."""
+    alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r.
+    Each part has one alpha, since diffusers drops differing ones; where a pattern sets more, the up matrices take it.
+    transformers 5 dropped "text_model." from the first encoder's names; every other program expects it.
+    Raises InputError for what the format does not know (DoRA's magnitudes, biases)."""
     state = {}
     for part, model in parts.items():
+        common = None
         for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
             suffix = next((s for s in SUFFIX if key.endswith(s)), None)
             if suffix is None:
-                raise ValueError(f"{key}: kohya's format has no such tensor; only LoRA matrices can be written")
+                raise InputError(f"adapter: {key} has no place in a LoRA file, only LoRA matrices do: see conf/adapter")
             module = key.removesuffix(suffix)
             layer = model.get_submodule(module)
+            alpha = float(layer.scaling[adapter] * layer.r[adapter])
+            common = common or alpha
+            if suffix == ".lora_B.weight":
+                value = value * (alpha / common)
             if part != "unet" and not module.startswith("text_model."):
                 module = "text_model." + module
             name = f"{PREFIX[part]}_{module.replace('.', '_')}"
             state[name + SUFFIX[suffix]] = value.detach().cpu().contiguous()
-            state[name + ".alpha"] = torch.tensor(float(layer.scaling[adapter] * layer.r[adapter]))
+            state[name + ".alpha"] = torch.tensor(common)
     return state
 
 

@@ -22,7 +22,9 @@ def find_lora(value: str) -> Path:
         result = path / "result.json"
         lora = json.loads(result.read_text(encoding="utf-8")).get("lora") if result.is_file() else None
         inside = [Path(lora)] if lora else []
-        inside += [path / "lora" / Path(lora).name] if lora else sorted((path / "lora").glob("*.safetensors"))
+        # By name backwards stands the finished NAME.safetensors, then the newest of the NAME-000100.safetensors.
+        snapshots = sorted((path / "lora").glob("*.safetensors"), reverse=True)
+        inside += [path / "lora" / Path(lora).name] if lora else snapshots
         for file in inside:
             if file.is_file():
                 return file
@@ -40,31 +42,34 @@ def find_lora(value: str) -> Path:
 def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0) -> Iterator[None]:
     """Within the context `pipe` draws with the file's LoRA at `weight`; an adapter in training is set aside.
 
-    The file itself is loaded, also in the middle of training: a validation picture is what inference will give."""
+    The file itself is loaded, also in the middle of training: a validation picture is what inference will give.
+    Raises InputError if the file is not a LoRA for this base."""
     training = [p for p in pipe.unet.parameters() if p.requires_grad]
     active = pipe.unet.active_adapters() if training else []
     if training:
         pipe.unet.disable_adapters()
     try:
         if lora is not None and weight:
-            try:
-                pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="worn")
-            except (ValueError, RuntimeError, KeyError, OSError) as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise InputError(f"{lora}: does not fit this base as a LoRA ({first})") from error
-            if training:
-                pipe.unet.enable_adapters()
-            pipe.set_adapters(["worn"], [weight])
+            _put_on(pipe, lora, weight)
         yield
     finally:
-        if "worn" in pipe.get_list_adapters().get("unet", []) or _has_worn(pipe):
-            pipe.delete_adapters("worn")
         if training:
+            pipe.delete_adapters("worn")
             pipe.unet.enable_adapters()
             pipe.unet.set_adapter(active)
             for parameter in training:
                 parameter.requires_grad_(True)
+        elif lora is not None and weight:
+            pipe.unload_lora_weights()  # leaves no wrapped layers behind
 
 
-def _has_worn(pipe: StableDiffusionXLPipeline) -> bool:
-    return any("worn" in names for names in pipe.get_list_adapters().values())
+def _put_on(pipe: StableDiffusionXLPipeline, lora: Path, weight: float) -> None:
+    try:
+        # Without use_safetensors a damaged file would be tried as a pickle.
+        pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="worn", use_safetensors=True)
+        pipe.set_adapters(["worn"], [weight])
+    except Exception as error:  # a file that does not fit makes diffusers and peft raise nearly anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{lora}: does not fit this base as a LoRA ({' '.join(lines[:2])[:200]})") from error
+    if "worn" in pipe.get_list_adapters().get("unet", []):  # a file may be about the text encoders alone
+        pipe.unet.enable_adapters()

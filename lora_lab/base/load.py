@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_lab.base.locate import locate_model
@@ -27,7 +28,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the GPU has it, else float16; float32 on a CPU."""
+    """`auto`: bfloat16 where the GPU has it, else float16; float32 on a CPU. Raises InputError for fp16 on a CPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("model.precision=fp16: needs a GPU, on a CPU say bf16 or fp32")  # no loss scaling there
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
@@ -43,9 +46,10 @@ def load_base(model: Model, device: torch.device) -> StableDiffusionXLPipeline:
     vae = None if model.vae is None else _load_vae(model.vae, dtype)
     try:
         pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
-    except (OSError, ValueError, KeyError) as error:
+        _refuse_holes(pipe)
+    except Exception as error:  # by what is wrong with the files, libraries raise nearly anything
         raise InputError(f"model.base={model.base}: cannot be loaded as SDXL ({_sentence(error)})") from error
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+    for part in _parts(pipe).values():
         part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     pipe.watermark = None  # changes the pixels of what is learnt from and compared
@@ -58,7 +62,7 @@ def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
         if Path(location).is_file():
             return AutoencoderKL.from_single_file(location, dtype=dtype)
         return AutoencoderKL.from_pretrained(location, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"model.vae={name}: cannot be loaded ({_sentence(error)})") from error
 
 
@@ -69,6 +73,18 @@ def _load_pipeline(base: str, model: Model, dtype: torch.dtype, parts: dict) -> 
     variant = None if Path(base).is_dir() else model.variant
     # An explicit dtype everywhere: without one the text encoders come in the file's, the UNet in float32.
     return StableDiffusionXLPipeline.from_pretrained(base, dtype=dtype, variant=variant, **parts)
+
+
+def _refuse_holes(pipe: StableDiffusionXLPipeline) -> None:
+    """A single file may lack tensors: diffusers says nothing, and leaves parameters without memory."""
+    for part, network in _parts(pipe).items():
+        missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"it has no {part}.{missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+
+
+def _parts(pipe: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+    return {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
 
 
 def _quiet() -> None:

@@ -17,7 +17,7 @@ def locate_folder(key: str, value: str | None) -> Path:
         raise InputError(f"{key} is missing: say {key}=FOLDER")
     path = demo.HERE / value.removeprefix("demo:") if value.startswith("demo:") else Path(value)
     if not path.exists():
-        raise InputError(f"{key}={value}: there is no such folder{_nearest(path)}")
+        raise InputError(f"{key}={value}: there is no such file or folder{_nearest(path)}")
     return path
 
 

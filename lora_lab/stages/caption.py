@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lora_lab.base.load import pick_device
 from lora_lab.base.locate import locate_folder, locate_model, writable_folder
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.captions.history import machine_made, record
 from lora_lab.config import Captioner, Config
+from lora_lab.console import bar, say
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
@@ -38,7 +37,7 @@ def caption(config: Config, folder: Path) -> CaptionResult:
         "propose": list(pictures),
     }[mode]
     if not wanted:
-        print(f"all {len(pictures)} pictures of {root} have a caption that stage.mode={mode} leaves alone")
+        say(f"all {len(pictures)} pictures of {root} have a caption that stage.mode={mode} leaves alone")
         return CaptionResult("caption", {}, len(pictures), None)
     writable_folder("dataset.root", config.dataset.root)
     new: dict[str, str] = {}
@@ -52,7 +51,7 @@ def caption(config: Config, folder: Path) -> CaptionResult:
         elif new:
             record(root, config.captioner.name, captions, new)
             written = write_captions(root, captions | new)[0]
-    print(f"captioned {len(new)} of {len(pictures)} pictures, written to {written}")
+    say(f"captioned {len(new)} of {len(pictures)} pictures with {config.captioner.name}, written to {written}")
     return CaptionResult("caption", new, len(pictures) - len(new), str(written))
 
 
@@ -71,8 +70,8 @@ def caption_pictures(pictures: dict[str, Path], settings: Captioner, device: str
     captioner = load_captioner(
         base, str(pick_device(device)), settings.prompt, settings.max_tokens, settings.batch_size
     )
-    with tqdm(total=len(names), desc="caption", unit="picture") as bar:
+    with bar(total=len(names), desc="caption", unit="picture") as shown:
         for start in range(0, len(names), settings.batch_size):
             batch = names[start : start + settings.batch_size]
             yield from zip(batch, captioner.caption([open_picture(pictures[name]) for name in batch]), strict=True)
-            bar.update(len(batch))
+            shown.update(len(batch))

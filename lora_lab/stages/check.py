@@ -12,6 +12,7 @@ from PIL import Image
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.files import read_captions
 from lora_lab.config import Config
+from lora_lab.console import say
 from lora_lab.dataset import few, missing_captions, missing_picture, same_name_twice
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import aspect_buckets, enlargement, nearest_bucket
@@ -53,6 +54,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class CheckResult:
+    stage: str
     errors: list[str]  # training would refuse the folder for each of these
     warnings: list[str]
     findings: Findings
@@ -110,9 +112,9 @@ def inspect(
         in_every_caption=phrases_in_all(list(captions.values()), trigger),
     )
     errors = _errors(findings, root, captions_needed)
-    result = CheckResult(errors, _warnings(findings, trigger, captions_needed), findings)
+    result = CheckResult("check", errors, _warnings(findings, trigger, captions_needed), findings)
     write_json(folder / "check.json", asdict(result))
-    print(report(result, root))
+    say(report(result, root))
     return result
 
 
@@ -126,7 +128,7 @@ def token_counter(base: str) -> Callable[[str], int] | None:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer")
     except (OSError, ValueError):
-        print(f"captions are not measured in tokens: the tokenizer of {base} cannot be reached")
+        say(f"captions are not measured in tokens: the tokenizer of {base} cannot be reached")
         return None
     return lambda text: len(tokenizer(text).input_ids)
 

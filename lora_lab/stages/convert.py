@@ -6,6 +6,7 @@ from pathlib import Path
 from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_caption_file, read_captions, write_captions
 from lora_lab.config import Config
+from lora_lab.console import say
 from lora_lab.errors import InputError
 
 
@@ -29,5 +30,5 @@ def convert(config: Config, folder: Path) -> ConvertResult:
     if stage.output is not None:
         Path(stage.output).mkdir(parents=True, exist_ok=True)
     written = write_captions(writable_folder(key, value), captions, stage.form)
-    print(f"{len(captions)} captions written to {written[0]}" + (" and so on" if len(written) > 1 else ""))
+    say(f"{len(captions)} captions written to {written[0]}" + (" and so on" if len(written) > 1 else ""))
     return ConvertResult("convert", len(captions), [str(path) for path in written])

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from tqdm import tqdm
 
 from lora_lab.adapters.wear import find_lora, worn
 from lora_lab.base.load import load_base, pick_device
@@ -13,13 +12,14 @@ from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.config import Config
+from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.generate import Request, check_strength, generate
 from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import save_picture, write_atomically, write_manifest, write_text
+from lora_lab.runs import refuse_used, save_picture, write_atomically, write_manifest, write_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Img2imgResult:
 def img2img(config: Config, folder: Path) -> Img2imgResult:
     """Draw every photo with every seed into `folder`. Raises InputError before any model is loaded."""
     stage, model = config.stage, config.model
+    if not config.resume:
+        refuse_used(folder, "prompts.jsonl")
     check_strength(config.sampler.steps, stage.strength)
     paths = find_photos(stage.photo)
     buckets = aspect_buckets(model.resolution, model.bucket_step)
@@ -63,7 +65,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
         for seed in stage.seeds
     ]
     with worn(pipe, lora, stage.lora_weight):
-        pictures = generate(pipe, requests, config.sampler, lambda all_: tqdm(all_, "draw", unit="picture"))
+        pictures = generate(pipe, requests, config.sampler)
     names = _names(paths)
     drawn = []
     for i, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
@@ -77,7 +79,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     rows = [[photo, prompt, *row] for photo, prompt, row in zip(photos, prompts, per_photo, strict=True)]
     sheet = contact_sheet(rows, ["photo", "prompt", *(f"seed {seed}" for seed in stage.seeds)])
     write_atomically(folder / "sheet.png", sheet.save)
-    print(f"{len(drawn)} pictures in {folder}, side by side in {folder / 'sheet.png'}")
+    say(f"{len(drawn)} drawn in {folder}, side by side in {folder / 'sheet.png'}")
     return Img2imgResult("img2img", lora and str(lora), stage.strength, drawn, str(folder / "sheet.png"))
 
 

@@ -10,9 +10,11 @@ from PIL import Image
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.config import Caption, Check, Config, Refine, Stage
+from lora_lab.console import say
 from lora_lab.dataset import copy_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import write_atomically
+from lora_lab.runs import refuse_used, write_atomically
+from lora_lab.training.state import checkpoints
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,30 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
 
     began = time.perf_counter()
     copy = folder / "dataset"
+    if not config.resume:
+        refuse_used(folder, "dataset")
     if not copy.exists():  # it does when a killed pipeline goes on
         copy_dataset(locate_folder("dataset.root", config.dataset.root), copy, config.stage.captions == "keep")
     config = replace(config, dataset=replace(config.dataset, root=str(copy)))
 
     def do(name: str, what: Stage, where: Path, **changes: object):
-        print(f"\n== {name}")
+        say(f"\n== {name}")
         return stage(name)(replace(config, stage=what, **changes), where)
 
     do("check", Check(), folder)
     do("caption", Caption(mode="missing"), folder)
     do("refine", Refine(), folder)
-    trained = do("train", config.stage.train, folder)
+    # A pipeline that was killed before its first checkpoint trains from the beginning.
+    trained = do("train", config.stage.train, folder, resume=config.resume if checkpoints(folder) else None)
     drawing = config.stage.img2img
     before = do("img2img", replace(drawing, lora_weight=0.0), folder / "img2img" / "before")
     after = do("img2img", drawing, folder / "img2img" / "after", lora=trained.lora)
     overview = draw_overview(before.pictures, after.pictures, folder / "overview.png")
     base = "" if config.model.name == "tiny" else f"model={config.model.name} "
     score = "" if trained.identity is None else f" (identity {trained.identity_before:.2f} -> {trained.identity:.2f})"
-    print(f"\n{config.trigger} was learnt in {trained.steps} steps{score}: {trained.lora}")
-    print(f"look at {overview}: photo, caption, without the LoRA, with it")
-    print(f"next, your own photo: python -m lora_lab stage=img2img {base}lora={config.name} stage.photo=me.jpg")
+    say(f"\n{config.trigger} was learnt in {trained.steps} steps{score}: {trained.lora}")
+    say(f"look at {overview}: photo, caption, without the LoRA, with it")
+    say(f"next, your own photo: python -m lora_lab stage=img2img {base}lora={config.name} stage.photo=me.jpg")
     return PipelineResult(
         stage="pipeline",
         name=config.name,

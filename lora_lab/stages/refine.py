@@ -12,6 +12,7 @@ from lora_lab.captions.history import REFINE, record
 from lora_lab.captions.rules import Rules, read_hints
 from lora_lab.captions.rules import refine as refine_caption
 from lora_lab.config import Config
+from lora_lab.console import say
 from lora_lab.errors import InputError
 
 
@@ -44,7 +45,7 @@ def refine(config: Config, folder: Path) -> RefineResult:
         record(root, REFINE, captions, refined)
         write_captions(root, refined)
         Console().print(_table({name: (captions[name], refined[name]) for name in changed}))
-    print(f"refined {len(changed)} of {len(captions)} captions in {root}")
+    say(f"refined {len(changed)} of {len(captions)} captions in {root}")
     return RefineResult(
         "refine", {n: captions[n] for n in changed}, {n: refined[n] for n in changed}, len(captions) - len(changed)
     )

@@ -18,9 +18,10 @@ from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import DTYPES, load_base
 from lora_lab.config import Config
+from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.errors import InputError
-from lora_lab.runs import write_atomically, write_manifest
+from lora_lab.runs import refuse_used, write_atomically, write_manifest
 from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, encode_dataset
 from lora_lab.training.look import Look
@@ -48,12 +49,16 @@ class TrainResult:
 def train(config: Config, folder: Path) -> TrainResult:
     """Train `config.stage` (a Train) into `folder`. Raises InputError before the base is loaded."""
     began = time.perf_counter()
+    if not config.resume:
+        refuse_used(folder, "metrics.jsonl")
     plan = make_plan(config, folder)
-    print(describe(plan, config, folder))
+    say(describe(plan, config, folder))
     write_manifest(folder, plan.device, plan.hashes)
     AcceleratorState._reset_state(reset_partial_state=True)  # the jobs of a sweep share one process
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(plan.dtype, "no")
     accelerator = Accelerator(mixed_precision=half, cpu=plan.device.type == "cpu")
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     pipe = load_base(config.model, plan.device)
     data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
     references = [fitted.picture for fitted in plan.pictures]
@@ -64,7 +69,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     tracker = tracking(folder=folder, name=config.name, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, noise_schedule, accelerator, done, plan, config, look, track, folder)
+        lora = learn(job, data, noise_schedule, accelerator, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"identity": identity, "identity_before": identity_before})
@@ -107,48 +112,62 @@ def start_job(unet: torch.nn.Module, config: Config, plan: Plan, accelerator: Ac
     return Job(unet, optimizer, schedule, config.stage, config.steps, config.batch_size, config.seed)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What a run leaves behind as it goes: LoRA files and checkpoints."""
+
+    job: Job
+    config: Config
+    plan: Plan
+    folder: Path
+
+    def lora(self, step: int, name: str) -> Path:
+        """The LoRA after `step` steps as lora/NAME.safetensors."""
+        dtype = DTYPES[self.job.settings.save_dtype]
+        file = self.folder / "lora" / f"{name}.safetensors"
+        return save_lora(file, kohya_state({"unet": self.job.unet}), dtype, notes_for(self.config, self.plan, step))
+
+    def checkpoint(self, step: int) -> None:
+        job = self.job
+        most = job.settings.keep_checkpoints
+        save_checkpoint(self.folder, step, job.unet, job.optimizer, job.schedule, self.plan.recipe, most)
+
+
 def learn(
     job: Job,
     data: TrainingData,
     noise_schedule: DDPMScheduler,
     accelerator: Accelerator,
     done: int,
-    plan: Plan,
-    config: Config,
+    keep: Keep,
     look: Look,
     track: Track,
-    folder: Path,
 ) -> Path:
-    """The loop, with what happens around its steps; returns the finished LoRA file."""
-    stage = job.settings
-    metrics = MetricsFile(folder / "metrics.jsonl", done)
+    """The loop from step `done` on, with what happens around its steps; returns the finished LoRA file."""
+    stage, name = job.settings, keep.config.name
+    metrics = MetricsFile(keep.folder / "metrics.jsonl", done)
 
-    def save(step: int, name: str) -> Path:
-        notes = notes_for(config, plan, step)
-        file = folder / "lora" / f"{name}.safetensors"
-        return save_lora(file, kohya_state({"unet": job.unet}), DTYPES[stage.save_dtype], notes)
-
-    def keep(step: int) -> None:
-        save_checkpoint(folder, step, job.unet, job.optimizer, job.schedule, plan.recipe, stage.keep_checkpoints)
+    def due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0 and step < job.steps  # the last step has its turn after the loop
 
     def after_step(step: int, numbers: dict[str, float]) -> None:
         metrics.write(step, numbers)
         track.numbers(step, {f"train/{key}": value for key, value in numbers.items()})
-        if step < job.steps and stage.checkpoint_every and step % stage.checkpoint_every == 0:
-            keep(step)
-        if step < job.steps and stage.validate_every and step % stage.validate_every == 0:
-            track.images(step, look.validate(save(step, f"{config.name}-{step:06d}"), step))
+        if due(step, stage.checkpoint_every):
+            keep.checkpoint(step)
+        if due(step, stage.validate_every):
+            track.images(step, look.validate(keep.lora(step, f"{name}-{step:06d}"), step))
 
     look.rest()
     try:
         reached = train_steps(job, data, noise_schedule, accelerator, done, after_step)
     finally:
         metrics.close()
-        loss_plot(read_metrics(metrics.path), folder / "loss.png")
-    keep(reached)
+        loss_plot(read_metrics(metrics.path), keep.folder / "loss.png")
+    keep.checkpoint(reached)
     if reached < job.steps:
-        raise KeyboardInterrupt(f"stopped after step {reached}; go on with: python -m lora_lab resume={folder}")
-    lora = save(reached, config.name)
+        raise KeyboardInterrupt(f"stopped after step {reached}; go on with: python -m lora_lab resume={keep.folder}")
+    lora = keep.lora(reached, name)
     track.images(reached, look.validate(lora, reached))
     return lora
 
@@ -173,9 +192,11 @@ def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
 
 
 def publish(lora: Path, name: str) -> Path:
-    """Copy the finished file to models/lora/NAME.safetensors; one that stands there is given a number."""
+    """Copy the finished file to models/lora/NAME.safetensors; another one that stands there is given a number."""
     target = MODELS / f"{name}.safetensors"
+    if target.is_file() and target.read_bytes() == lora.read_bytes():
+        return target
     older = keep_older(target)
     if older:
-        print(f"{target} was there already; it is now {older}")
+        say(f"{target} was there already; it is now {older}")
     return write_atomically(target, lambda file: shutil.copyfile(lora, file))

@@ -6,9 +6,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_lab.base.encode import TextEmbedding, encode_caption, encode_picture, micro_conditioning
+from lora_lab.console import bar
 from lora_lab.dataset import Sample
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, nearest_bucket
@@ -72,7 +72,7 @@ def encode_dataset(
     texts: dict[str, TextEmbedding] = {}
     examples, buckets = [], {}
     for i, (sample, fitted) in enumerate(
-        zip(tqdm(samples, "encode", unit="picture", leave=False), pictures, strict=True)
+        zip(bar(samples, desc="encode", unit="picture", leave=False), pictures, strict=True)
     ):
         if sample.caption not in texts:
             texts[sample.caption] = _on(encode_caption(pipe, sample.caption), device)

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
 from lora_lab.config import Train
+from lora_lab.console import bar, say
 from lora_lab.errors import RunError
 from lora_lab.training.data import TrainingData
 from lora_lab.training.loss import sample_losses
@@ -53,7 +53,7 @@ def train_steps(
     Those are fewer when Ctrl-C asked for the end."""
     settings, parts = job.settings, job.settings.gradient_accumulation
     parameters = job.parameters()
-    with _stop_on_signal() as stopped, tqdm(total=job.steps, initial=start, desc="train", unit="step") as bar:
+    with _stop_on_signal() as stopped, bar(total=job.steps, initial=start, desc="train", unit="step") as shown:
         for step in range(start, job.steps):
             began = time.perf_counter()
             job.unet.train()  # drawing left it in evaluation mode
@@ -79,8 +79,8 @@ def train_steps(
             job.schedule.step()
             job.optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
-            bar.update()
+            shown.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
+            shown.update()
             numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
             numbers |= {"images_per_second": job.batch_size * parts / seconds, "memory_mib": _memory_mib()}
             after_step(step + 1, numbers)
@@ -125,7 +125,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        tqdm.write("stopping after this step (Ctrl-C again stops at once)")
+        say("stopping after this step (Ctrl-C again stops at once)")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from peft import LoraConfig
 
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import pick_device, pick_dtype
@@ -26,7 +27,7 @@ class Plan:
     samples: list[Sample]
     pictures: list[Fitted]  # of the samples, in their order
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-    adapter: object  # peft's configuration
+    adapter: LoraConfig
     device: torch.device
     dtype: torch.dtype  # of the frozen base
     goes_on: Path | None  # the checkpoint to go on from
@@ -45,11 +46,14 @@ def make_plan(config: Config, folder: Path) -> Plan:
         "dataset": hash_files(*(s.path for s in samples)),
         "captions": hash_text("\n".join(f"{s.name}\t{s.caption}" for s in samples)),
     }
+    adapter = from_library("adapter", config.adapter)
+    if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
+        raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
     return Plan(
         samples=samples,
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step),
         make_optimizer=from_library("optimizer", config.optimizer),
-        adapter=from_library("adapter", config.adapter),
+        adapter=adapter,
         device=device,
         dtype=pick_dtype(config.model.precision, device),
         goes_on=_newest_checkpoint(config, folder),
@@ -68,7 +72,7 @@ def from_library(key: str, settings: dict) -> object:
         made = instantiate(settings, _convert_="all")
         if settings.get("_partial_"):
             made([torch.nn.Parameter(torch.zeros(1))])
-    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError) as error:
+    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{key}: {target} cannot be made ({reason}); see conf/{key} for what it takes") from error
     return made

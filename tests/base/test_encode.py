@@ -1,0 +1,64 @@
+"""Pictures and captions become exactly what diffusers' own pipeline makes of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sdxl_structure import NARROW, pipeline
+
+from lora_lab.base.encode import encode_caption, encode_picture, micro_conditioning
+from lora_lab.errors import RunError
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline(NARROW)
+
+
+def picture(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_latents_are_an_eighth_of_the_picture_and_scaled(pipe):
+    latents = encode_picture(pipe, picture(64, 32), "a.png")
+    assert latents.shape == (4, 4, 8) and latents.dtype == torch.float32
+    pixels = torch.from_numpy(np.asarray(picture(64, 32))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        mean = pipe.vae.encode(pixels).latent_dist.mean
+    assert torch.allclose(latents, mean[0] * 0.13025, atol=1e-6)
+    assert not torch.equal(latents, encode_picture(pipe, picture(64, 32, seed=1), "b.png"))
+
+
+def test_a_float16_vae_that_overflows_is_lifted_for_the_while(pipe):
+    half = copy.deepcopy(pipe)
+    half.vae.half()
+    latents = encode_picture(half, picture(64, 64), "a.png")
+    assert half.vae.dtype == torch.float16
+    assert torch.allclose(latents, encode_picture(pipe, picture(64, 64), "a.png"), atol=2e-3)
+
+
+def test_numbers_that_are_not_finite_name_the_picture(pipe):
+    broken = copy.deepcopy(pipe)
+    with torch.no_grad():
+        broken.vae.encoder.conv_in.bias.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"sub/두부\.png: .*model\.vae"):
+        encode_picture(broken, picture(64, 64), "sub/두부.png")
+
+
+def test_a_caption_is_what_the_pipeline_makes_of_a_prompt(pipe):
+    for caption in ("A HANA_TOFU, smiling", "", "한국어 두부", "many words " * 99):
+        ours = encode_caption(pipe, caption)
+        tokens, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
+        assert ours.tokens.shape == (77, 16 + 24) and ours.pooled.shape == (24,)
+        assert torch.equal(ours.tokens, tokens[0]) and torch.equal(ours.pooled, pooled[0])
+        assert not ours.tokens.requires_grad
+
+
+def test_the_six_numbers_stand_in_sdxls_order(pipe):
+    sizes = (1000, 700), (10, 20), (1152, 896)  # height before width, top before left
+    theirs = pipe._get_add_time_ids(*sizes, dtype=torch.float32, text_encoder_projection_dim=24)
+    assert torch.equal(micro_conditioning(*sizes), theirs[0])
+    assert micro_conditioning(*sizes).tolist() == [1000, 700, 10, 20, 1152, 896]

@@ -1,0 +1,128 @@
+"""caption, refine and convert on a copy of the demo's pictures: a person's words survive everything."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_lab.captions.files import read_captions, write_captions
+from lora_lab.config import compose
+from lora_lab.demo import TOFU
+from lora_lab.errors import InputError
+from lora_lab.stages import run
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "tofu"
+    folder.mkdir()
+    for name in ("00.png", "03.png", "06.png"):
+        shutil.copy(TOFU / name, folder)
+    return folder
+
+
+def do(root: Path, *overrides: str):
+    config = compose("dataset=folder", f"dataset.root={root}", "refiner=avatars", "device=cpu", *overrides)
+    return run(config, root.parent / "run")
+
+
+def test_missing_captions_are_made_and_a_persons_stay(root):
+    write_captions(root, {"03.png": "my own words"})
+    result = do(root, "stage=caption")
+    captions = read_captions(root)
+    assert captions["03.png"] == "my own words"
+    assert "purple background" in captions["00.png"] and "top hat" in captions["06.png"]
+    assert set(result.captions) == {"00.png", "06.png"} and result.kept == 1
+    assert do(root, "stage=caption").captions == {}
+
+
+def test_replace_takes_back_only_what_a_captioner_wrote(root):
+    do(root, "stage=caption")
+    captions = read_captions(root)
+    write_captions(root, captions | {"03.png": captions["03.png"] + ", my favourite"})
+    result = do(root, "stage=caption", "stage.mode=replace")
+    assert set(result.captions) == {"00.png", "06.png"}
+    assert read_captions(root)["03.png"].endswith("my favourite")
+
+
+def test_replace_takes_back_a_refined_machine_caption_too(root):
+    write_captions(root, {"03.png": "a person's tofu"})
+    do(root, "stage=caption")
+    do(root, "stage=refine")
+    by_hand = read_captions(root)["03.png"]
+    assert set(do(root, "stage=caption", "stage.mode=replace").captions) == {"00.png", "06.png"}
+    assert read_captions(root)["03.png"] == by_hand
+
+
+def test_propose_writes_beside_and_changes_nothing(root):
+    write_captions(root, {"00.png": "mine", "03.png": "mine too", "06.png": "and mine"})
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    do(root, "stage=caption", "stage.mode=propose")
+    after = {path.name: path.read_bytes() for path in root.iterdir()}
+    proposed = after.pop("metadata.proposed.jsonl").decode().splitlines()
+    assert after == before
+    assert [json.loads(line)["file_name"] for line in proposed] == ["00.png", "03.png", "06.png"]
+
+
+def test_the_bundled_pictures_are_never_written_to(tmp_path):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir())
+    with pytest.raises(InputError, match="bundled files are not written to"):
+        run(compose("stage=caption", "stage.mode=propose"), tmp_path)
+    with pytest.raises(InputError, match="bundled files are not written to"):
+        run(compose("stage=convert", "stage.form=csv"), tmp_path)
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir()) == before
+
+
+def test_refining_names_the_character_keeps_the_raw_and_is_done_once(root, capsys):
+    do(root, "stage=caption")
+    raw = read_captions(root)
+    do(root, "stage=refine")
+    refined = read_captions(root)
+    assert all(text.count("HANA_TOFU") == 1 for text in refined.values())
+    assert "round glasses" in refined["03.png"]
+    printed = capsys.readouterr().out
+    assert "before" in printed and "after" in printed
+    history = [json.loads(line) for line in (root / "captions.history.jsonl").read_text().splitlines()]
+    assert {row["file_name"]: row["was"] for row in history if row["by"] == "refine"} == raw
+    files = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert do(root, "stage=refine").after == {}
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == files
+
+
+def test_hints_go_into_their_captions(root):
+    write_captions(root, dict.fromkeys(("00.png", "03.png", "06.png"), "a cartoon white ghost, smiling"))
+    (root / "hints.csv").write_text("file_name,text\n03.png,holding a flower\n", encoding="utf-8")
+    do(root, "stage=refine")
+    assert read_captions(root)["03.png"] == "A HANA_TOFU, smiling, holding a flower"
+    assert read_captions(root)["00.png"] == "A HANA_TOFU, smiling"
+    (root / "hints.csv").write_text("file_name,text\n30.png,holding a flower\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"30\.png"):
+        do(root, "stage=refine")
+
+
+def test_captions_survive_every_form(root):
+    captions = {"00.png": 'a "tofu", waving', "03.png": "김치 두부 😀", "06.png": "=1+1, it's;a test"}
+    write_captions(root, captions, "csv")
+    source = root / "metadata.csv"
+    for form, file in (
+        ("jsonl", "metadata.jsonl"),
+        ("json", "metadata.json"),
+        ("txt", ""),
+        ("jsonl", "metadata.jsonl"),
+    ):
+        output = root.parent / f"as-{form}-{source.name}"
+        output.mkdir()
+        for name in captions:
+            shutil.copy(root / name, output)
+        do(root, "stage=convert", f"stage.source={source}", f"stage.form={form}", f"stage.output={output}")
+        source = output / file if file else output
+        assert read_captions(output) == captions
+
+
+def test_converting_in_place_keeps_the_other_form_and_agrees_with_it(root):
+    captions = {"00.png": "one", "03.png": "two", "06.png": "three"}
+    write_captions(root, captions, "csv")
+    do(root, "stage=convert", "stage.form=txt")
+    assert (root / "00.txt").read_text() == "one\n" or (root / "00.txt").read_text() == "one"
+    assert (root / "metadata.csv").is_file() and read_captions(root) == captions

@@ -1,0 +1,110 @@
+"""Photos become pictures of the asked size, prompts are told, seeds and strength act."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_lab.config import compose
+from lora_lab.demo import PHOTOS
+from lora_lab.errors import InputError
+from lora_lab.stages import run
+
+FAST = ("stage=img2img", "device=cpu", "sampler.steps=4", "stage.strength=0.8")
+
+
+def draw(folder: Path, *overrides: str):
+    return run(compose(*FAST, *overrides), folder)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA that does something: random matrices in a file of the program's own."""
+    import torch
+    from peft import LoraConfig
+
+    from lora_lab.adapters.files import kohya_state, save_lora
+    from lora_lab.base.load import load_base
+
+    unet = load_base(compose().model, torch.device("cpu")).unet
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("lora")
+    notes = {"modelspec.trigger_phrase": "HANA_TOFU"}
+    return save_lora(folder / "made.safetensors", kohya_state({"unet": unet}), torch.float32, notes)
+
+
+def test_a_photo_is_captioned_refined_and_drawn(tmp_path, lora):
+    result = draw(tmp_path / "run", f"lora={lora}", f"stage.photo={PHOTOS / '1.png'}")
+    (drawn,) = result.pictures
+    assert "green background" in drawn.caption and "HANA_TOFU" not in drawn.caption
+    assert drawn.prompt.startswith("A HANA_TOFU with a green background") and "skin" not in drawn.prompt
+    picture = Image.open(drawn.picture)
+    assert picture.size == (128, 128) and picture.text["prompt"] == drawn.prompt
+    (row,) = map(json.loads, (tmp_path / "run/prompts.jsonl").read_text().splitlines())
+    assert row["prompt"] == drawn.prompt and row["seed"] == 0
+    sheet = Image.open(result.sheet)
+    assert sheet.width > 3 * 256 and json.loads((tmp_path / "run/result.json").read_text())["sheet"] == result.sheet
+
+
+def test_the_lora_and_its_weight_matter(tmp_path, lora):
+    photo = f"stage.photo={PHOTOS / '1.png'}"
+
+    def pixels(name, *overrides):
+        result = draw(tmp_path / name, photo, "stage.prompt='A {trigger}'", *overrides)
+        assert result.pictures[0].prompt == "A HANA_TOFU" and result.pictures[0].caption is None
+        return np.asarray(Image.open(result.pictures[0].picture)).astype(int)
+
+    full, half = pixels("full", f"lora={lora}"), pixels("half", f"lora={lora}", "stage.lora_weight=0.5")
+    none = pixels("none", "stage.lora_weight=0")
+    assert np.abs(full - none).mean() > np.abs(half - none).mean() > 1
+
+
+def test_a_list_and_a_folder_of_photos_with_two_seeds(tmp_path, lora):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.open(PHOTOS / "2.png").resize((300, 200)).save(folder / "wide.png")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "wide.png", other / "wide.png")  # two photos of one name
+    result = draw(
+        tmp_path / "run", f"lora={lora}", f"stage.photo=['{folder}','{other / 'wide.png'}']", "stage.seeds=[1,2]",
+        "stage.prompt='a {trigger}'",
+    )  # fmt: skip
+    assert len(result.pictures) == 4 and len({drawn.picture for drawn in result.pictures}) == 4
+    assert {Image.open(drawn.picture).size for drawn in result.pictures} == {(160, 96)}
+    one, two = (np.asarray(Image.open(drawn.picture)) for drawn in result.pictures[:2])
+    assert not np.array_equal(one, two)
+
+
+def test_low_strength_keeps_more_of_the_photo(tmp_path):
+    photo = np.asarray(Image.open(PHOTOS / "5.png").resize((128, 128))).astype(int)
+
+    def distance(strength):
+        overrides = (
+            f"stage.photo={PHOTOS / '5.png'}",
+            "stage.lora_weight=0",
+            "stage.prompt='a cat'",
+            f"stage.strength={strength}",
+        )
+        result = draw(tmp_path / str(strength), *overrides, "sampler.steps=8")
+        return np.abs(np.asarray(Image.open(result.pictures[0].picture)).astype(int) - photo).mean()
+
+    assert distance(0.2) < distance(1.0)
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_base_loads(tmp_path, lora, monkeypatch):
+    monkeypatch.setattr("lora_lab.stages.img2img.load_base", lambda *_: pytest.fail("the base was loaded"))
+    photo = f"stage.photo={PHOTOS / '1.png'}"
+    for overrides, words in (
+        ((photo, f"lora={lora}", "stage.strength=0.1"), "leaves no step to run"),
+        ((photo,), "lora is missing"),
+        ((photo, f"lora={lora}", "trigger=OTHER"), "say trigger=HANA_TOFU"),
+        ((f"lora={lora}", f"stage.photo={tmp_path / 'nobody.jpg'}"), r"nobody\.jpg"),
+        ((photo, "lora=HANNA"), "HANNA"),
+    ):
+        with pytest.raises(InputError, match=words):
+            draw(tmp_path / "run", *overrides)
