@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lab.errors import InputError
@@ -89,6 +90,15 @@ def save_lora(path: Path, state: dict[str, Tensor], dtype: torch.dtype, notes: d
     """Write `state` in `dtype` (alphas stay float32: they are exact numbers) with `notes` as metadata, atomically."""
     cast = {key: value if key.endswith(".alpha") else value.to(dtype) for key, value in state.items()}
     return write_atomically(path, lambda file: save_file(cast, str(file), metadata=notes))
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two files hold the same LoRA. Their bytes may differ: safetensors writes metadata in no fixed order."""
+    try:
+        mine, theirs = load_file(str(one)), load_file(str(other))
+    except SafetensorError:
+        return False
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def keep_older(path: Path) -> Path | None:

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from lora_lab.base.locate import locate_model
 from lora_lab.config import Model
+from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +39,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def load_base(model: Model, device: torch.device) -> StableDiffusionXLPipeline:
     """The frozen pipeline on `device`. Raises InputError when the base cannot be read."""
-    _quiet()
+    quiet_loading()
     dtype = pick_dtype(model.precision, device)
     base = locate_model("model.base", model.base)
     vae = None if model.vae is None else _load_vae(model.vae, dtype)
@@ -85,13 +84,6 @@ def _refuse_holes(pipe: StableDiffusionXLPipeline) -> None:
 
 def _parts(pipe: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
     return {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-
-
-def _quiet() -> None:
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _sentence(error: Exception) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
 
 
@@ -44,6 +45,7 @@ def load_captioner(base: str, device: str, prompt: str | None, max_tokens: int, 
     import torch
     from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
 
+    quiet_loading()
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     try:
         kind = AutoConfig.from_pretrained(base).model_type

@@ -1,14 +1,12 @@
 """One module a stage: a function from the configuration and a folder to a frozen result. No stage imports another's."""
 
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
 from lora_lab.config import STAGES, Config
+from lora_lab.console import quiet_libraries
 from lora_lab.runs import refuse_unwritable, write_json
 
 NAMES = {schema: name for name, schema in STAGES.items()}
@@ -26,15 +24,3 @@ def run(config: Config, folder: Path) -> object:
 def stage(name: str) -> Callable[[Config, Path], object]:
     """The function of a stage. Imported only when asked for: converting captions must not wait for torch."""
     return getattr(import_module(f"lora_lab.stages.{name}"), name)
-
-
-def quiet_libraries() -> None:
-    """What is left on the screen is ours: advice about torchvision or missing kernels helps nobody here."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "peft", "accelerate", "httpx", "filelock"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", module=r"(torch|diffusers|transformers|peft|accelerate|bitsandbytes|huggingface_hub)(\..*)?"
-    )

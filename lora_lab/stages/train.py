@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from torch.utils.checkpoint import checkpoint as recompute
 
-from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
+from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import DTYPES, load_base
 from lora_lab.config import Config
@@ -194,7 +194,7 @@ def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
 def publish(lora: Path, name: str) -> Path:
     """Copy the finished file to models/lora/NAME.safetensors; another one that stands there is given a number."""
     target = MODELS / f"{name}.safetensors"
-    if target.is_file() and target.read_bytes() == lora.read_bytes():
+    if target.is_file() and same_tensors(target, lora):  # a finished run was resumed
         return target
     older = keep_older(target)
     if older:

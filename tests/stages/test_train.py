@@ -187,6 +187,20 @@ def test_an_older_lora_of_the_same_name_is_kept():
     assert load_file("models/lora/HANA_TOFU.safetensors").keys() == lora("run").keys()
 
 
+def test_resuming_a_finished_run_publishes_nothing_twice():
+    train("run", "steps=2")
+    train("run", "steps=2", f"resume={Path('run').absolute()}")
+    assert [p.name for p in Path("models/lora").iterdir()] == ["HANA_TOFU.safetensors"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused():
+    train("run", "steps=1")
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="has a run already"):
+        train("run", "steps=2")
+    assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*") if p.is_file()} == before
+
+
 def test_the_loss_of_known_noise_falls(uninterrupted):
     """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
     from diffusers import DDPMScheduler
