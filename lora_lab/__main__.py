@@ -30,10 +30,13 @@ def main(cfg: DictConfig) -> None:
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    sweep = settings.mode == RunMode.MULTIRUN
     try:
-        run(config.typed(cfg), folder)
+        typed = config.typed(cfg)
+        if sweep and typed.tracker.group is None:  # one group for all jobs: date and time of the sweep
+            typed.tracker.group = "-".join(Path(settings.sweep.dir).parts[-2:])
+        run(typed, folder)
     except Exception as error:
-        sweep = settings.mode == RunMode.MULTIRUN
         _failures.append(_report(error, f"{' '.join(settings.overrides.task)}: " if sweep else ""))
         if _failures == [2] and not sweep:
             _remove_if_unused(folder)

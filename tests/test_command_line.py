@@ -281,3 +281,12 @@ def test_the_module_runs_as_typed(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("lora_lab: stage=trian") and wrong.stdout == ""
     right = run("--cfg", "job", "stage=train", "lr=1e-4")
     assert right.returncode == 0 and "lr: 0.0001" in right.stdout
+
+
+def test_the_jobs_of_a_sweep_are_one_group_for_the_tracker(type_in, monkeypatch):
+    groups = []
+    monkeypatch.setattr("lora_lab.stages.run", lambda config, folder: groups.append(config.tracker.group))
+    assert type_in("-m", "stage=check", "seed=0,1")[0] == 0
+    assert groups[0] is not None and groups == [groups[0]] * 2
+    assert type_in("stage=check")[0] == 0
+    assert groups[-1] is None

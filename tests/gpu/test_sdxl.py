@@ -1,6 +1,6 @@
 """The program at SDXL's real size (3.5 billion random weights, 1024 px) on one GPU, in a few minutes.
 
-    python -m pytest tests/gpu -m gpu
+    python -m pytest tests/gpu -m gpu -n 0
 
 Every test prints a line `MEASURED {json}`. LORA_LAB_GPU_DRY=1 runs the same lines on a CPU with narrow weights."""
 
