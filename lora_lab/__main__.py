@@ -68,6 +68,8 @@ def _exit_code(argv: list[str]) -> int:
                 for run in runs:
                     command_line.refuse_missing(run)
         flags = [a for a in argv if a.startswith("-") or a in (given.cfg, given.package, given.info)]
+        if given.cfg == "job" and not given.resolve:
+            flags.append("--resolve")  # values, not where they come from
         sys.argv[1:] = [*flags, *overrides]
         main()
     except (OSError, ValueError) as error:  # Hydra could not make the run folder, or its flags contradict each other

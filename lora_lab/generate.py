@@ -1,6 +1,7 @@
 """Draw: text-to-image and img2img in one function, for validation, the img2img stage and everybody else."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,8 @@ def generate(
     pipe: StableDiffusionXLPipeline,
     requests: list[Request],
     sampler: Sampler,
-) -> list[Image.Image]:
-    """Draw every request with what `pipe` wears (adapters.wear.worn).
+) -> Iterator[Image.Image]:
+    """Draw every request with what `pipe` wears (adapters.wear.worn), yielding each picture as it is done.
 
     One picture at a time: it must not depend on the company it was drawn in, and batched kernels round differently.
     The noise comes from a CPU generator, so a seed means the same on every device."""
@@ -47,7 +48,6 @@ def generate(
     parts = {**pipe.components, "scheduler": scheduler}
     text_to_image = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     img2img = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
-    pictures = []
     for request in bar(requests, desc="draw", unit="picture", leave=False):
         common = dict(
             prompt=request.prompt,
@@ -64,5 +64,4 @@ def generate(
             draw = img2img
             common |= {"image": request.photo, "strength": request.strength}
         draw.set_progress_bar_config(disable=True)
-        pictures.append(draw(**common).images[0])
-    return pictures
+        yield draw(**common).images[0]

@@ -290,3 +290,9 @@ def test_the_jobs_of_a_sweep_are_one_group_for_the_tracker(type_in, monkeypatch)
     assert groups[0] is not None and groups == [groups[0]] * 2
     assert type_in("stage=check")[0] == 0
     assert groups[-1] is None
+
+
+def test_cfg_job_shows_values_not_where_they_come_from(type_in):
+    code, out, _ = type_in("--cfg", "job", "lr=3e-4", "rank=7")
+    assert code == 0 and "lr: 0.0003" in out and "r: 7" in out
+    assert "${" not in out.replace("{trigger}", "")

@@ -67,9 +67,9 @@ def caption_pictures(pictures: dict[str, Path], settings: Captioner, device: str
     for name in names:
         open_picture(pictures[name])
     base = locate_model("captioner.base", settings.base)
-    captioner = load_captioner(
-        base, str(pick_device(device)), settings.prompt, settings.max_tokens, settings.batch_size
-    )
+    where = str(pick_device(device))
+    say(f"captioning {len(names)} pictures with {settings.base} on {where}")
+    captioner = load_captioner(base, where, settings.prompt, settings.max_tokens, settings.batch_size)
     with bar(total=len(names), desc="caption", unit="picture") as shown:
         for start in range(0, len(names), settings.batch_size):
             batch = names[start : start + settings.batch_size]

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
 from safetensors import safe_open
 
 from lora_lab.adapters.wear import find_lora, worn
@@ -53,27 +54,26 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     lora = _lora(config)
     locate_model("model.base", model.base)
     device = pick_device(config.device)
+    worn_file = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
+    say(f"{len(photos)} photos, strength {stage.strength:g}, {worn_file}, {model.base} on {device}")
     captions = [None] * len(photos) if stage.prompt else _captions(opened, config, str(device))
     rules = Rules.from_config(**asdict(config.refiner))
     prompts = [refine(text, config.trigger, rules) if text else _given(config) for text in captions]
     write_manifest(folder, device, {})
 
-    pipe = load_base(model, device)
-    requests = [
-        Request(prompt, seed, photo.size, photo, stage.strength)
-        for photo, prompt in zip(photos, prompts, strict=True)
-        for seed in stage.seeds
-    ]
-    with worn(pipe, lora, stage.lora_weight):
-        pictures = generate(pipe, requests, config.sampler)
     names = _names(paths)
-    drawn = []
-    for i, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
-        which = i // len(stage.seeds)
-        file = folder / f"{names[which]}-s{request.seed}.png"
-        notes = {"prompt": request.prompt, "seed": request.seed, "strength": stage.strength, "lora": lora and lora.name}
-        save_picture(file, picture, notes)
-        drawn.append(Drawn(str(paths[which]), captions[which], request.prompt, request.seed, str(file)))
+    asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
+    requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
+    pipe = load_base(model, device)
+    pictures: list[Image.Image] = []
+    drawn: list[Drawn] = []
+    with worn(pipe, lora, stage.lora_weight):
+        for (i, seed), picture in zip(asked, generate(pipe, requests, config.sampler), strict=True):
+            file = folder / f"{names[i]}-s{seed}.png"  # saved at once: Ctrl-C loses only what is not drawn yet
+            notes = {"prompt": prompts[i], "seed": seed, "strength": stage.strength, "lora": lora and lora.name}
+            save_picture(file, picture, notes)
+            pictures.append(picture)
+            drawn.append(Drawn(str(paths[i]), captions[i], prompts[i], seed, str(file)))
     write_text(folder / "prompts.jsonl", "".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in drawn))
     per_photo = [pictures[i : i + len(stage.seeds)] for i in range(0, len(pictures), len(stage.seeds))]
     rows = [[photo, prompt, *row] for photo, prompt, row in zip(photos, prompts, per_photo, strict=True)]
@@ -114,7 +114,7 @@ def _lora(config: Config) -> Path | None:
     return lora
 
 
-def _captions(pictures: list, config: Config, device: str) -> list[str]:
+def _captions(pictures: list[Image.Image], config: Config, device: str) -> list[str]:
     settings = config.captioner
     base = locate_model("captioner.base", settings.base)
     captioner = load_captioner(base, device, settings.prompt, settings.max_tokens, settings.batch_size)

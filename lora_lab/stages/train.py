@@ -65,7 +65,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
     job = start_job(pipe.unet, config, plan, accelerator)
-    done = load_checkpoint(plan.goes_on, job.unet, job.optimizer, job.schedule, plan.recipe) if plan.goes_on else 0
+    done = load_checkpoint(plan.goes_on, job.unet, job.optimizer, job.schedule) if plan.goes_on else 0
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     tracker = tracking(folder=folder, name=config.name, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
@@ -84,7 +84,7 @@ def train(config: Config, folder: Path) -> TrainResult:
         loss=statistics.mean(line["loss"] for line in read_metrics(folder / "metrics.jsonl")[-50:]),
         identity_before=identity_before,
         identity=identity,
-        samples=look.samples,
+        samples=look.samples(),
     )
 
 

@@ -23,20 +23,22 @@ class Look:
     def __init__(self, pipe: StableDiffusionXLPipeline, config: Config, folder: Path, device: torch.device) -> None:
         self._pipe, self._config, self._folder, self._device = pipe, config, folder, device
         self._judge = config.model.judge and locate_folder("model.judge", config.model.judge)
-        self.samples: dict[str, list[str]] = {}  # step to the files of its pictures
 
     def validate(self, lora: Path, step: int) -> dict[str, tuple[Image.Image, str]]:
         """Draw the stage's prompts into samples/step-NNNNNN; returns tracker key to (picture, caption)."""
         stage = self._config.stage
         asked = [(f"p{i}-s{seed}", text, seed) for i, text in enumerate(stage.prompts) for seed in stage.seeds]
         folder = self._folder / "samples" / f"step-{step:06d}"
-        shown, files = {}, []
+        shown = {}
         for (name, prompt, picture), seed in zip(self._draw(lora, asked, folder), [a[2] for a in asked], strict=True):
             caption = f"{prompt} | rank {self._config.rank}, lr {self._config.lr:g}, step {step}, seed {seed}"
             shown[f"validation/{name}"] = (picture, caption)
-            files.append(str(folder / f"{name}.png"))
-        self.samples[str(step)] = files
         return shown
+
+    def samples(self) -> dict[str, list[str]]:
+        """Step -> its validation pictures, those drawn before a resume included."""
+        folders = sorted((self._folder / "samples").glob("step-*"))
+        return {str(int(f.name.removeprefix("step-"))): sorted(map(str, f.glob("*.png"))) for f in folders}
 
     def identity(self, lora: Path | None, references: Sequence[Image.Image]) -> float | None:
         """scoring.identity of the measure's own prompts against the training pictures; None without `model.judge`."""
@@ -63,7 +65,7 @@ class Look:
         requests = [Request(text.replace("{trigger}", trigger), seed, (side, side)) for _, text, seed in asked]
         self._pipe.to(self._device)
         with worn(self._pipe, lora):
-            pictures = generate(self._pipe, requests, self._config.sampler)
+            pictures = list(generate(self._pipe, requests, self._config.sampler))
         self.rest()
         drawn = []
         for (name, _, _), request, picture in zip(asked, requests, pictures, strict=True):

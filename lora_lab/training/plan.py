@@ -19,7 +19,7 @@ from lora_lab.images.buckets import Fitted
 from lora_lab.runs import hash_files, hash_text
 from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
-from lora_lab.training.state import checkpoints
+from lora_lab.training.state import checkpoints, refuse_other_recipe
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ def make_plan(config: Config, folder: Path) -> Plan:
     adapter = from_library("adapter", config.adapter)
     if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
         raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
+    recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
+    if goes_on:
+        refuse_other_recipe(goes_on, recipe)
     return Plan(
         samples=samples,
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step),
@@ -56,8 +59,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
         adapter=adapter,
         device=device,
         dtype=pick_dtype(config.model.precision, device),
-        goes_on=_newest_checkpoint(config, folder),
-        recipe=_recipe(config) | hashes,
+        goes_on=goes_on,
+        recipe=recipe,
         hashes=hashes,
     )
 

@@ -48,21 +48,23 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(
-    checkpoint: Path, unet: nn.Module, optimizer: AcceleratedOptimizer, schedule: LRScheduler, recipe: dict
-) -> int:
-    """Restore and return the number of steps done. Raises InputError when the run asked for is another one."""
-    saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+def refuse_other_recipe(checkpoint: Path, recipe: dict) -> None:
+    """Raise InputError if `checkpoint` was trained by another recipe than the run that wants to go on from it."""
+    saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["recipe"]
     for key, value in recipe.items():
-        if saved["recipe"].get(key) != value:
-            was = saved["recipe"].get(key)
+        if saved.get(key) != value:
+            was = saved.get(key)
             raise InputError(
-                f"resume: {checkpoint} was trained with {key}={was}, this run has {value}; start a new run for that"
+                f"resume: {checkpoint} was trained with {key}={was}, not {value}: start a new run for that"
             )
+
+
+def load_checkpoint(checkpoint: Path, unet: nn.Module, optimizer: AcceleratedOptimizer, schedule: LRScheduler) -> int:
+    """Restore what learns; returns the number of steps done."""
     set_peft_model_state_dict(unet, load_file(str(checkpoint / "adapter.safetensors")))
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     if optimizer.scaler is not None and state["scaler"]:
         optimizer.scaler.load_state_dict(state["scaler"])
-    return saved["step"]
+    return json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["step"]

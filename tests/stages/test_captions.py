@@ -126,3 +126,19 @@ def test_converting_in_place_keeps_the_other_form_and_agrees_with_it(root):
     do(root, "stage=convert", "stage.form=txt")
     assert (root / "00.txt").read_text() == "one\n" or (root / "00.txt").read_text() == "one"
     assert (root / "metadata.csv").is_file() and read_captions(root) == captions
+
+
+def test_hugging_faces_imagefolder_reads_what_the_stages_leave(root, monkeypatch):
+    (root / "00.png").rename(root / "image_10.png")
+    (root / "03.png").rename(root / "image_2.png")
+    do(root, "stage=caption")
+    do(root, "stage=caption", "stage.mode=propose")
+    do(root, "stage=refine")
+    import datasets
+
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(root), split="train", cache_dir=str(root.parent / "cache")
+    )
+    names = [Path(row["image"].filename).name for row in loaded]
+    assert names == ["06.png", "image_2.png", "image_10.png"]
+    assert dict(zip(names, loaded["text"], strict=True)) == read_captions(root)
