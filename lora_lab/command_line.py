@@ -255,7 +255,7 @@ def resumed(overrides: list[str], multirun: bool) -> list[str]:
 
     `latest` is the newest folder under outputs/ or multirun/ that has a checkpoint. Raises InputError if none has."""
     given = {_name(o): o.partition("=")[2].strip("'\"") for o in overrides}
-    if given.get("resume", "null") == "null":
+    if given.get("resume") in (None, "null"):
         return overrides
     if multirun:
         raise InputError(f"resume={given['resume']}: one run is taken up at a time, leave out the -m")

@@ -158,8 +158,7 @@ def test_every_command_of_the_other_pages_is_accepted(page, desk):
     config.register()
     for command in commands(page):
         given = command_line.arguments(typed(command))
-        if not given.help:
-            command_line.check(given.overrides, given.multirun)
+        assert given.help or command_line.check(given.overrides, given.multirun), command
 
 
 def test_the_readmes_misspelt_key_gets_the_answer_it_quotes(desk):

@@ -67,7 +67,8 @@ def train(config: Config, folder: Path) -> TrainResult:
     job = start_job(pipe.unet, config, plan, accelerator)
     done = load_checkpoint(plan.goes_on, job.unet, job.optimizer, job.schedule) if plan.goes_on else 0
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    tracker = tracking(folder=folder, name=config.name, config=asdict(config), resume=done > 0, **vars(config.tracker))
+    shown = f"{config.name} rank {config.rank} lr {config.lr:g} steps {config.steps}"  # tells the jobs of a sweep apart
+    tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
         lora = learn(job, data, noise_schedule, accelerator, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
