@@ -100,7 +100,7 @@ def _wandb(folder: Path, config: Mapping[str, Any], mode: str, resume: bool, nam
         write_text(record, run.id + "\n")
         # The step is a metric of its own: W&B's counter cannot go back, and a resumed run starts at its checkpoint.
         run.define_metric("global_step")
-        for pattern in ("train/*", "validation/*"):
+        for pattern in ("train/*", "validation/*", "score/*"):
             run.define_metric(pattern, step_metric="global_step")
         exit_code = 1
         try:

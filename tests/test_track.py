@@ -121,7 +121,7 @@ def test_every_step_and_every_picture_stands_on_the_axis_of_global_step(story):
     assert picture.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     rules = [record["metric"] for record in records if record["type"] == "metric"]
     axes = {rule["glob_name"]: rule["step_metric"] for rule in rules if "glob_name" in rule}
-    assert axes == {"train/*": "global_step", "validation/*": "global_step"}
+    assert axes == dict.fromkeys(("train/*", "validation/*", "score/*"), "global_step")
 
 
 def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(story):

@@ -73,7 +73,7 @@ def train(config: Config, folder: Path) -> TrainResult:
         lora = learn(job, data, noise_schedule, accelerator, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
-            track.numbers(config.steps, {"identity": identity, "identity_before": identity_before})
+            track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
     return TrainResult(
         stage="train",
         name=config.name,

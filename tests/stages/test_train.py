@@ -315,3 +315,20 @@ def test_identity_is_measured_before_and_after():
     assert -1 <= result.identity_before <= 1 and -1 <= result.identity <= 1
     assert len(list(Path("run/samples/identity-before").glob("*.png"))) == 8
     assert json.loads(Path("run/result.json").read_text())["identity"] == result.identity
+
+
+def test_an_offline_wandb_run_holds_the_losses_the_pictures_and_the_settings(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(Path.cwd()))  # no .netrc of whoever runs the tests
+    train("run", "steps=3", "tracker=wandb", "tracker.mode=offline", "tracker.group=nightly")
+    (record,) = Path("run/wandb").glob("offline-run-*")
+    asked = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    records = [json.loads(line) for line in subprocess.run(asked, check=True, capture_output=True).stdout.splitlines()]
+    rows = [r["history"]["item"] for r in records if r["type"] == "history"]
+    losses = {row["global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics("run")})
+    (drawn,) = [row for row in rows if "validation/p0-s0.path" in row]
+    logged = Image.open(record / "files" / drawn["validation/p0-s0.path"]).convert("RGB")
+    assert np.array_equal(np.asarray(logged), np.asarray(Image.open("run/samples/step-000003/p0-s0.png")))
+    assert "A HANA_TOFU with a green background" in drawn["validation/p0-s0.caption"]
+    assert "nightly" in json.dumps(records) and '"rank"' in json.dumps(records)
