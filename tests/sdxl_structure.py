@@ -236,3 +236,12 @@ def _open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace(ours, theirs)
         original[f"conditioner.embedders.1.model.{key}"] = value
     return original
+
+
+@torch.no_grad()
+def outputs(pipe: StableDiffusionXLPipeline) -> tuple[Tensor, Tensor, Tensor]:
+    """What the text encoders make of a caption (tokens, pooled), and the UNet of it and fixed latents."""
+    tokens, _, pooled, _ = pipe.encode_prompt("A HANA_TOFU, smiling", do_classifier_free_guidance=False)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+    return tokens, pooled, pipe.unet(latents, 500, tokens, added_cond_kwargs=conditions).sample

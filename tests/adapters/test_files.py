@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sdxl_structure import NARROW, pipeline
+from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import files
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
@@ -47,14 +47,6 @@ def teach(config: dict, targets: list[str], with_text: bool) -> tuple[StableDiff
         for part in (pipe.text_encoder, pipe.text_encoder_2):
             part.add_adapter(LoraConfig(target_modules=TEXT, init_lora_weights=False, **config))
     return pipe, parts
-
-
-@torch.no_grad()
-def outputs(pipe):
-    tokens, _, pooled, _ = pipe.encode_prompt("A HANA_TOFU, smiling", do_classifier_free_guidance=False)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
-    return tokens, pooled, pipe.unet(latents, 500, tokens, added_cond_kwargs=conditions).sample
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

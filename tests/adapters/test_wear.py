@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
-from sdxl_structure import NARROW, pipeline
+from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters.files import kohya_state, save_lora
 from lora_lab.adapters.wear import find_lora, worn
@@ -56,14 +56,6 @@ def pipe(shared):
     assert shared.unet.state_dict().keys() == keys
     assert not shared.get_list_adapters()
     assert not any(p.requires_grad for p in shared.unet.parameters())
-
-
-@torch.no_grad()
-def outputs(pipe):
-    tokens, _, pooled, _ = pipe.encode_prompt("A HANA_TOFU, smiling", do_classifier_free_guidance=False)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
-    return tokens, pooled, pipe.unet(latents, 500, tokens, added_cond_kwargs=conditions).sample
 
 
 def same(ours, theirs):
