@@ -5,13 +5,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.config import Caption, Check, Config, Refine, Stage
 from lora_lab.console import say
 from lora_lab.dataset import copy_pictures
+from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, write_atomically
 from lora_lab.training.state import checkpoints
@@ -52,8 +51,11 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     do("check", Check(), folder)
     do("caption", Caption(mode="missing"), folder)
     do("refine", Refine(), folder)
-    # A pipeline that was killed before its first checkpoint trains from the beginning.
-    trained = do("train", config.stage.train, folder, resume=config.resume if checkpoints(folder) else None)
+    goes_on = bool(checkpoints(folder))
+    if config.resume and not goes_on:
+        # Killed before the first checkpoint: training begins again, and its steps write the very same lines.
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    trained = do("train", config.stage.train, folder, resume=config.resume if goes_on else None)
     drawing = config.stage.img2img
     before = do("img2img", replace(drawing, lora_weight=0.0), folder / "img2img" / "before")
     after = do("img2img", drawing, folder / "img2img" / "after", lora=trained.lora)
@@ -93,7 +95,7 @@ def copy_dataset(root: Path, to: Path, captions: bool) -> None:
 def draw_overview(before: list, after: list, path: Path) -> Path:
     rows = []
     for old, new in zip(before, after, strict=True):
-        pictures = [Image.open(file).convert("RGB") for file in (old.photo, old.picture, new.picture)]
+        pictures = [open_picture(Path(file)) for file in (old.photo, old.picture, new.picture)]
         rows.append([pictures[0], f"{old.caption}\n\n{new.prompt}" if old.caption else new.prompt, *pictures[1:]])
     sheet = contact_sheet(rows, ["photo", "caption and prompt", "without the LoRA", "with the LoRA"])
     return write_atomically(path, sheet.save)

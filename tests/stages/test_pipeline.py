@@ -2,26 +2,29 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 from PIL import Image
 
 from lora_lab.captions.files import read_captions
 from lora_lab.config import compose
+from lora_lab.demo import PHOTOS
+from lora_lab.images.pixels import open_picture
 from lora_lab.stages import run
+from lora_lab.stages.pipeline import draw_overview
+from lora_lab.training import loop
+
+SHORT = (
+    "steps=2", "rank=2", "batch_size=1", "sampler.steps=2", "device=cpu", "tracker=off",
+    "stage.train.prompts=['A {trigger}']", "stage.img2img.strength=0.6",
+)  # fmt: skip
 
 
 def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = (
-        "steps=2",
-        "rank=2",
-        "batch_size=1",
-        "sampler.steps=2",
-        "device=cpu",
-        "tracker=off",
-        "stage.train.prompts=['A {trigger}']",
-    )
-    run(compose(*short, "stage.img2img.strength=0.6"), tmp_path / "run")
+    run(compose(*SHORT), tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["stage"] == "pipeline" and result["steps"] == 2
     assert Path(result["lora"]).is_file() and -1 <= result["identity_before"] <= result["identity"] + 0.2
@@ -33,3 +36,39 @@ def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, c
     last = capsys.readouterr().out.strip().splitlines()[-3:]
     assert "HANA_TOFU was learnt in 2 steps" in last[0]
     assert "overview.png" in last[1] and "python -m lora_lab stage=img2img lora=HANA_TOFU" in last[2]
+
+
+def test_a_pipeline_killed_before_its_first_checkpoint_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write = loop.MetricsFile.write
+
+    def and_die(self, number, numbers):
+        write(self, number, numbers)
+        raise RuntimeError("killed")
+
+    short = (*SHORT, "model.judge=null", f"stage.img2img.photo={PHOTOS / '1.png'}")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(loop.MetricsFile, "write", and_die)
+        run(compose(*short), tmp_path / "run")
+    died = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    run(compose(*short, f"resume={tmp_path / 'run'}"), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] == json.loads(died[0])["loss"]
+    assert (tmp_path / "run/overview.png").is_file()
+
+
+def test_the_overview_shows_a_photo_as_it_was_drawn_from(tmp_path):
+    """Turned as the camera says: the raw pixels of a phone's photo lie on their side."""
+    photo = Image.effect_noise((60, 40), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "phone.png", exif=exif)
+    turned = open_picture(tmp_path / "phone.png")
+    assert turned.size == (40, 60)
+    turned.save(tmp_path / "turned.png")
+    sheets = []
+    for name in ("phone", "turned"):
+        drawn = SimpleNamespace(photo=tmp_path / f"{name}.png", picture=PHOTOS / "1.png", caption=None, prompt="a tofu")
+        sheets.append(np.asarray(Image.open(draw_overview([drawn], [drawn], tmp_path / f"{name}-overview.png"))))
+    assert np.array_equal(*sheets)
