@@ -4,6 +4,7 @@ That both speak alike is what lets an avatar's caption be a prompt for a charact
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from random import Random
 
 from experiments.tiny_base.palette import BACKGROUNDS, COATS, HAIRS, SKINS
@@ -120,6 +121,41 @@ def phrases(look: Look) -> list[str]:
 def full_caption(look: Look, background: str, name: str | None = None) -> str:
     """Everything, in one order: what the captioner learns to write. `name` replaces the subject."""
     return ", ".join([f"{name or look.name} with {article(background)} {background} background", *phrases(look)])
+
+
+def parsed(caption: str) -> tuple[Look, str | None]:
+    """The look and the background that a caption in this vocabulary tells of; phrases it does not know are left out.
+
+    >>> look, background = parsed("A HANA_TOFU with a teal background, with a red bun, laughing")
+    >>> look.subject, look.hair, look.mouth, background
+    ('HANA_TOFU', ('bun', 'red'), 'laugh', 'teal')
+    """
+    head, *said = caption.split(", ")
+    name, _, where = head.rpartition(" with a")
+    look = Look(subject=name.partition(" ")[2].removeprefix("cartoon "), mouth=None)
+    for phrase in said:
+        field, value = _meanings().get(phrase, ("subject", look.subject))
+        look = replace(look, **{field: value})
+    return look, where.removeprefix("n ").strip().removesuffix(" background") or None
+
+
+@cache
+def _meanings() -> dict[str, tuple[str, object]]:
+    """Every phrase with the field of a Look and the value that it tells of."""
+    values = {
+        "hair": [(kind, colour) for kind in HAIR for colour in HAIRS],
+        "hat": [(kind, colour) for kind in HATS for colour in COATS],
+        "mark": [(kind, colour) for kind in MARKS for colour in COATS],
+        "glasses": GLASSES,
+        "facial_hair": FACIAL_HAIR,
+        "eyes": EYES,
+        "mouth": MOUTHS,
+        "cheeks": [True],
+        "shirt": COATS,
+        "hands": HANDS,
+    }
+    told = [(field, each, replace(Look("", mouth=None), **{field: each})) for field in values for each in values[field]]
+    return {phrase: (field, each) for field, each, look in told for phrase in phrases(look)}
 
 
 def free_caption(look: Look, background: str, rng: Random) -> str:

@@ -40,7 +40,7 @@ def test_from_nothing_to_a_bundle_in_two_pieces(tmp_path):
     assert pipe("a red apple", height=128, width=128, num_inference_steps=2).images[0].size == (128, 128)
 
     out = tmp_path / "evaluation"
-    figures = run(".evaluate", bundle, out, "--avatars", AVATARS, "--only", "vae", "captions", "clip")
+    figures = run(".evaluation", bundle, out, "--avatars", AVATARS, "--only", "vae", "captions", "clip")
     assert figures.returncode == 0, figures.stderr
     measured = json.loads((out / "figures.json").read_text())
     assert measured["vae"]["held-out, dB"] > 5 and measured["captions"]["avatars"]["exact"] < 0.5

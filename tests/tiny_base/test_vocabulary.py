@@ -4,7 +4,7 @@ from collections import Counter
 from random import Random
 
 from experiments.tiny_base.characters import random_look
-from experiments.tiny_base.vocabulary import Look, altered, free_caption, full_caption, phrases
+from experiments.tiny_base.vocabulary import Look, altered, free_caption, full_caption, parsed, phrases
 
 
 def looks(count):
@@ -61,3 +61,10 @@ def test_names_are_for_characters_and_never_for_people():
     assert all("person" in caption for caption in of_person)
     named = sum("apple" not in caption and "character" not in caption for caption in of_apple)
     assert 50 < named < 120, "about one in five apples goes by a name alone"
+
+
+def test_a_full_caption_is_understood_back():
+    for look in looks(200):
+        assert parsed(full_caption(look, "sky blue")) == (look, "sky blue")
+    look, ground = parsed("A HANA_TOFU with an orange background, made of gold, wearing round glasses")
+    assert (look, ground) == (Look("HANA_TOFU", glasses="round", mouth=None), "orange"), "what is unknown is left out"
