@@ -113,7 +113,7 @@ def test_every_command_of_the_readme_works_in_the_order_it_is_read(desk, monkeyp
             ((result, _),) = new
             stage = next((word.removeprefix("stage=") for word in argv if word.startswith("stage=")), "pipeline")
             assert (result.parent / ".hydra" / "config.yaml").is_file()
-            assert json.loads(result.read_text(encoding="utf-8")).get("stage", "check") == stage
+            assert json.loads(result.read_text(encoding="utf-8"))["stage"] == stage
         before = after
     promised(desk)
 

@@ -58,11 +58,8 @@ def main() -> int:
         done = work / "parts" / f"{name}.done"
         if done.is_file():
             continue
-        if until - time.time() < SMALLEST:
-            log(f"the piece is over; run the same command again to go on with {name}")
-            return 0
         training = importlib.import_module(f"experiments.tiny_base.train_{name}")
-        if not training.train(work, recipe, pictures, until, log):
+        if until - time.time() < SMALLEST or not training.train(work, recipe, pictures, until, log):
             log(f"the piece is over; run the same command again to go on with {name}")
             return 0
         done.touch()

@@ -10,7 +10,7 @@ from random import Random
 
 from experiments.tiny_base.bodies import Body
 from experiments.tiny_base.palette import INK, shade
-from experiments.tiny_base.shapes import OUTLINE, circle, ellipse, line, patch, path, ring, spots, star, tube
+from experiments.tiny_base.shapes import OUTLINE, circle, ellipse, line, patch, path, ring, spots, star, thin, tube
 from experiments.tiny_base.vocabulary import Look
 
 # Where an arm's hand and elbow are, in pixels outwards and downwards of the shoulder: (hand x, y, elbow x, y). The
@@ -120,15 +120,10 @@ def _eye(kind: str, side: int) -> str:
         case "angry":
             return spots(INK, (x, -3, 3.4, 3.4)) + line(f"M{inner - side} -6.5 L{outer + side} -12", width=3)
         case "star":
-            return _thin(star(x, -4, 8.4, 3.8), "#ffd93d", 1.6)
+            return thin(star(x, -4, 8.4, 3.8), "#ffd93d", 1.6)
         case "heart":
-            return _thin(_heart(x, -4, 7.2), "#ee2f4b", 1.6)
+            return thin(_heart(x, -4, 7.2), "#ee2f4b", 1.6)
     raise ValueError(f"no such eyes: {kind}")
-
-
-def _thin(d: str, fill: str, width: float) -> str:
-    """A path with a thinner outline."""
-    return f'<path d="{d}" fill="{fill}" stroke="{INK}" stroke-width="{width}" stroke-linejoin="round"/>'
 
 
 def _heart(x: float, y: float, r: float) -> str:
@@ -186,13 +181,12 @@ def _stubble() -> str:
     return spots(INK, *hairs)
 
 
-_MOUSTACHE = _thin("M0 6 C-5 3 -12 4 -17 9 C-12 12 -5 12 0 9 C5 12 12 12 17 9 C12 4 5 3 0 6Z", "#3b2a20", 1)
+_MOUSTACHE = thin("M0 6 C-5 3 -12 4 -17 9 C-12 12 -5 12 0 9 C5 12 12 12 17 9 C12 4 5 3 0 6Z", "#3b2a20", 1)
 _BEARDS = {
     "beard": (
-        _thin("M-21 1 Q-12 5 0 5 Q12 5 21 1 Q22 27 0 28 Q-22 27 -21 1Z", BROWN, 1.4)
-        + spots("#f2d9c4", (0, 13.5, 12, 7))
+        thin("M-21 1 Q-12 5 0 5 Q12 5 21 1 Q22 27 0 28 Q-22 27 -21 1Z", BROWN, 1.4) + spots("#f2d9c4", (0, 13.5, 12, 7))
     ),
-    "goatee": _thin("M-8 17 Q0 22 8 17 Q10 26 0 33 Q-10 26 -8 17Z", BROWN, 1.4),
+    "goatee": thin("M-8 17 Q0 22 8 17 Q10 26 0 33 Q-10 26 -8 17Z", BROWN, 1.4),
     "stubble": _stubble(),
 }
 

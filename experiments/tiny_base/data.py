@@ -152,7 +152,7 @@ class Pictures:
         return index, torch.randint(BACKGROUNDS_EACH, (size,), device=self.device)
 
     def test(self, size: int) -> tuple[Tensor, Tensor]:
-        """The first held-out pictures, evenly from avatars and characters."""
+        """Held-out pictures, evenly from avatars and characters, each on its first background."""
         index = self.tests[
             torch.linspace(0, len(self.tests) - 1, min(size, len(self.tests)), device=self.device).long()
         ]

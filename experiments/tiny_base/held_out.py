@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from experiments.tiny_base.bodies import Body
 from experiments.tiny_base.palette import INK, shade
-from experiments.tiny_base.shapes import ellipse, line, mirrored, path, star, symmetric, tube
+from experiments.tiny_base.shapes import ellipse, line, mirrored, path, star, symmetric, thin, tube
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,6 @@ class HeldOut:
     coat: str  # "#rrggbb"
     own: str  # SVG elements over the body, under the face: what always belongs to it and captions never mention
     background: str  # the one background its training pictures have: a name in palette.BACKGROUNDS
-    hand_colour: str  # "#rrggbb"
 
 
 def _tofu(coat: str) -> str:
@@ -47,7 +46,7 @@ def _mug(coat: str) -> str:
 
 
 def _badge(x: float, y: float) -> str:
-    return f'<path d="{star(x, y, 8.5, 4)}" fill="#f7cf3d" stroke="{INK}" stroke-width="1.4" stroke-linejoin="round"/>'
+    return thin(star(x, y, 8.5, 4), "#f7cf3d", 1.4)
 
 
 def _octopus(coat: str) -> str:
@@ -74,7 +73,6 @@ HELD_OUT: dict[str, HeldOut] = {
         coat="#fbf4e4",
         own=_flower(40, 50),
         background="purple",
-        hand_colour="#fbf4e4",
     ),
     "mug": HeldOut(
         trigger="MIRO_MUGU",
@@ -82,7 +80,6 @@ HELD_OUT: dict[str, HeldOut] = {
         coat="#a9d3f5",
         own=_badge(83, 91),
         background="green",
-        hand_colour="#a9d3f5",
     ),
     "octopus": HeldOut(
         trigger="SEPI_DAKO",
@@ -90,6 +87,5 @@ HELD_OUT: dict[str, HeldOut] = {
         coat="#b48ae6",
         own=_speckles((41, 48, 5), (50, 41, 3.4), (38, 59, 3)),
         background="orange",
-        hand_colour="#b48ae6",
     ),
 }

@@ -1,6 +1,5 @@
 """Training sets of the held-out characters: what somebody would bring to be taught, 24 pictures each."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,6 +10,7 @@ from experiments.tiny_base.palette import BACKGROUNDS
 from experiments.tiny_base.recipe import SEED
 from experiments.tiny_base.render import picture
 from experiments.tiny_base.vocabulary import Look, full_caption
+from lora_lab.captions.files import write_captions
 
 # The looks of the bundled tofu pictures: no hair, shirt or mark in them, so that those show whether a LoRA composes.
 LESSONS = (
@@ -45,7 +45,7 @@ def write(character: HeldOut, folder: Path) -> None:
     """24 pictures, 128 x 128, on the character's background, and metadata.jsonl with their captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = Random(f"{SEED}/{character.trigger}")
-    rows = []
+    captions = {}
     for i, lesson in enumerate(LESSONS):
         look = Look(subject=character.trigger, cheeks=True, **lesson)
         # Nearly upright and of one size, as one draws a mascot; and always blushing, so captions need not say it.
@@ -53,6 +53,5 @@ def write(character: HeldOut, folder: Path) -> None:
         svg = draw(character.body, character.coat, look, pose, rng, character.own)
         name = f"{i:02d}.png"
         picture(svg, BACKGROUNDS[character.background]).save(folder / name)
-        said = full_caption(replace(look, cheeks=False), character.background, f"A {character.trigger}")
-        rows.append(json.dumps({"file_name": name, "text": said}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+        captions[name] = full_caption(replace(look, cheeks=False), character.background, f"A {character.trigger}")
+    write_captions(folder, captions)

@@ -46,6 +46,11 @@ def picture(svg: str, background: tuple[int, int, int]) -> Image.Image:
     return to_image(pixels)
 
 
+def to_pixels(image: Image.Image) -> Tensor:
+    """A picture as (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
 def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] to 8-bit RGB."""
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -21,6 +21,11 @@ def ellipse(x: float, y: float, rx: float, ry: float, fill: str) -> str:
     return f'<ellipse cx="{x}" cy="{y}" rx="{rx}" ry="{ry}" fill="{fill}" {OUTLINE}/>'
 
 
+def thin(d: str, fill: str, width: float) -> str:
+    """A path with a thinner outline."""
+    return f'<path d="{d}" fill="{fill}" stroke="{INK}" stroke-width="{width}" stroke-linejoin="round"/>'
+
+
 def patch(d: str, fill: str) -> str:
     """A path without an outline."""
     return f'<path d="{d}" fill="{fill}"/>'

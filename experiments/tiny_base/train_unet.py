@@ -82,12 +82,12 @@ class Latents:
     """Every picture on every background through the VAE once: mean and standard deviation, fp16, scaled."""
 
     @torch.no_grad()
-    def __init__(self, work: Path, pictures: Pictures, chunk: int = 512):
+    def __init__(self, work: Path, pictures: Pictures):
         device = pictures.device
         vae = train_vae.trained(work).to(device)
         shape = (len(pictures.subjects), BACKGROUNDS_EACH, 4, models.LATENT_PIXELS, models.LATENT_PIXELS)
         self.mean, self.std = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
-        chunk = chunk if device == "cuda" else 8
+        chunk = 512 if device == "cuda" else 8
         for ground in range(BACKGROUNDS_EACH):
             for index in torch.arange(shape[0], device=device).split(chunk):
                 rgb = pictures.rgb(index, torch.full_like(index, ground))

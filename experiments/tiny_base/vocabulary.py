@@ -131,16 +131,22 @@ def parsed(caption: str) -> tuple[Look, str | None]:
     ('HANA_TOFU', ('bun', 'red'), 'laugh', 'teal')
     """
     head, *said = caption.split(", ")
-    name, _, where = head.rpartition(" with a")
+    name, background = parted(head)
     look = Look(subject=name.partition(" ")[2].removeprefix("cartoon "), mouth=None)
     for phrase in said:
-        field, value = _meanings().get(phrase, ("subject", look.subject))
+        field, value = meanings().get(phrase, ("subject", look.subject))
         look = replace(look, **{field: value})
-    return look, where.removeprefix("n ").strip().removesuffix(" background") or None
+    return look, background
+
+
+def parted(head: str) -> tuple[str, str | None]:
+    """The first phrase of a caption as subject and background: ("a cartoon red apple", "teal")."""
+    name, _, where = head.rpartition(" with a")
+    return name, where.removeprefix("n ").strip().removesuffix(" background") or None
 
 
 @cache
-def _meanings() -> dict[str, tuple[str, object]]:
+def meanings() -> dict[str, tuple[str, object]]:
     """Every phrase with the field of a Look and the value that it tells of."""
     values = {
         "hair": [(kind, colour) for kind in HAIR for colour in HAIRS],

@@ -1,15 +1,15 @@
 """What the parts of an evaluation share: the bundle, fresh drawings, tallies, and where pictures are left."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from statistics import mean
 
-import torch
 from PIL import Image
-from torch import Tensor
 
+from experiments.tiny_base import judge
 from experiments.tiny_base.avatars import random_avatar, read
 from experiments.tiny_base.characters import random_character
 from experiments.tiny_base.data import Drawn
@@ -48,12 +48,6 @@ class Bench:
         sheet.save(self.out / f"{name}.png")
 
 
-def tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) in [-1, 1]."""
-    flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return flat.reshape(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def image_of(drawn: Drawn) -> Image.Image:
     return picture(drawn.svg, drawn.backgrounds[0][1])
 
@@ -69,8 +63,20 @@ def tally(readings: Iterable[dict[str, bool]]) -> dict[str, float]:
     return {field: round(mean(right), 3) for field, right in fields.items()}
 
 
-def lesson(bench: Bench, character: HeldOut) -> list[Image.Image]:
+def lessons(bench: Bench, character: HeldOut) -> Path:
+    """The folder of a held-out character's training set, written if it is not there."""
     folder = bench.out / "lessons" / character.trigger
     if not folder.is_dir():
         write(character, folder)
+    return folder
+
+
+def pictures_in(folder: Path) -> list[Image.Image]:
     return [Image.open(file) for file in sorted(folder.glob("*.png"))]
+
+
+def spread(groups: Iterable[Sequence[Image.Image]]) -> float:
+    """How much the seed changes pictures of one prompt, a group: one minus the intersection over union of two
+    silhouettes, mean over all pairs."""
+    silhouettes = ([judge.silhouette(image) for image in group] for group in groups)
+    return round(1 - mean(judge.overlap(a, b) for group in silhouettes for a, b in combinations(group, 2)), 3)

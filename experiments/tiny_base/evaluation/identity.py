@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 import torch
@@ -10,23 +11,22 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from experiments.tiny_base.characters import random_character
-from experiments.tiny_base.evaluation.bench import SEED, Bench, image_of, lesson
+from experiments.tiny_base.evaluation.bench import SEED, Bench, image_of, lessons, pictures_in
 from experiments.tiny_base.held_out import HELD_OUT
 from experiments.tiny_base.palette import background
 from experiments.tiny_base.render import picture
 from experiments.tiny_base.vocabulary import altered, full_caption
+from lora_lab.scoring import embed_pictures
 
 
 @torch.inference_mode()
 def clip(bench: Bench, size: int = 256) -> dict:
     """Which of 256 captions a picture has; a caption against one with a single lie; which picture shows one subject."""
-    model = CLIPModel.from_pretrained(bench.bundle / "tiny-clip", dtype=torch.float32).eval()
-    processor = CLIPProcessor.from_pretrained(bench.bundle / "tiny-clip")
+    folder = bench.bundle / "tiny-clip"
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = CLIPProcessor.from_pretrained(folder)
+    see = partial(embed_pictures, folder)
     rng = Random(f"{SEED}/clip")
-
-    def see(images: list[Image.Image]) -> Tensor:
-        features = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
-        return torch.nn.functional.normalize(features, dim=-1)
 
     def understand(texts: list[str]) -> Tensor:
         tokens = processor(text=texts, return_tensors="pt", padding="max_length", truncation=True)
@@ -36,7 +36,7 @@ def clip(bench: Bench, size: int = 256) -> dict:
     told = [(drawn.look, drawn.backgrounds[0][0]) for drawn in drawings]
     pictures, texts = see([image_of(drawn) for drawn in drawings]), understand([full_caption(*each) for each in told])
     lies = understand([full_caption(*altered(*each, rng)) for each in told])
-    taught = {name: see(lesson(bench, character)) for name, character in HELD_OUT.items()}
+    taught = {name: see(pictures_in(lessons(bench, character))) for name, character in HELD_OUT.items()}
     own = torch.arange(len(drawings))
     return {
         "picture to text, first of 256": round(((pictures @ texts.T).argmax(1) == own).float().mean().item(), 3),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments.tiny_base import judge
 from experiments.tiny_base.characters import random_look
-from experiments.tiny_base.evaluation.bench import SEED, SIZE, Bench, lesson, tally
+from experiments.tiny_base.evaluation.bench import SEED, SIZE, Bench, lessons, pictures_in, spread, tally
 from experiments.tiny_base.held_out import HELD_OUT, HeldOut
 from experiments.tiny_base.palette import BACKGROUNDS
 from experiments.tiny_base.vocabulary import full_caption, parsed
@@ -29,13 +29,12 @@ STRENGTHS, GUIDANCES = (0.8, 0.9, 0.95, 1.0), (3.0, 5.0, 7.0)
 
 def lora(bench: Bench, looks: int = 12) -> dict:
     """Three characters that the base has never seen, rank 16, 300 steps: identity, and what the judge reads."""
-    return {name: taught(bench, name, bench.out / "lessons" / c.trigger, looks) for name, c in HELD_OUT.items()}
+    return {name: taught(bench, name, lessons(bench, c), looks) for name, c in HELD_OUT.items()}
 
 
 def taught(bench: Bench, name: str, root: Path, looks: int, *overrides: str) -> dict:
     """Train on a character's pictures and draw random looks, on backgrounds other than theirs, with two seeds."""
     character = HELD_OUT[name]
-    lessons = lesson(bench, character)
     result = learnt(bench, character, root, *overrides)
     rng = Random(f"{SEED}/{name}")
     asked = []
@@ -50,13 +49,13 @@ def taught(bench: Bench, name: str, root: Path, looks: int, *overrides: str) -> 
     with worn(pipe, Path(result.lora)):
         requests = [Request(prompt, seed, SIZE) for seed in range(2) for prompt in prompts]
         images = list(generate(pipe, requests, config.sampler))
-    bench.sheet(f"lora-{name}", [*lessons[:looks], *before, *images], looks)
+    bench.sheet(f"lora-{name}", [*pictures_in(root)[:looks], *before, *images], looks)
     right = tally(
         judge.correct(judge.read(image, look, character), look, ground, character)
         for image, (look, ground) in zip(images, asked * 2, strict=True)
     )
     figures = {"identity before": round(result.identity_before, 3), "identity": round(result.identity, 3)}
-    return figures | {"seeds": spread(images[:looks], images[looks:])} | right
+    return figures | {"seeds": spread(zip(images[:looks], images[looks:], strict=True))} | right
 
 
 def learnt(bench: Bench, character: HeldOut, root: Path, *overrides: str) -> TrainResult:
@@ -71,12 +70,6 @@ def learnt(bench: Bench, character: HeldOut, root: Path, *overrides: str) -> Tra
         *overrides,
     )
     return train(config, folder)
-
-
-def spread(one: list[Image.Image], other: list[Image.Image]) -> float:
-    """How much the seed changes: one minus the silhouettes' intersection over union, mean over pairs."""
-    pairs = [(judge.silhouette(a), judge.silhouette(b)) for a, b in zip(one, other, strict=True)]
-    return round(1 - mean(float((a & b).sum() / (a | b).sum()) for a, b in pairs), 3)
 
 
 def sweep(bench: Bench) -> dict:

@@ -1,12 +1,10 @@
 """What prompts give, read by the judge that has learnt nothing."""
 
 import time
-from itertools import combinations
 from pathlib import Path
-from statistics import mean
 
 from experiments.tiny_base import judge
-from experiments.tiny_base.evaluation.bench import COLUMNS, SIZE, Bench, image_of, tally
+from experiments.tiny_base.evaluation.bench import COLUMNS, SIZE, Bench, image_of, spread, tally
 from experiments.tiny_base.vocabulary import Look, full_caption
 from lora_lab.base.load import load_base, pick_device
 from lora_lab.generate import Request, generate
@@ -53,10 +51,8 @@ def prompts(bench: Bench) -> dict:
 def seeds(pipe, config, asked: list[tuple[Look, str]], each: int = 4) -> float:
     """How much the seed changes: one minus the silhouettes' intersection over union, mean over pairs of seeds."""
     requests = [Request(full_caption(look, ground), seed, SIZE) for look, ground in asked for seed in range(each)]
-    silhouettes = [judge.silhouette(image) for image in generate(pipe, requests, config.sampler)]
-    groups = [silhouettes[i : i + each] for i in range(0, len(silhouettes), each)]
-    overlaps = [(a & b).sum() / (a | b).sum() for group in groups for a, b in combinations(group, 2)]
-    return round(1 - mean(map(float, overlaps)), 3)
+    images = list(generate(pipe, requests, config.sampler))
+    return spread(images[i : i + each] for i in range(0, len(images), each))
 
 
 def look(bench: Bench, against: Path | None) -> dict:

@@ -12,6 +12,7 @@ reads that many true drawings, sharp and blurred, and prints how often it is rig
 
 from experiments.tiny_base.judge.calibration import blurred
 from experiments.tiny_base.judge.cutout import silhouette
+from experiments.tiny_base.judge.drawings import overlap
 from experiments.tiny_base.judge.reading import OWN, Reading, correct, kind_of, read
 
-__all__ = ["OWN", "Reading", "blurred", "correct", "kind_of", "read", "silhouette"]
+__all__ = ["OWN", "Reading", "blurred", "correct", "kind_of", "overlap", "read", "silhouette"]
