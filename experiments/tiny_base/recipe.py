@@ -35,9 +35,9 @@ FULL = Recipe(
     avatars=40_000,
     characters=64_000,
     details=12_000,
-    vae=Training(450, batch=32, rate=1e-3, weight_decay=1e-4),
+    vae=Training(480, batch=32, rate=1e-3, weight_decay=1e-4),
     unet=Training(620, batch=256, rate=8e-4, decay=0.9997),
-    blip=Training(170, batch=256, rate=1e-3, weight_decay=0.02),
+    blip=Training(210, batch=256, rate=1e-3, weight_decay=0.02),
     clip=Training(80, batch=1024, rate=1e-3, weight_decay=0.05),
 )
 
