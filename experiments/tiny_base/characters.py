@@ -7,11 +7,12 @@ from random import Random
 
 import numpy as np
 
-from experiments.tiny_base import accessories
-from experiments.tiny_base.accessories import Arm, Box
+from experiments.tiny_base.accessories import clothes, face, hair, hats, limbs
+from experiments.tiny_base.accessories.limbs import Arm
 from experiments.tiny_base.bodies import BODIES, Body, random_blob
 from experiments.tiny_base.palette import COATS, HAIRS, to_rgb, vary
 from experiments.tiny_base.render import rasterize
+from experiments.tiny_base.shapes import Box
 from experiments.tiny_base.vocabulary import EYES, FACIAL_HAIR, GLASSES, HAIR, HANDS, HATS, MARKS, MOUTHS, Look
 
 ROOM = 121  # pixels: the picture less, on each side, a margin of 2 and half an outline
@@ -146,25 +147,25 @@ def figure(body: Body, coat: str, look: Look, pose: Pose, rng: Random, extra: st
     exact colours of what is worn and the place of a badge."""
     hair_back = hair_front = hat = mark_inside = mark_over = ""
     if look.hair:
-        hair_back, hair_front = accessories.hair(look.hair[0], vary(HAIRS[look.hair[1]], rng), body)
+        hair_back, hair_front = hair.draw(look.hair[0], vary(HAIRS[look.hair[1]], rng), body)
     if look.hat:
-        hat = accessories.hat(look.hat[0], vary(COATS[look.hat[1]], rng), body)
+        hat = hats.draw(look.hat[0], vary(COATS[look.hat[1]], rng), body)
     shirt = vary(COATS[look.shirt], rng) if look.shirt else None
     if look.mark:
-        mark_inside, mark_over = accessories.mark(look.mark[0], vary(COATS[look.mark[1]], rng), look, body, rng)
-    inside = (accessories.shirt(shirt, body) if shirt else "") + mark_inside
+        mark_inside, mark_over = clothes.mark(look.mark[0], vary(COATS[look.mark[1]], rng), look, body, rng)
+    inside = (clothes.shirt(shirt, body) if shirt else "") + mark_inside
     hanging, raised = _arms(body, coat, look, pose, shirt)
     face_x, face_y, face_scale = body.face
     layers = [
         hair_back,
-        accessories.legs(body, pose.leg_spread),
+        limbs.legs(body, pose.leg_spread),
         hanging,
         f'<g id="body">{body.paint(coat)}</g>',
         _clipped(inside, pose.outline) if inside else "",
         raised,
         mark_over,
         extra,
-        accessories.face(look, (face_x + pose.gaze[0], face_y + pose.gaze[1], face_scale)),
+        face.draw(look, (face_x + pose.gaze[0], face_y + pose.gaze[1], face_scale)),
         hair_front,
         hat,
     ]
@@ -175,7 +176,7 @@ def _arms(body: Body, coat: str, look: Look, pose: Pose, sleeve: str | None) -> 
     """The hanging arms, which are behind the body, and the raised ones, in front of it: there no body hides them."""
     hanging = raised = ""
     for outwards, arm, radius in _arm_shapes(look, pose):
-        limb = accessories.limb(body, outwards, arm, radius, coat, sleeve)
+        limb = limbs.limb(body, outwards, arm, radius, coat, sleeve)
         if arm[1] < 0:
             raised += limb
         else:
@@ -186,9 +187,9 @@ def _arms(body: Body, coat: str, look: Look, pose: Pose, sleeve: str | None) -> 
 def _arm_shapes(look: Look, pose: Pose) -> list[tuple[int, Arm, float]]:
     """Of its right arm and its left one: which way is outwards, the arm, the hand's radius."""
     return [
-        (outwards, pose.raised[i], accessories.OPEN_HAND)
+        (outwards, pose.raised[i], limbs.OPEN_HAND)
         if look.hands in (side, "both")
-        else (outwards, pose.hanging[i], accessories.HAND)
+        else (outwards, pose.hanging[i], limbs.HAND)
         for i, (side, outwards) in enumerate((("right", -1), ("left", 1)))
     ]
 
@@ -209,16 +210,15 @@ def _clipped(elements: str, outline: float) -> str:
 def _extent(body: Body, look: Look, pose: Pose) -> list[Box]:
     """Boxes around all parts of the character before it is placed, but for half the width of the outline."""
     boxes = [_body_box(body)]
-    boxes += [accessories.limb_box(body, outwards, arm, radius) for outwards, arm, radius in _arm_shapes(look, pose)]
+    boxes += [limbs.limb_box(body, outwards, arm, radius) for outwards, arm, radius in _arm_shapes(look, pose)]
     if body.feet is not None:
-        reach = pose.leg_spread + accessories.FOOT
-        boxes.append((64 - reach, body.feet, 64 + reach, body.feet + accessories.LEG))
+        boxes.append(limbs.legs_box(body, pose.leg_spread))
     if look.hair:
-        boxes.append(accessories.hair_box(look.hair[0], body))
+        boxes.append(hair.box(look.hair[0], body))
     if look.hat:
-        boxes.append(accessories.hat_box(look.hat[0], body))
+        boxes.append(hats.box(look.hat[0], body))
     if look.mark and look.mark[0] == "scarf":
-        boxes.append(accessories.scarf_box(body))
+        boxes.append(clothes.scarf_box(body))
     return boxes
 
 

@@ -53,6 +53,8 @@ HAIRS = {
 SKINS = {"light": "#f9d3b8", "tan": "#dfa476", "brown": "#a9683f", "dark": "#6b4028"}
 
 INK = "#2a2230"
+WHITE = "#ffffff"
+GOLD = "#f7dc5a"
 
 
 def vary(colour: str, rng: Random, by: int = 8) -> str:

@@ -7,6 +7,7 @@ from experiments.tiny_base.palette import INK
 OUTLINE = f'stroke="{INK}" stroke-width="2.2" stroke-linejoin="round" stroke-linecap="round"'
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def path(d: str, fill: str) -> str:
@@ -49,6 +50,11 @@ def tube(d: str, fill: str, width: float) -> str:
     return line(d, width=width + 4.4) + line(d, fill, width)
 
 
+def placed(elements: str, x: float, y: float, scale: float) -> str:
+    """Elements drawn about (0, 0), scaled and moved to (x, y)."""
+    return f'<g transform="translate({x:.1f} {y:.1f}) scale({scale:.2f})">{elements}</g>'
+
+
 def mirrored(elements: str) -> str:
     """The elements and their reflection in the picture's middle, x = 64."""
     return f'{elements}<g transform="matrix(-1 0 0 1 128 0)">{elements}</g>'
@@ -78,6 +84,17 @@ def star(x: float, y: float, outer: float, inner: float, rays: int = 5) -> str:
         radius, angle = (inner if i % 2 else outer), math.pi * i / rays
         corners.append(f"{x + radius * math.sin(angle):.1f} {y - radius * math.cos(angle):.1f}")
     return "M" + " L".join(corners) + "Z"
+
+
+def heart(x: float, y: float, r: float) -> str:
+    """Path data of a heart that is 2 r wide."""
+    return (
+        f"M{x:.1f} {y + 0.95 * r:.1f} C{x - 0.5 * r:.1f} {y + 0.6 * r:.1f} {x - r:.1f} {y + 0.2 * r:.1f} "
+        f"{x - r:.1f} {y - 0.35 * r:.1f} C{x - r:.1f} {y - 1.05 * r:.1f} {x - 0.2 * r:.1f} {y - 1.1 * r:.1f} "
+        f"{x:.1f} {y - 0.45 * r:.1f} C{x + 0.2 * r:.1f} {y - 1.1 * r:.1f} {x + r:.1f} {y - 1.05 * r:.1f} "
+        f"{x + r:.1f} {y - 0.35 * r:.1f} C{x + r:.1f} {y + 0.2 * r:.1f} {x + 0.5 * r:.1f} {y + 0.6 * r:.1f} "
+        f"{x:.1f} {y + 0.95 * r:.1f}Z"
+    )
 
 
 def ring(x: float, y: float, radius: float, r: float, count: int, fill: str) -> str:

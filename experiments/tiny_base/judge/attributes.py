@@ -35,7 +35,7 @@ from experiments.tiny_base.vocabulary import EYES, FACIAL_HAIR, GLASSES, MOUTHS,
 LIKELY_HEADS = 3  # of hats, and of hair: those whose silhouettes fit best are looked at in colour
 PATTERN = 0.1  # dots cover 0.3 of a body, stripes more
 
-# Of each posture of an arm the middle, as accessories.Arm.
+# Of each posture of an arm the middle, as accessories.limbs.Arm.
 HANGING = ((11, 16, 13, 3), (17, 11, 10, 1), (4, 16.5, 24.5, 7))
 RAISED = ((15.5, -23.5, 14.5, 1), (13.5, -25.5, 13, 2), (17.5, -21.5, 16, 0))
 
