@@ -12,7 +12,7 @@ from experiments.tiny_base.accessories.limbs import Arm
 from experiments.tiny_base.bodies import BODIES, Body, random_blob
 from experiments.tiny_base.palette import COATS, HAIRS, to_rgb, vary
 from experiments.tiny_base.render import rasterize
-from experiments.tiny_base.shapes import Box
+from experiments.tiny_base.shapes import Box, document
 from experiments.tiny_base.vocabulary import EYES, FACIAL_HAIR, GLASSES, HAIR, HANDS, HATS, MARKS, MOUTHS, Look
 
 ROOM = 121  # pixels: the picture less, on each side, a margin of 2 and half an outline
@@ -127,17 +127,7 @@ def draw(body: Body, coat: str, look: Look, pose: Pose, rng: Random, extra: str 
     """An SVG document of 128 x 128 with a transparent background: a figure in its place in the picture."""
     elements = figure(body, coat, look, pose, rng, extra)
     placement = _placement(_extent(body, look, pose), pose)
-    return document(f'<g transform="{placement}">{elements}</g>', pose.outline)
-
-
-def document(elements: str, outline: float, view: tuple[float, float, float] = (0, 0, 128)) -> str:
-    """An SVG document of a square view (left, top, width) on elements, with outlines of that width."""
-    left, top, width = view
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {width}">'
-        f'<style>[stroke-width="2.2"] {{ stroke-width: {outline:.2f}px }}</style>'  # of shapes.OUTLINE
-        f"{elements}</svg>"
-    )
+    return document(f'<g transform="{placement}">{elements}</g>', outline=pose.outline)
 
 
 def figure(body: Body, coat: str, look: Look, pose: Pose, rng: Random, extra: str = "") -> str:
@@ -224,7 +214,7 @@ def _extent(body: Body, look: Look, pose: Pose) -> list[Box]:
 
 @lru_cache(maxsize=256)
 def _body_box(body: Body) -> Box:
-    opaque = rasterize(document(body.paint(COATS["gray"]), NEUTRAL.outline))[..., 3]
+    opaque = rasterize(document(body.paint(COATS["gray"]), outline=NEUTRAL.outline))[..., 3]
     columns, rows = np.flatnonzero(opaque.any(0)), np.flatnonzero(opaque.any(1))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 

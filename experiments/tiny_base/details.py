@@ -7,6 +7,7 @@ import math
 from random import Random
 
 from experiments.tiny_base.palette import INK, to_hex
+from experiments.tiny_base.shapes import document
 
 SIZE = 128
 
@@ -21,7 +22,7 @@ def random_details(rng: Random) -> str:
         drawn.append(
             rng.choice((_flower, _flower, _dot, _ring, _star, _line, _line, _scribble, _stripes, _checks))(rng, x, y)
         )
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIZE} {SIZE}">{"".join(drawn)}</svg>'
+    return document("".join(drawn))
 
 
 def _colour(rng: Random) -> str:

@@ -10,6 +10,14 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
+def document(elements: str, view: tuple[float, float, float] = (0, 0, 128), outline: float | None = None) -> str:
+    """An SVG document of a square view (left, top, width) on elements; `outline` is the width in pixels that shared
+    outlines get instead of their own."""
+    left, top, width = view
+    style = f'<style>[stroke-width="2.2"] {{ stroke-width: {outline:.2f}px }}</style>' if outline else ""
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {width}">{style}{elements}</svg>'
+
+
 def path(d: str, fill: str) -> str:
     return f'<path d="{d}" fill="{fill}" {OUTLINE}/>'
 

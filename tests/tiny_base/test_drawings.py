@@ -17,6 +17,7 @@ from experiments.tiny_base.held_out import HELD_OUT
 from experiments.tiny_base.lessons import write
 from experiments.tiny_base.palette import BACKGROUNDS, COATS, HAIRS, SKINS, to_rgb, vary
 from experiments.tiny_base.render import composite, picture, rasterize
+from experiments.tiny_base.shapes import document
 from experiments.tiny_base.vocabulary import (
     EYES,
     FACIAL_HAIR,
@@ -107,8 +108,7 @@ def test_held_out_characters_are_no_kind_of_the_data():
 
 
 def shape(body):
-    document = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128">{body.paint("#808080")}</svg>'
-    return rasterize(document)[..., 3] > 128
+    return rasterize(document(body.paint("#808080")))[..., 3] > 128
 
 
 @pytest.mark.parametrize("name", HELD_OUT)

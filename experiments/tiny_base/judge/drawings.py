@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from experiments.tiny_base.bodies import Body
-from experiments.tiny_base.characters import NEUTRAL, Pose, document, figure
+from experiments.tiny_base.characters import NEUTRAL, Pose, figure
 from experiments.tiny_base.judge.cutout import core
 from experiments.tiny_base.render import rasterize
+from experiments.tiny_base.shapes import document
 from experiments.tiny_base.vocabulary import HAIR, HATS, Look
 
 OUTLINE = 2.25  # pixels: in the middle of what poses have
@@ -66,7 +67,7 @@ def drawing(
     Of the pose only arms, legs and gaze matter; `place` is which of its places a badge has."""
     pose = replace(pose, outline=OUTLINE)
     elements = figure(subject.body, coat, look, pose, _Middle(place), subject.own)
-    svg = document(elements, OUTLINE, (frame.left, frame.top, frame.width))
+    svg = document(elements, (frame.left, frame.top, frame.width), OUTLINE)
     return torch.from_numpy(rasterize(svg, frame.pixels) / np.float32(255))
 
 
