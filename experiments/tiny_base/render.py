@@ -46,9 +46,14 @@ def picture(svg: str, background: tuple[int, int, int]) -> Image.Image:
     return to_image(pixels)
 
 
+def to_unit(image: Image.Image) -> Tensor:
+    """A picture as (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
 def to_pixels(image: Image.Image) -> Tensor:
-    """A picture as (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    """A picture as (3, H, W) in [-1, 1], as the models see it."""
+    return 2 * to_unit(image) - 1
 
 
 def to_image(pixels: Tensor) -> Image.Image:

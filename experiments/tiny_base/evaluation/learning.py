@@ -104,7 +104,7 @@ def photos(bench: Bench, file: Path, strength: float, guidance: float) -> dict:
     readings = []
     for drawn in result.pictures:
         look, ground = parsed(drawn.prompt)
-        reading = judge.read(Image.open(drawn.picture).convert("RGB"), look, character)
+        reading = judge.read(Image.open(drawn.picture), look, character)
         right = judge.correct(reading, look, ground or "", character)
         # The judge knows no people: whoever stayed one is taken for the kind that is least unlike.
         readings.append(right | {"kind": right["kind"] and reading.overlap > TOFU_LIKE})

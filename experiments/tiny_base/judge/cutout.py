@@ -1,6 +1,5 @@
 """A picture's subject, cut out of its background."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from experiments.tiny_base.judge.colours import to_lab
 from experiments.tiny_base.recipe import PIXELS
-from experiments.tiny_base.render import DARK
+from experiments.tiny_base.render import DARK, to_unit
 
 PLAIN = 16  # Lab: what differs less from the background's colour, and touches it, is background
 RIMMED = DARK + 12  # of 255: a background less bright than this is a dark one, with a rim around the subject
@@ -39,17 +38,10 @@ class Cutout:
         return torch.cat([to_lab(ground + (rgb - ground) * alpha), alpha], -3)
 
 
-def silhouette(image: Image.Image | Tensor) -> Tensor:
+def silhouette(image: Image.Image) -> Tensor:
     """Where the subject is, (128, 128) bool: what the background's colour does not reach from the border."""
-    rgb = to_rgb(image)
+    rgb = to_unit(image)
     return Cutout(rgb, ground_colour(rgb)).layers[3] > 0.5
-
-
-def to_rgb(image: Image.Image | Tensor) -> Tensor:
-    """(3, 128, 128) in [0, 1] of a picture, or of (3, 128, 128) in [-1, 1]."""
-    if isinstance(image, Tensor):
-        return (image.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def ground_colour(rgb: Tensor) -> Tensor:

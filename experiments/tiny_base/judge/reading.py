@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 from PIL import Image
-from torch import Tensor
 
 from experiments.tiny_base.bodies import BODIES
 from experiments.tiny_base.held_out import HeldOut
 from experiments.tiny_base.judge import attributes
 from experiments.tiny_base.judge.colours import DISTINCT, nearest, palette_lab
-from experiments.tiny_base.judge.cutout import Cutout, ground_colour, to_rgb
+from experiments.tiny_base.judge.cutout import Cutout, ground_colour
 from experiments.tiny_base.judge.drawings import Subject
 from experiments.tiny_base.judge.pose import recognise
 from experiments.tiny_base.palette import BACKGROUNDS, COATS
+from experiments.tiny_base.render import to_unit
 from experiments.tiny_base.vocabulary import Look
 
 OWN = "own"  # the colour of a held-out character that is like no other, and the elements that always belong to it
@@ -29,12 +29,12 @@ class Reading:
     attributes: dict[str, object]  # values of fields of Look; OWN: whether a held-out character has what belongs to it
 
 
-def read(image: Image.Image | Tensor, look: Look, held_out: HeldOut | None = None) -> Reading:
-    """What a picture (RGB 128 x 128, or (3, 128, 128) in [-1, 1]) shows, when a look was asked for.
+def read(image: Image.Image, look: Look, held_out: HeldOut | None = None) -> Reading:
+    """What a picture (128 x 128) shows, when a look was asked for.
 
     The look says which fields are read, and it is where the search begins; their values are read from all that there
     are. A held-out character is one more kind."""
-    rgb = to_rgb(image)
+    rgb = to_unit(image)
     ground = ground_colour(rgb)
     background = nearest(ground, BACKGROUNDS)
     kind = kind_of(look, held_out)
