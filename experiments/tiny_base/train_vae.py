@@ -18,6 +18,8 @@ from experiments.tiny_base.training import autocast, fit, load, save
 KL_WEIGHT = 1.5e-4  # a third of the usual for such losses: sharper pictures for slightly rougher latents
 CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
+CHUNK = 32  # pictures that are looked at together
+
 
 def train(work: Path, recipe: Recipe, pictures: Pictures, until: float, log: Callable[[str], None]) -> bool:
     """Into work/parts/vae.safetensors, whose notes hold the scaling factor when it is done; True then."""
@@ -75,14 +77,21 @@ def _losses(vae: AutoencoderKL, rgb: Tensor) -> Tensor:
     return 0.5 * wrong.abs().mean() + 0.3 * edges + 0.3 * coarse + 25 * wrong.square().mean() + KL_WEIGHT * kl
 
 
-@torch.no_grad()
 def measure(vae: AutoencoderKL, pictures: Pictures, size: int = 512) -> tuple[float, float]:
-    """PSNR in dB over all pixels of held-out pictures, from the latents' mean, and the latents' standard deviation."""
-    index, ground = pictures.test(size)
-    squares, latents = [], []
-    for i, k in zip(index.split(32), ground.split(32), strict=True):
-        rgb = pictures.rgb(i, k)
-        mean = vae.encode(rgb).latent_dist.mean
-        squares.append((vae.decode(mean).sample.clamp(-1, 1) - rgb).square().mean())
-        latents.append(mean)
-    return 10 * math.log10(4 / torch.stack(squares).mean().item()), torch.cat(latents).std().item()
+    """The PSNR of held-out pictures in dB, and their latents' standard deviation."""
+    rgb = pictures.rgb(*pictures.test(size))
+    drawn, latents = reconstructed(vae, rgb)
+    return psnr(drawn, rgb), latents.std().item()
+
+
+@torch.no_grad()
+def reconstructed(vae: AutoencoderKL, rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) in [-1, 1] as they come back from the VAE, and the means of their latents, (B, 4, h, w)."""
+    latents = [vae.encode(some).latent_dist.mean for some in rgb.split(CHUNK)]
+    return torch.cat([vae.decode(some).sample.clamp(-1, 1) for some in latents]), torch.cat(latents)
+
+
+def psnr(pictures: Tensor, originals: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], whose values span 2, over all their pixels together:
+    10 log10(2² / mean((pictures - originals)²))."""
+    return 10 * math.log10(4 / (pictures - originals).square().mean().item())

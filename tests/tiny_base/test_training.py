@@ -1,6 +1,7 @@
 """The data as the models get it, and a training that stops and goes on."""
 
 import importlib
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from experiments.tiny_base import augment, tokenizers, training
 from experiments.tiny_base.data import FREE, FULL, HELD_OUT, WRONG, Pictures, prepare
 from experiments.tiny_base.recipe import DRY, Training
+from experiments.tiny_base.train_vae import psnr
 from experiments.tiny_base.training import fit, load, save
 
 AVATARS = Path(__file__).with_name("avatars.jsonl.xz")
@@ -74,6 +76,13 @@ def test_wear_changes_pictures_but_not_what_they_show(change, pictures):
     wrong = (spoilt - rgb).square().mean((1, 2, 3))
     assert wrong.max() > 1e-4 and spoilt.shape == rgb.shape
     assert wrong.median() < 0.1
+
+
+def test_psnr_is_of_all_pixels_together():
+    originals = torch.zeros(2, 3, 8, 8)
+    assert psnr(originals + 0.2, originals) == pytest.approx(20)
+    one_of_two = torch.stack([originals[0], originals[1] + 0.2])
+    assert psnr(one_of_two, originals) == pytest.approx(20 + 10 * math.log10(2))
 
 
 def test_a_training_cut_in_two_goes_on(tmp_path):

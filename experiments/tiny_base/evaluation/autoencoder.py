@@ -1,8 +1,6 @@
 """How well pictures survive the VAE."""
 
-import math
 from random import Random
-from statistics import mean
 
 import torch
 from diffusers import AutoencoderKL
@@ -10,6 +8,7 @@ from diffusers import AutoencoderKL
 from experiments.tiny_base.details import random_details
 from experiments.tiny_base.evaluation.bench import SEED, Bench, image_of, pictures_in
 from experiments.tiny_base.render import picture, to_image, to_pixels
+from experiments.tiny_base.train_vae import psnr, reconstructed
 from lora_lab import demo
 
 
@@ -24,12 +23,9 @@ def vae(bench: Bench) -> dict:
     }
     figures, shown = {}, []
     for name, images in sets.items():
-        with torch.inference_mode():
-            pairs = [
-                (x, model.decode(model.encode(x[None]).latent_dist.mean).sample[0]) for x in map(to_pixels, images)
-            ]
-        squares = [(y.clamp(-1, 1) - x).square().mean().item() for x, y in pairs]
-        figures[f"{name}, dB"] = round(10 * math.log10(4 / mean(squares)), 2)
-        shown += pairs[-4:]
+        rgb = torch.stack([to_pixels(image) for image in images])
+        drawn, _ = reconstructed(model, rgb)
+        figures[f"{name}, dB"] = round(psnr(drawn, rgb), 2)
+        shown += zip(rgb[-4:], drawn[-4:], strict=True)
     bench.sheet("vae", [to_image(x) for x, _ in shown] + [to_image(y) for _, y in shown])
     return figures
