@@ -11,6 +11,7 @@ from torch import Tensor
 
 from experiments.tiny_base.recipe import PIXELS
 
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to brightness
 DARK = 70  # of 255: on a background less bright than this every subject gets a light rim
 RIM = 236  # of 255
 
@@ -33,7 +34,7 @@ def composite(pictures: Tensor, backgrounds: Tensor) -> Tensor:
     layers = pictures.permute(0, 3, 1, 2).float()
     colour, alpha = layers[:, :3], layers[:, 3:] / 255
     ground = backgrounds.float()[:, :, None, None]
-    luma = 0.299 * ground[:, :1] + 0.587 * ground[:, 1:2] + 0.114 * ground[:, 2:]
+    luma = sum(weight * channel for weight, channel in zip(LUMA, ground.unbind(1), strict=True))[:, None]
     rim = F.max_pool2d(alpha, 5, stride=1, padding=2) * (luma < DARK)
     ground = ground + (RIM - ground) * rim
     return (ground + (colour - ground) * alpha) / 127.5 - 1

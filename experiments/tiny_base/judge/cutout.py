@@ -7,7 +7,7 @@ from torch import Tensor
 
 from experiments.tiny_base.judge.colours import to_lab
 from experiments.tiny_base.recipe import PIXELS
-from experiments.tiny_base.render import DARK, to_unit
+from experiments.tiny_base.render import DARK, LUMA, to_unit
 
 PLAIN = 16  # Lab: what differs less from the background's colour, and touches it, is background
 RIMMED = DARK + 12  # of 255: a background less bright than this is a dark one, with a rim around the subject
@@ -23,7 +23,7 @@ class Cutout:
     def __init__(self, rgb: Tensor, ground: Tensor):
         plain = (to_lab(rgb) - to_lab(ground[:, None, None])).norm(dim=0) < PLAIN
         inside = ~_reached(plain)
-        if float(ground @ torch.tensor([0.299, 0.587, 0.114])) * 255 < RIMMED:
+        if float(ground @ torch.tensor(LUMA)) * 255 < RIMMED:
             inside = -F.max_pool2d(-inside[None].float(), 5, 1, 2)[0] > 0
             ground = torch.full((3,), 0.55)
         rgb = torch.where(inside, rgb, ground[:, None, None])
