@@ -18,8 +18,8 @@ from experiments.tiny_base.vocabulary import EYES, FACIAL_HAIR, GLASSES, HAIR, H
 ROOM = 121  # pixels: the picture less, on each side, a margin of 2 and half an outline
 ALIKE = 60  # colours closer than this in RGB cannot be told apart on one another
 
-EYE_WEIGHTS = {"open": 6} | dict.fromkeys([eyes for eyes in EYES if eyes != "open"], 1.8)
-MOUTH_WEIGHTS = {"smile": 5} | dict.fromkeys([mouth for mouth in MOUTHS if mouth != "smile"], 2)
+EYE_WEIGHTS = dict.fromkeys(EYES, 1.8) | {"open": 6}
+MOUTH_WEIGHTS = dict.fromkeys(MOUTHS, 2) | {"smile": 5}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertTokenizerFast, CLIPTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -17,8 +17,6 @@ CLIP_PIECES = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{
 
 def train_clip(captions: list[str]) -> CLIPTokenizerFast:
     """A vocabulary in CLIP's layout: bytes, bytes that end a word, merges, start, end. The end mark also pads."""
-    from tokenizers import Regex
-
     learner = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     learner.pre_tokenizer = pre_tokenizers.Sequence(

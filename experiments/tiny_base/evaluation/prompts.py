@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from PIL import Image
+
 from experiments.tiny_base import judge
 from experiments.tiny_base.evaluation.bench import COLUMNS, SIZE, Bench, image_of, spread, tally
 from experiments.tiny_base.vocabulary import Look, full_caption
@@ -38,14 +40,14 @@ def prompts(bench: Bench) -> dict:
     images = list(generate(pipe, requests, config.sampler))
     figures = {"seconds a picture": round((time.time() - begun) / len(images), 2)}
     bench.sheet("prompts", images[-6 * COLUMNS :])
-    figures |= tally(
-        judge.correct(judge.read(i, look), look, ground) for i, (look, ground) in zip(images, asked, strict=True)
-    )
-    truth = [image_of(d) for d in drawings]
-    ceiling = tally(
-        judge.correct(judge.read(i, look), look, ground) for i, (look, ground) in zip(truth, asked, strict=True)
-    )
-    return figures | {"the judge itself, on true drawings": ceiling, "seeds": seeds(pipe, config, asked[-8:])}
+
+    def score(pictures: list[Image.Image]) -> dict[str, float]:
+        pairs = zip(pictures, asked, strict=True)
+        return tally(judge.correct(judge.read(image, look), look, ground) for image, (look, ground) in pairs)
+
+    figures |= score(images)
+    figures["the judge itself, on true drawings"] = score([image_of(d) for d in drawings])
+    return figures | {"seeds": seeds(pipe, config, asked[-8:])}
 
 
 def seeds(pipe, config, asked: list[tuple[Look, str]], each: int = 4) -> float:
