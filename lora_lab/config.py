@@ -65,10 +65,11 @@ class Captioner:
     base: str
     prompt: str | None
     max_tokens: int
+    beams: int
     batch_size: int
 
     def __post_init__(self) -> None:
-        _at_least(self, "captioner.", max_tokens=1, batch_size=1)
+        _at_least(self, "captioner.", max_tokens=1, beams=1, batch_size=1)
 
 
 @dataclass

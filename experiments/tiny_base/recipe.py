@@ -30,7 +30,7 @@ class Recipe:
     clip: Training
 
 
-# One H200, 25 minutes in all with about two for drawing.
+# One H100, 26 minutes in all, with two for drawing and four for compiling.
 FULL = Recipe(
     avatars=40_000,
     characters=64_000,

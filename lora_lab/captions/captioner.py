@@ -12,12 +12,16 @@ from lora_lab.errors import InputError
 
 @dataclass(frozen=True)
 class Captioner:
-    """A loaded BLIP. `prompt` is how each caption begins, or None; `max_tokens` is a caption's longest length."""
+    """A loaded BLIP. `prompt` is how each caption begins, or None; `max_tokens` is a caption's longest length.
+
+    Of `beams` captions grown side by side the likeliest is taken: a picture unlike all that the model knows makes it
+    stumble at one word, and greedily (1) it would not recover."""
 
     processor: Any
     model: Any
     prompt: str | None
     max_tokens: int
+    beams: int
     batch_size: int
 
     def caption(self, images: list[Image.Image]) -> list[str]:
@@ -32,13 +36,15 @@ class Captioner:
             inputs = inputs.to(self.model.device, self.model.dtype)  # only the pixels are cast
             with torch.inference_mode():
                 tokens = self.model.generate(
-                    **inputs, max_new_tokens=self.max_tokens, min_length=1, do_sample=False, num_beams=1
+                    **inputs, max_new_tokens=self.max_tokens, min_length=1, do_sample=False, num_beams=self.beams
                 )
             captions += map(clean_decoding, self.processor.batch_decode(tokens, skip_special_tokens=True))
         return captions
 
 
-def load_captioner(base: str, device: str, prompt: str | None, max_tokens: int, batch_size: int) -> Captioner:
+def load_captioner(
+    base: str, device: str, *, prompt: str | None, max_tokens: int, beams: int, batch_size: int
+) -> Captioner:
     """Load BLIP from a folder or a Hugging Face id: float16 on a GPU, float32 on a CPU.
 
     Raises InputError if it is not there, can't be reached, or is another kind of model."""
@@ -59,7 +65,7 @@ def load_captioner(base: str, device: str, prompt: str | None, max_tokens: int, 
             f"can't load the captioner {base} ({reason}): check the name, or without a network give "
             f"a local folder with captioner.base="
         ) from error
-    return Captioner(processor, model, prompt, max_tokens, batch_size)
+    return Captioner(processor, model, prompt, max_tokens, beams, batch_size)
 
 
 def clean_decoding(text: str) -> str:

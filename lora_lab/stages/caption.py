@@ -69,7 +69,10 @@ def caption_pictures(pictures: dict[str, Path], settings: Captioner, device: str
     base = locate_model("captioner.base", settings.base)
     where = str(pick_device(device))
     say(f"captioning {len(names)} pictures with {settings.base} on {where}")
-    captioner = load_captioner(base, where, settings.prompt, settings.max_tokens, settings.batch_size)
+    captioner = load_captioner(
+        base, where, prompt=settings.prompt, max_tokens=settings.max_tokens, beams=settings.beams,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
     with bar(total=len(names), desc="caption", unit="picture") as shown:
         for start in range(0, len(names), settings.batch_size):
             batch = names[start : start + settings.batch_size]

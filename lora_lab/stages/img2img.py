@@ -117,7 +117,10 @@ def _lora(config: Config) -> Path | None:
 def _captions(pictures: list[Image.Image], config: Config, device: str) -> list[str]:
     settings = config.captioner
     base = locate_model("captioner.base", settings.base)
-    captioner = load_captioner(base, device, settings.prompt, settings.max_tokens, settings.batch_size)
+    captioner = load_captioner(
+        base, device, prompt=settings.prompt, max_tokens=settings.max_tokens, beams=settings.beams,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
     return captioner.caption(pictures)
 
 

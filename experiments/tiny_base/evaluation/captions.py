@@ -21,7 +21,9 @@ from lora_lab.captions.captioner import load_captioner
 
 def captions(bench: Bench, unseen: Path | None) -> dict:
     """The captioner on fresh pictures, whole and spoilt, and on avatars of a style that it never saw."""
-    captioner = load_captioner(str(bench.bundle / "tiny-blip"), "cpu", None, max_tokens=60, batch_size=20)
+    captioner = load_captioner(
+        str(bench.bundle / "tiny-blip"), "cpu", prompt=None, max_tokens=60, beams=4, batch_size=20
+    )
 
     def score(drawings: list[Drawn], change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
         right: dict[str, list[bool]] = defaultdict(list)
