@@ -30,6 +30,13 @@ def _at_least(owner: object, prefix: str = "", **bounds: float) -> None:
             raise InputError(f"{prefix}{key}={value}: {key} must be at least {bound}")
 
 
+def _above(owner: object, prefix: str = "", **bounds: float) -> None:
+    for key, bound in bounds.items():
+        value = getattr(owner, key)
+        if not bound < value < math.inf:
+            raise InputError(f"{prefix}{key}={value}: {key} must be above {bound}")
+
+
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{key}={value}: {key} is one of {', '.join(choices)}")
@@ -94,6 +101,16 @@ class Schedule:
     def __post_init__(self) -> None:
         _one_of("schedule.name", self.name, ("constant_with_warmup", "linear", "cosine", "polynomial"))
         _at_least(self, "schedule.", warmup=0)
+
+
+@dataclass
+class Loss:
+    weighting: str
+    snr_gamma: float
+
+    def __post_init__(self) -> None:
+        _one_of("loss.weighting", self.weighting, ("none", "min_snr"))
+        _above(self, "loss.", snr_gamma=0)
 
 
 @dataclass
@@ -162,7 +179,6 @@ class Convert(Stage):
 class Train(Stage):
     gradient_accumulation: int
     max_grad_norm: float | None
-    snr_gamma: float | None
     caption_dropout: float
     checkpoint_every: int
     keep_checkpoints: int
@@ -172,7 +188,7 @@ class Train(Stage):
     save_dtype: str
 
     def __post_init__(self) -> None:
-        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0, snr_gamma=0, caption_dropout=0)
+        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0, caption_dropout=0)
         _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
         if self.caption_dropout > 1:
@@ -216,6 +232,7 @@ class Config:
     adapter: dict[str, Any]
     optimizer: dict[str, Any]
     schedule: Schedule
+    loss: Loss
     sampler: Sampler
     memory: Memory
     tracker: Tracker

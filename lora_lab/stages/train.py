@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from torch.utils.checkpoint import checkpoint as recompute
@@ -26,6 +25,7 @@ from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, encode_dataset
 from lora_lab.training.look import Look
 from lora_lab.training.loop import Job, MetricsFile, train_steps
+from lora_lab.training.loss import Objective, objective
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.state import load_checkpoint, save_checkpoint
@@ -64,13 +64,13 @@ def train(config: Config, folder: Path) -> TrainResult:
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
-    job = start_job(pipe.unet, config, plan, accelerator)
+    asked = objective(config.loss, pipe.scheduler.config)
+    job = start_job(pipe.unet, asked, config, plan, accelerator)
     done = load_checkpoint(plan.goes_on, job.unet, job.optimizer, job.schedule) if plan.goes_on else 0
-    noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     shown = f"{config.name} rank {config.rank} lr {config.lr:g} steps {config.steps}"  # tells the jobs of a sweep apart
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, noise_schedule, accelerator, done, Keep(job, config, plan, folder), look, track)
+        lora = learn(job, data, accelerator, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
@@ -89,7 +89,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     )
 
 
-def start_job(unet: torch.nn.Module, config: Config, plan: Plan, accelerator: Accelerator) -> Job:
+def start_job(unet: torch.nn.Module, asked: Objective, config: Config, plan: Plan, accelerator: Accelerator) -> Job:
     """Put a fresh adapter into `unet`, and make what trains it."""
     torch.manual_seed(seed_of(config.seed, "adapter"))
     try:
@@ -110,7 +110,7 @@ def start_job(unet: torch.nn.Module, config: Config, plan: Plan, accelerator: Ac
         num_warmup_steps=config.schedule.warmup,
         num_training_steps=config.steps,
     )
-    return Job(unet, optimizer, schedule, config.stage, config.steps, config.batch_size, config.seed)
+    return Job(unet, optimizer, schedule, config.stage, asked, config.steps, config.batch_size, config.seed)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,6 @@ class Keep:
 def learn(
     job: Job,
     data: TrainingData,
-    noise_schedule: DDPMScheduler,
     accelerator: Accelerator,
     done: int,
     keep: Keep,
@@ -161,7 +160,7 @@ def learn(
 
     look.rest()
     try:
-        reached = train_steps(job, data, noise_schedule, accelerator, done, after_step)
+        reached = train_steps(job, data, accelerator, done, after_step)
     finally:
         metrics.close()
         loss_plot(read_metrics(metrics.path), keep.folder / "loss.png")

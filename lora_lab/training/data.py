@@ -13,7 +13,7 @@ from lora_lab.dataset import Sample
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
-from lora_lab.training.loss import Batch
+from lora_lab.training.loss import Batch, Objective
 from lora_lab.training.randomness import draw, pick
 
 
@@ -35,23 +35,26 @@ class TrainingData:
     buckets: list[list[int]] = field(default_factory=list)
 
     def batch(
-        self, *, seed: int, step: int, part: int, parts: int, batch_size: int, timesteps: int, caption_dropout: float
+        self, *, seed: int, step: int, part: int, parts: int, batch_size: int, asked: Objective, caption_dropout: float
     ) -> Batch:
         """Batch `part` of the `parts` that step `step` accumulates; a function of its arguments alone."""
+        count = len(asked.weights)
         pictures = pick(seed, step * parts + part, self.buckets, batch_size)
         chosen = [self.examples[i] for i in pictures]
         shape = tuple(chosen[0].latents[0].shape)
-        draws = [draw(seed, step, part * batch_size + i, shape, timesteps, caption_dropout) for i in range(batch_size)]
+        draws = [draw(seed, step, part * batch_size + i, shape, count, caption_dropout) for i in range(batch_size)]
         latents = [e.latents[-1] if d.flip else e.latents[0] for e, d in zip(chosen, draws, strict=True)]
         texts = [self.empty if d.drop_caption else e.text for e, d in zip(chosen, draws, strict=True)]
+        timesteps = torch.tensor([d.timestep for d in draws])
         device = latents[0].device
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack([d.noise for d in draws]).to(device),
-            timesteps=torch.tensor([d.timestep for d in draws], device=device),
+            timesteps=timesteps.to(device),
             tokens=torch.stack([t.tokens for t in texts]),
             pooled=torch.stack([t.pooled for t in texts]),
             time_ids=torch.stack([e.time_ids for e in chosen]),
+            weights=asked.weights[timesteps].to(device),
         )
 
 

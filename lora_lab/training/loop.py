@@ -13,14 +13,14 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lab.config import Train
 from lora_lab.console import bar, say
 from lora_lab.errors import RunError
 from lora_lab.training.data import TrainingData
-from lora_lab.training.loss import sample_losses
+from lora_lab.training.loss import Objective, sample_losses
 from lora_lab.training.randomness import seed_of
 
 
@@ -32,6 +32,7 @@ class Job:
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     settings: Train
+    asked: Objective
     steps: int
     batch_size: int
     seed: int
@@ -43,7 +44,6 @@ class Job:
 def train_steps(
     job: Job,
     data: TrainingData,
-    noise_schedule: DDPMScheduler,
     accelerator: Accelerator,
     start: int,
     after_step: Callable[[int, dict[str, float]], None],
@@ -62,10 +62,10 @@ def train_steps(
             for part in range(parts):
                 batch = data.batch(
                     seed=job.seed, step=step, part=part, parts=parts, batch_size=job.batch_size,
-                    timesteps=noise_schedule.config.num_train_timesteps, caption_dropout=settings.caption_dropout,
+                    asked=job.asked, caption_dropout=settings.caption_dropout,
                 )  # fmt: skip
                 with accelerator.autocast():
-                    part_loss = sample_losses(job.unet, noise_schedule, batch, settings.snr_gamma).mean() / parts
+                    part_loss = sample_losses(job.unet, job.asked, batch).mean() / parts
                 accelerator.backward(part_loss)
                 loss += part_loss.item()
             limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm

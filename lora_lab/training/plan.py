@@ -123,8 +123,8 @@ def _recipe(config: Config) -> dict:
         "dataset.flip": config.dataset.flip,
         "model.resolution": model.resolution,
         "model.precision": model.precision,
+        **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         **{
-            f"stage.{key}": getattr(stage, key)
-            for key in ("gradient_accumulation", "max_grad_norm", "snr_gamma", "caption_dropout")
+            f"stage.{key}": getattr(stage, key) for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout")
         },
     }

@@ -132,6 +132,7 @@ def test_a_resumed_run_refuses_to_become_another_one():
         ("lr=5e-4", "optimizer"),
         ("seed=1", "seed"),
         ("batch_size=1", "batch_size"),
+        ("loss=plain", "loss.weighting"),
     ):
         with pytest.raises(InputError, match=named):
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
@@ -203,27 +204,25 @@ def test_a_second_run_into_the_same_folder_is_refused():
 
 def test_the_loss_of_known_noise_falls(uninterrupted):
     """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
-    from diffusers import DDPMScheduler
-
     from lora_lab.adapters.wear import worn
     from lora_lab.base.load import load_base
     from lora_lab.training.data import encode_dataset
-    from lora_lab.training.loss import sample_losses
+    from lora_lab.training.loss import objective, sample_losses
     from lora_lab.training.plan import make_plan
 
     config = compose(*FAST)
     plan = make_plan(config, Path("none"))
     pipe = load_base(config.model, plan.device)
     data = encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device)
-    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+    asked = objective(config.loss, pipe.scheduler.config)
 
     def loss() -> float:
         batches = (
-            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, timesteps=1000, caption_dropout=0.0)
+            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
             for s in range(20)
         )
         with torch.no_grad():
-            return sum(sample_losses(pipe.unet, noise, batch, 5.0).mean().item() for batch in batches) / 20
+            return sum(sample_losses(pipe.unet, asked, batch).mean().item() for batch in batches) / 20
 
     before = loss()
     with worn(pipe, Path(uninterrupted, "lora", "HANA_TOFU.safetensors")):
@@ -271,7 +270,7 @@ def three_steps(uninterrupted):
 
 @pytest.mark.parametrize(
     "change",
-    ["seed=1", "lr=2e-3", "stage.snr_gamma=0.01", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
+    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
      "adapter=lora_ff", "adapter.lora_alpha=2", "adapter.use_rslora=true", "stage.max_grad_norm=0.001",
      "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "schedule=cosine"],
 )  # fmt: skip

@@ -1,19 +1,19 @@
+"""What is asked of the UNet, compared with the papers' formulas worked out by hand."""
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.training.loss import Batch, min_snr_weights, sample_losses
+from lora_lab.config import compose
+from lora_lab.training.loss import Batch, min_snr_weights, objective, sample_losses
+
+SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+TIMESTEPS = torch.tensor([10, 500, 900])
 
 
-def test_min_snr_clips_what_is_easy_and_leaves_what_is_hard():
-    snr = torch.tensor([0.1, 5.0, 50.0])
-    assert torch.allclose(min_snr_weights(snr, 5.0), torch.tensor([1.0, 1.0, 0.1]))
-    assert torch.equal(min_snr_weights(snr, None), torch.ones(3))
-
-
-def test_min_snr_of_v_prediction_divides_by_one_more():
-    snr = torch.tensor([1.0, 9.0])
-    assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
+def asked_of(*overrides, **scheduler):
+    return objective(compose("stage=train", *overrides).loss, SDXL | scheduler)
 
 
 class Knowing(torch.nn.Module):
@@ -27,17 +27,62 @@ class Knowing(torch.nn.Module):
         return (self.answer,)
 
 
+def batch_of(asked, **changes):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
+    parts = dict(
+        latents=latents,
+        noise=noise,
+        timesteps=TIMESTEPS,
+        tokens=torch.zeros(3, 77, 8),
+        pooled=torch.zeros(3, 8),
+        time_ids=torch.zeros(3, 6),
+        weights=asked.weights[TIMESTEPS],
+    )
+    return Batch(**parts | changes)
+
+
+def target_of(asked, batch):
+    """What the UNet should say, from the definitions (Ho et al. 2020; Salimans and Ho 2022)."""
+    if asked.schedule.config.prediction_type == "epsilon":
+        return batch.noise
+    kept = asked.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    return kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
+
+
+def test_min_snr_clips_what_is_easy_and_leaves_what_is_hard():
+    snr = torch.tensor([0.1, 5.0, 50.0])
+    assert torch.allclose(min_snr_weights(snr, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.1]))
+
+
+def test_min_snr_of_v_prediction_divides_by_one_more():
+    snr = torch.tensor([1.0, 9.0])
+    assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
+
+
+def test_the_weights_are_those_of_the_bases_noise_schedule():
+    kept = DDPMScheduler(**SDXL).alphas_cumprod.double()
+    snr = kept / (1 - kept)
+    expected = {"loss=plain": torch.ones(1000), "loss.snr_gamma=2": snr.clamp(max=2) / snr}
+    for override, weights in expected.items():
+        assert torch.allclose(asked_of(override).weights.double(), weights.double(), rtol=1e-4), override
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_right_answer_costs_nothing_and_a_wrong_one_its_square(prediction):
-    schedule = DDPMScheduler(prediction_type=prediction)
-    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    timesteps = torch.tensor([10, 500, 900])
-    batch = Batch(latents, noise, timesteps, torch.zeros(3, 77, 8), torch.zeros(3, 8), torch.zeros(3, 6))
-    target = noise if prediction == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
-    assert torch.equal(sample_losses(Knowing(target), schedule, batch, 5.0), torch.zeros(3))
-    off_by_two = sample_losses(Knowing(target + 2), schedule, batch, None)
-    assert torch.allclose(off_by_two, torch.full((3,), 4.0), rtol=1e-5)
-    snr = schedule.alphas_cumprod[timesteps] / (1 - schedule.alphas_cumprod[timesteps])
-    assert torch.allclose(
-        sample_losses(Knowing(target + 2), schedule, batch, 5.0), 4 * min_snr_weights(snr, 5.0, prediction), rtol=1e-4
-    )
+    asked = asked_of("loss.snr_gamma=0.5", prediction_type=prediction)
+    batch = batch_of(asked)
+    right = target_of(asked, batch)
+    assert torch.allclose(sample_losses(Knowing(right), asked, batch), torch.zeros(3), atol=1e-10)
+    off_by_two = sample_losses(Knowing(right + 2), asked, batch)
+    assert torch.allclose(off_by_two, 4 * batch.weights, rtol=1e-4) and batch.weights.min() < 0.1
+
+
+def test_a_step_waits_for_no_number(monkeypatch):
+    """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
+    asked = asked_of()
+    batch = batch_of(asked)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = Batch(**{key: mode.from_tensor(value) for key, value in vars(batch).items()})
+        losses = sample_losses(Knowing(fake.noise + 1), asked, fake)
+    assert losses.shape == (3,)
