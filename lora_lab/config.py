@@ -105,10 +105,18 @@ class Schedule:
 
 @dataclass
 class Loss:
+    prediction: str
+    zero_terminal_snr: bool | None
     weighting: str
     snr_gamma: float
 
     def __post_init__(self) -> None:
+        _one_of("loss.prediction", self.prediction, ("auto", "epsilon", "v_prediction"))
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise InputError(
+                "loss.zero_terminal_snr: a base that predicts epsilon learns nothing where there is only noise, "
+                "say loss.zero_terminal_snr=false, or loss.prediction=v_prediction if that is what the base predicts"
+            )
         _one_of("loss.weighting", self.weighting, ("none", "min_snr"))
         _above(self, "loss.", snr_gamma=0)
 

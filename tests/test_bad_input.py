@@ -172,6 +172,7 @@ def test_captions_without_the_trigger_are_not_trained_on(composed, here, nothing
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),
         (["resume=nowhere"], ["resume=nowhere", "no checkpoint"]),
         (["device=tpu"], ["device=tpu"]),
+        (["loss.zero_terminal_snr=true"], ["loss.zero_terminal_snr", "predicts epsilon"]),
     ],
 )
 def test_what_training_needs_is_looked_for_before_the_base_loads(composed, here, nothing_loads, overrides, words):

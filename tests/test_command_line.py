@@ -99,6 +99,8 @@ def refused(answer, *words):
         ("stage=img2img", ["stage.photo is missing: say stage.photo=..."]),
         ("loss.snr_gamma=0", ["loss.snr_gamma=0.0: snr_gamma must be above 0"]),
         ("loss.snr_gamma=null", ["loss.snr_gamma=null: loss.snr_gamma must have a value"]),
+        ("loss.prediction=x0", ["loss.prediction=x0", "auto, epsilon, v_prediction"]),
+        ("loss.prediction=epsilon loss.zero_terminal_snr=true", ["loss.zero_terminal_snr", "predicts epsilon"]),
         ("loss.weighting=max_snr", ["loss.weighting=max_snr", "none, min_snr"]),
         ("trigger=", ["trigger=''"]),
         ("name=a/b", ["name=a/b", "slash"]),

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_lab.config import Loss
 from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
 
@@ -47,9 +48,9 @@ def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[s
 
 def metadata(
     *, name: str, base: str, trigger: str, rank: int, alpha: float, lr: float, steps: int, batch_size: int, seed: int,
-    resolution: int, captions: list[str], dataset_hash: str, base_hash: str,
+    resolution: int, captions: list[str], loss: Loss, dataset_hash: str, base_hash: str,
 ) -> dict[str, str]:  # fmt: skip
-    """What other programs show of the file; every value is a string, as safetensors asks.
+    """What other programs show of the file; every value is a string, as safetensors asks. `loss` is settled.
 
     `ss_*` are kohya's keys: Forge lists a file for SDXL only if ss_base_model_version starts with "sdxl_", and offers
     the words of ss_tag_frequency. `modelspec.*` is Stability's specification 1.0.0."""
@@ -74,6 +75,8 @@ def metadata(
         "ss_seed": str(seed),
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_num_train_images": str(len(captions)),
+        "ss_zero_terminal_snr": str(loss.zero_terminal_snr),
+        "ss_min_snr_gamma": str(loss.snr_gamma if loss.weighting == "min_snr" else None),
         "ss_tag_frequency": json.dumps({trigger: words}, ensure_ascii=False),
         "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}",
         "modelspec.sai_model_spec": "1.0.0",
@@ -82,7 +85,7 @@ def metadata(
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": "v" if loss.prediction == "v_prediction" else "epsilon",
     }
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import DTYPES, load_base
-from lora_lab.config import Config
+from lora_lab.base.prediction import settle
+from lora_lab.config import Config, Loss
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.errors import InputError
@@ -60,6 +61,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     pipe = load_base(config.model, plan.device)
+    settle(pipe, config.loss)
     data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
@@ -126,7 +128,12 @@ class Keep:
         """The LoRA after `step` steps as lora/NAME.safetensors."""
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
-        return save_lora(file, kohya_state({"unet": self.job.unet}), dtype, notes_for(self.config, self.plan, step))
+        return save_lora(
+            file,
+            kohya_state({"unet": self.job.unet}),
+            dtype,
+            notes_for(self.config, self.plan, self.job.asked.settings, step),
+        )
 
     def checkpoint(self, step: int) -> None:
         job = self.job
@@ -172,8 +179,8 @@ def learn(
     return lora
 
 
-def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
-    """The metadata of the LoRA file after `step` steps."""
+def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, str]:
+    """The metadata of the LoRA file after `step` steps of the settled `loss`."""
     return metadata(
         name=config.name,
         base=config.model.base,
@@ -186,6 +193,7 @@ def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
         seed=config.seed,
         resolution=config.model.resolution,
         captions=[sample.caption for sample in plan.samples],
+        loss=loss,
         dataset_hash=plan.hashes["dataset"],
         base_hash=plan.hashes["base"],
     )

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from lora_lab.base.prediction import settled
 from lora_lab.config import Loss
 
 
@@ -31,16 +32,19 @@ class Objective:
 
     The table is looked up while batches are made, so that a step itself computes nothing but with tensors."""
 
-    settings: Loss
+    settings: Loss  # settled
     schedule: DDPMScheduler
     weights: Tensor  # (timesteps,) of the loss, on the CPU
 
 
 def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
-    """What `settings` ask of a base whose scheduler has the configuration `scheduler`."""
-    schedule = DDPMScheduler.from_config(scheduler)
+    """What `settings` ask of a base whose scheduler has the configuration `scheduler`. Raises InputError (settled)."""
+    settings = settled(settings, scheduler)
+    schedule = DDPMScheduler.from_config(
+        scheduler, prediction_type=settings.prediction, rescale_betas_zero_snr=settings.zero_terminal_snr
+    )
     snr = compute_snr(schedule, torch.arange(schedule.config.num_train_timesteps))
-    return Objective(settings, schedule, _weights(settings, snr, schedule.config.prediction_type))
+    return Objective(settings, schedule, _weights(settings, snr))
 
 
 def min_snr_weights(snr: Tensor, gamma: float, prediction: str) -> Tensor:
@@ -57,13 +61,13 @@ def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) ->
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
     predicted = unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
-    velocity = schedule.config.prediction_type == "v_prediction"
+    velocity = asked.settings.prediction == "v_prediction"
     target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
     errors = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
     return errors * batch.weights
 
 
-def _weights(settings: Loss, snr: Tensor, prediction: str) -> Tensor:
+def _weights(settings: Loss, snr: Tensor) -> Tensor:
     if settings.weighting == "min_snr":
-        return min_snr_weights(snr, settings.snr_gamma, prediction)
+        return min_snr_weights(snr, settings.snr_gamma, settings.prediction)
     return torch.ones_like(snr)

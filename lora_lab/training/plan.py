@@ -12,6 +12,7 @@ from peft import LoraConfig
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.base.prediction import refuse_unfit
 from lora_lab.config import Config
 from lora_lab.dataset import Sample, read_dataset
 from lora_lab.errors import InputError
@@ -38,6 +39,7 @@ class Plan:
 def make_plan(config: Config, folder: Path) -> Plan:
     """Read everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError."""
     base = locate_model("model.base", config.model.base)
+    refuse_unfit(config.model.base, config.loss)
     samples = read_dataset(locate_folder("dataset.root", config.dataset.root))
     check_trigger(samples, config.trigger)
     device = pick_device(config.device)

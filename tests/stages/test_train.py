@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -155,6 +156,36 @@ pipe("A HANA_TOFU with a green background", width=128, height=128, num_inference
     assert Image.open(picture).text["prompt"] == "A HANA_TOFU with a green background"
 
 
+def test_a_base_said_to_predict_v_is_drawn_with_as_it_was_trained():
+    """In validation, in plain diffusers, and in img2img of the file, which remembers what the command line said."""
+    train("run", "steps=2", "loss=zero_snr")
+    shown = np.asarray(Image.open("run/samples/step-000002/p0-s0.png"))
+    pipe = StableDiffusionXLPipeline.from_pretrained(BASE, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights("run/lora/HANA_TOFU.safetensors")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    drawn = pipe(
+        "A HANA_TOFU with a green background", width=128, height=128, num_inference_steps=2, guidance_scale=5.0,
+        generator=torch.Generator("cpu").manual_seed(0),
+    ).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(drawn), shown)
+    asked = ("stage=img2img", "lora=run", "stage.photo=demo:photos/1.png", "stage.prompt='A {trigger}'", "device=cpu",
+             "sampler.steps=2")  # fmt: skip
+
+    def photo_drawn(folder, *overrides):
+        return np.asarray(Image.open(run(compose(*asked, *overrides), Path(folder)).pictures[0].picture))
+
+    remembered = photo_drawn("a")
+    assert np.array_equal(remembered, photo_drawn("b", "loss=zero_snr"))
+    otherwise = photo_drawn("c", "loss.prediction=epsilon", "loss.zero_terminal_snr=false")
+    assert not np.array_equal(remembered, otherwise)
+
+
 def test_a_run_leaves_what_is_promised(uninterrupted):
     folder = Path(uninterrupted)
     result = json.loads((folder / "result.json").read_text())
@@ -270,7 +301,8 @@ def three_steps(uninterrupted):
 
 @pytest.mark.parametrize(
     "change",
-    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
+    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss.prediction=v_prediction", "loss=zero_snr",
+     "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
      "adapter=lora_ff", "adapter.lora_alpha=2", "adapter.use_rslora=true", "stage.max_grad_norm=0.001",
      "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "schedule=cosine"],
 )  # fmt: skip

@@ -78,6 +78,32 @@ def test_the_right_answer_costs_nothing_and_a_wrong_one_its_square(prediction):
     assert torch.allclose(off_by_two, 4 * batch.weights, rtol=1e-4) and batch.weights.min() < 0.1
 
 
+def test_the_prediction_is_the_bases_unless_another_is_named():
+    assert asked_of().settings.prediction == "epsilon"
+    assert asked_of(prediction_type="v_prediction").settings.prediction == "v_prediction"
+    for base in ("epsilon", "v_prediction"):
+        asked = asked_of("loss.prediction=v_prediction", prediction_type=base)
+        batch = batch_of(asked)
+        assert torch.allclose(sample_losses(Knowing(target_of(asked, batch)), asked, batch), torch.zeros(3), atol=1e-10)
+        snr = asked.schedule.alphas_cumprod / (1 - asked.schedule.alphas_cumprod)
+        assert torch.allclose(asked.weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
+
+
+def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
+    """Lin et al. 2023, algorithm 1: shift the roots of alpha-bar so that the last is 0, scale the first back."""
+    roots = DDPMScheduler(**SDXL).alphas_cumprod.double().sqrt()
+    expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    asked = asked_of("loss=zero_snr")
+    assert torch.allclose(asked.schedule.alphas_cumprod.double().sqrt(), expected, atol=1e-5)
+    assert asked.schedule.alphas_cumprod[-1] == 0 and asked.weights.isfinite().all()
+    batch = batch_of(asked, timesteps=torch.tensor([999, 999, 999]))
+    velocity = -batch.latents  # of noise alone
+    assert torch.allclose(sample_losses(Knowing(velocity), asked, batch), torch.zeros(3), atol=1e-10)
+    assert asked_of(prediction_type="v_prediction", rescale_betas_zero_snr=True).schedule.alphas_cumprod[-1] == 0
+    off = asked_of("loss.zero_terminal_snr=false", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert off.schedule.alphas_cumprod[-1] > 0.004
+
+
 def test_a_step_waits_for_no_number(monkeypatch):
     """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
     asked = asked_of()
