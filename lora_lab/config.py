@@ -109,6 +109,9 @@ class Loss:
     zero_terminal_snr: bool | None
     weighting: str
     snr_gamma: float
+    type: str
+    huber_schedule: str
+    huber_c: float
 
     def __post_init__(self) -> None:
         _one_of("loss.prediction", self.prediction, ("auto", "epsilon", "v_prediction"))
@@ -117,8 +120,10 @@ class Loss:
                 "loss.zero_terminal_snr: a base that predicts epsilon learns nothing where there is only noise, "
                 "say loss.zero_terminal_snr=false, or loss.prediction=v_prediction if that is what the base predicts"
             )
-        _one_of("loss.weighting", self.weighting, ("none", "min_snr"))
-        _above(self, "loss.", snr_gamma=0)
+        _one_of("loss.weighting", self.weighting, ("none", "min_snr", "debiased"))
+        _one_of("loss.type", self.type, ("l2", "l1", "huber", "smooth_l1"))
+        _one_of("loss.huber_schedule", self.huber_schedule, ("constant", "exponential", "snr"))
+        _above(self, "loss.", snr_gamma=0, huber_c=0)
 
 
 @dataclass

@@ -56,6 +56,7 @@ def metadata(
     the words of ss_tag_frequency. `modelspec.*` is Stability's specification 1.0.0."""
     from lora_lab import __version__
 
+    huber = loss.type in ("huber", "smooth_l1")
     words: dict[str, int] = {}
     for caption in captions:
         for phrase in filter(None, (p.strip() for p in caption.split(","))):
@@ -77,6 +78,10 @@ def metadata(
         "ss_num_train_images": str(len(captions)),
         "ss_zero_terminal_snr": str(loss.zero_terminal_snr),
         "ss_min_snr_gamma": str(loss.snr_gamma if loss.weighting == "min_snr" else None),
+        "ss_debiased_estimation": str(loss.weighting == "debiased"),
+        "ss_loss_type": loss.type,
+        "ss_huber_schedule": str(loss.huber_schedule if huber else None),
+        "ss_huber_c": str(loss.huber_c if huber else None),
         "ss_tag_frequency": json.dumps({trigger: words}, ensure_ascii=False),
         "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}",
         "modelspec.sai_model_spec": "1.0.0",

@@ -55,6 +55,7 @@ class TrainingData:
             pooled=torch.stack([t.pooled for t in texts]),
             time_ids=torch.stack([e.time_ids for e in chosen]),
             weights=asked.weights[timesteps].to(device),
+            huber_c=asked.huber_c[timesteps].to(device),
         )
 
 

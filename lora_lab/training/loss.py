@@ -24,17 +24,19 @@ class Batch:
     pooled: Tensor  # (B, pooled dimension)
     time_ids: Tensor  # (B, 6) micro-conditioning
     weights: Tensor  # (B,) of the samples' losses
+    huber_c: Tensor  # (B,) where large errors begin
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is asked of the UNet: `settings` on the base's noise schedule.
 
-    The table is looked up while batches are made, so that a step itself computes nothing but with tensors."""
+    The tables are looked up while batches are made, so that a step itself computes nothing but with tensors."""
 
     settings: Loss  # settled
     schedule: DDPMScheduler
     weights: Tensor  # (timesteps,) of the loss, on the CPU
+    huber_c: Tensor  # (timesteps,), on the CPU
 
 
 def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
@@ -44,7 +46,8 @@ def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
         scheduler, prediction_type=settings.prediction, rescale_betas_zero_snr=settings.zero_terminal_snr
     )
     snr = compute_snr(schedule, torch.arange(schedule.config.num_train_timesteps))
-    return Objective(settings, schedule, _weights(settings, snr))
+    c = huber_c(settings.huber_c, settings.huber_schedule, schedule.alphas_cumprod)
+    return Objective(settings, schedule, _weights(settings, snr), c)
 
 
 def min_snr_weights(snr: Tensor, gamma: float, prediction: str) -> Tensor:
@@ -55,19 +58,61 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     return clipped / (snr + 1) if prediction == "v_prediction" else clipped / snr
 
 
+def debiased_weights(snr: Tensor, prediction: str) -> Tensor:
+    """Loss weight per timestep: 1 / sqrt(snr) for epsilon (Yu et al. 2023, arXiv 2310.08442), snr being at most 1000.
+
+    For v-prediction 1 / (snr + 1), and the bound, are those of kohya's sd-scripts (apply_debiased_estimation); the
+    paper is about epsilon, and carried over to v its weight would be sqrt(snr) / (snr + 1)."""
+    snr = snr.clamp(max=1000)
+    return 1 / (snr + 1) if prediction == "v_prediction" else 1 / snr.sqrt()
+
+
+def huber_c(c: float, schedule: str, alphas_cumprod: Tensor) -> Tensor:
+    """Where large errors begin, per timestep t of T: `constant` c, `exponential` c ** (t / T), `snr`
+    (1 - c) / (1 + sigma) ** 2 + c with sigma ** 2 = (1 - alphas_cumprod) / alphas_cumprod.
+
+    The last two fall from about 1 towards c where noise grows, so that there outliers pull less and fine detail is
+    still learnt by squares. Source: Khrapov et al. 2024, arXiv 2403.16728; as in sd-scripts' --huber_schedule."""
+    if schedule == "exponential":
+        return c ** (torch.arange(len(alphas_cumprod)) / len(alphas_cumprod))
+    if schedule == "snr":
+        sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        return (1 - c) / (1 + sigma) ** 2 + c
+    return torch.full_like(alphas_cumprod, c)
+
+
+def pixel_errors(kind: str, predicted: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """Error of every latent pixel, of the shape of `predicted` (B, 4, height, width), d being the difference:
+
+    `l2` d ** 2, `l1` |d|, `huber` 2 c (sqrt(d ** 2 + c ** 2) - c), `smooth_l1` 2 (sqrt(d ** 2 + c ** 2) - c), with `c`
+    (B,). Of small d huber is d ** 2 and smooth_l1 d ** 2 / c, of large ones they are 2 c |d| and 2 |d|.
+    Source: Khrapov et al. 2024, arXiv 2403.16728; scaled as sd-scripts' --loss_type."""
+    difference = predicted - target
+    if kind == "l1":
+        return difference.abs()
+    squares = difference.square()
+    if kind == "l2":
+        return squares
+    c = c.view(-1, 1, 1, 1)
+    excess = squares / ((squares + c.square()).sqrt() + c)  # sqrt(d ** 2 + c ** 2) - c, without what cancels
+    return 2 * c * excess if kind == "huber" else 2 * excess
+
+
 def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) -> Tensor:
-    """The weighed mean squared error (B,) of the UNet's prediction, in float32."""
+    """The weighed mean error (B,) of the UNet's prediction, in float32."""
     schedule = asked.schedule
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
     predicted = unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
     velocity = asked.settings.prediction == "v_prediction"
     target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
-    errors = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
-    return errors * batch.weights
+    errors = pixel_errors(asked.settings.type, predicted.float(), target.float(), batch.huber_c)
+    return errors.mean(dim=(1, 2, 3)) * batch.weights
 
 
 def _weights(settings: Loss, snr: Tensor) -> Tensor:
     if settings.weighting == "min_snr":
         return min_snr_weights(snr, settings.snr_gamma, settings.prediction)
+    if settings.weighting == "debiased":
+        return debiased_weights(snr, settings.prediction)
     return torch.ones_like(snr)

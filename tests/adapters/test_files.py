@@ -156,6 +156,9 @@ def test_the_metadata_has_what_other_programs_show(tmp_path, state):
         (["loss.prediction=v_prediction"], {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "False"}),
         (["loss=zero_snr"], {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}),
         (["loss.snr_gamma=2"], {"ss_min_snr_gamma": "2.0"}),
+        ([], {"ss_debiased_estimation": "False", "ss_loss_type": "l2", "ss_huber_c": "None"}),
+        (["loss=debiased"], {"ss_min_snr_gamma": "None", "ss_debiased_estimation": "True"}),
+        (["loss=huber"], {"ss_loss_type": "huber", "ss_huber_schedule": "snr", "ss_huber_c": "0.1"}),
         (["loss=plain"], {"ss_min_snr_gamma": "None"}),
     ],
 )

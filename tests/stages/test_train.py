@@ -302,7 +302,7 @@ def three_steps(uninterrupted):
 @pytest.mark.parametrize(
     "change",
     ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss.prediction=v_prediction", "loss=zero_snr",
-     "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
+     "loss=debiased", "loss=huber", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
      "adapter=lora_ff", "adapter.lora_alpha=2", "adapter.use_rslora=true", "stage.max_grad_norm=0.001",
      "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "schedule=cosine"],
 )  # fmt: skip

@@ -6,7 +6,15 @@ from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_lab.config import compose
-from lora_lab.training.loss import Batch, min_snr_weights, objective, sample_losses
+from lora_lab.training.loss import (
+    Batch,
+    debiased_weights,
+    huber_c,
+    min_snr_weights,
+    objective,
+    pixel_errors,
+    sample_losses,
+)
 
 SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TIMESTEPS = torch.tensor([10, 500, 900])
@@ -38,6 +46,7 @@ def batch_of(asked, **changes):
         pooled=torch.zeros(3, 8),
         time_ids=torch.zeros(3, 6),
         weights=asked.weights[TIMESTEPS],
+        huber_c=asked.huber_c[TIMESTEPS],
     )
     return Batch(**parts | changes)
 
@@ -60,10 +69,42 @@ def test_min_snr_of_v_prediction_divides_by_one_more():
     assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
 
 
+def test_debiased_is_one_over_the_root_of_the_snr_and_of_v_prediction_over_one_more():
+    snr = torch.tensor([0.25, 4.0, 1000.0, 1e9])
+    assert torch.allclose(debiased_weights(snr, "epsilon"), torch.tensor([2.0, 0.5, 0.0316228, 0.0316228]))
+    assert torch.allclose(debiased_weights(snr, "v_prediction"), torch.tensor([0.8, 0.2, 1 / 1001, 1 / 1001]))
+
+
+def test_huber_c_falls_from_one_to_c_where_noise_grows():
+    kept = torch.tensor([1.0, 0.5, 0.2, 0.0])  # sigma 0, 1, 2, infinite
+    assert torch.allclose(huber_c(0.1, "constant", kept), torch.full((4,), 0.1))
+    assert torch.allclose(huber_c(0.1, "snr", kept), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1]))
+    assert torch.allclose(huber_c(0.0001, "exponential", kept), torch.tensor([1.0, 0.1, 0.01, 0.001]))
+
+
+def test_the_errors_of_a_pixel():
+    right, wrong = torch.zeros(2, 1, 1, 1), torch.tensor([3.0, -0.75]).view(2, 1, 1, 1)
+    c = torch.tensor([4.0, 1.0])  # hypotenuses 5 and 1.25
+    expected = {"l2": [9, 0.5625], "l1": [3, 0.75], "huber": [2 * 4 * (5 - 4), 2 * 0.25], "smooth_l1": [2, 0.5]}
+    for kind, errors in expected.items():
+        assert torch.allclose(pixel_errors(kind, wrong, right, c).flatten(), torch.tensor(errors).float()), kind
+
+
+def test_huber_is_nearly_the_square_of_small_errors_and_grows_straight_beyond():
+    c, right = torch.full((1,), 0.1), torch.zeros(1, 1, 1, 1)
+    errors = [pixel_errors("huber", right + d, right, c).item() for d in (1e-4, 100.0, 200.0)]
+    assert errors[0] == pytest.approx(1e-8, rel=1e-4)
+    assert errors[2] - errors[1] == pytest.approx(2 * 0.1 * 100, rel=1e-3)
+
+
 def test_the_weights_are_those_of_the_bases_noise_schedule():
     kept = DDPMScheduler(**SDXL).alphas_cumprod.double()
     snr = kept / (1 - kept)
-    expected = {"loss=plain": torch.ones(1000), "loss.snr_gamma=2": snr.clamp(max=2) / snr}
+    expected = {
+        "loss=plain": torch.ones(1000),
+        "loss.snr_gamma=2": snr.clamp(max=2) / snr,
+        "loss=debiased": 1 / snr.clamp(max=1000).sqrt(),
+    }
     for override, weights in expected.items():
         assert torch.allclose(asked_of(override).weights.double(), weights.double(), rtol=1e-4), override
 
@@ -89,6 +130,17 @@ def test_the_prediction_is_the_bases_unless_another_is_named():
         assert torch.allclose(asked.weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1"])
+def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
+    asked = asked_of("loss.snr_gamma=0.5", f"loss.type={kind}", "loss.huber_c=0.3", "loss.huber_schedule=exponential")
+    batch = batch_of(asked)
+    assert torch.allclose(batch.huber_c, 0.3 ** (TIMESTEPS / 1000))
+    distances = (4 + batch.huber_c**2).sqrt() - batch.huber_c  # of errors of 2
+    expected = {"l1": torch.full((3,), 2.0), "huber": 2 * batch.huber_c * distances, "smooth_l1": 2 * distances}[kind]
+    losses = sample_losses(Knowing(batch.noise + 2), asked, batch)
+    assert torch.allclose(losses, expected * batch.weights, rtol=1e-4)
+
+
 def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
     """Lin et al. 2023, algorithm 1: shift the roots of alpha-bar so that the last is 0, scale the first back."""
     roots = DDPMScheduler(**SDXL).alphas_cumprod.double().sqrt()
@@ -104,9 +156,10 @@ def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
     assert off.schedule.alphas_cumprod[-1] > 0.004
 
 
-def test_a_step_waits_for_no_number(monkeypatch):
+@pytest.mark.parametrize("overrides", [(), ("loss=huber",), ("loss=zero_snr", "loss.type=l1")])
+def test_a_step_waits_for_no_number(overrides):
     """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
-    asked = asked_of()
+    asked = asked_of(*overrides)
     batch = batch_of(asked)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = Batch(**{key: mode.from_tensor(value) for key, value in vars(batch).items()})
