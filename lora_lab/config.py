@@ -37,6 +37,11 @@ def _above(owner: object, prefix: str = "", **bounds: float) -> None:
             raise InputError(f"{prefix}{key}={value}: {key} must be above {bound}")
 
 
+def _share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{key}={value}: a share is between 0 and 1")
+
+
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{key}={value}: {key} is one of {', '.join(choices)}")
@@ -112,6 +117,14 @@ class Loss:
     type: str
     huber_schedule: str
     huber_c: float
+    noise_offset: float
+    pyramid_iterations: int
+    pyramid_discount: float
+    timestep_sampling: str
+    logit_mean: float
+    logit_std: float
+    min_timestep: int
+    max_timestep: int
 
     def __post_init__(self) -> None:
         _one_of("loss.prediction", self.prediction, ("auto", "epsilon", "v_prediction"))
@@ -123,7 +136,17 @@ class Loss:
         _one_of("loss.weighting", self.weighting, ("none", "min_snr", "debiased"))
         _one_of("loss.type", self.type, ("l2", "l1", "huber", "smooth_l1"))
         _one_of("loss.huber_schedule", self.huber_schedule, ("constant", "exponential", "snr"))
-        _above(self, "loss.", snr_gamma=0, huber_c=0)
+        _above(self, "loss.", snr_gamma=0, huber_c=0, logit_std=0)
+        _at_least(self, "loss.", noise_offset=0, pyramid_iterations=0)
+        _share("loss.pyramid_discount", self.pyramid_discount)
+        _one_of("loss.timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal"))
+        if not math.isfinite(self.logit_mean):
+            raise InputError(f"loss.logit_mean={self.logit_mean}: logit_mean is a finite number")
+        if not 0 <= self.min_timestep < self.max_timestep <= 1000:  # SDXL has 1000
+            raise InputError(
+                f"loss.min_timestep={self.min_timestep} loss.max_timestep={self.max_timestep}: timesteps go from the "
+                "first up to, but without, the second, and lie between 0 and 1000"
+            )
 
 
 @dataclass
@@ -201,13 +224,10 @@ class Train(Stage):
     save_dtype: str
 
     def __post_init__(self) -> None:
-        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0, caption_dropout=0)
+        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0)
         _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
-        if self.caption_dropout > 1:
-            raise InputError(
-                f"stage.caption_dropout={self.caption_dropout}: a share of the captions is between 0 and 1"
-            )
+        _share("stage.caption_dropout", self.caption_dropout)
 
 
 @dataclass

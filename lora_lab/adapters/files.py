@@ -82,6 +82,9 @@ def metadata(
         "ss_loss_type": loss.type,
         "ss_huber_schedule": str(loss.huber_schedule if huber else None),
         "ss_huber_c": str(loss.huber_c if huber else None),
+        "ss_noise_offset": str(loss.noise_offset or None),
+        "ss_multires_noise_iterations": str(loss.pyramid_iterations or None),
+        "ss_multires_noise_discount": str(loss.pyramid_discount if loss.pyramid_iterations else None),
         "ss_tag_frequency": json.dumps({trigger: words}, ensure_ascii=False),
         "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}",
         "modelspec.sai_model_spec": "1.0.0",
@@ -91,6 +94,7 @@ def metadata(
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.trigger_phrase": trigger,
         "modelspec.prediction_type": "v" if loss.prediction == "v_prediction" else "epsilon",
+        "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }
 
 

@@ -38,11 +38,10 @@ class TrainingData:
         self, *, seed: int, step: int, part: int, parts: int, batch_size: int, asked: Objective, caption_dropout: float
     ) -> Batch:
         """Batch `part` of the `parts` that step `step` accumulates; a function of its arguments alone."""
-        count = len(asked.weights)
         pictures = pick(seed, step * parts + part, self.buckets, batch_size)
         chosen = [self.examples[i] for i in pictures]
-        shape = tuple(chosen[0].latents[0].shape)
-        draws = [draw(seed, step, part * batch_size + i, shape, count, caption_dropout) for i in range(batch_size)]
+        shape, loss = tuple(chosen[0].latents[0].shape), asked.settings
+        draws = [draw(seed, step, part * batch_size + i, shape, loss, caption_dropout) for i in range(batch_size)]
         latents = [e.latents[-1] if d.flip else e.latents[0] for e, d in zip(chosen, draws, strict=True)]
         texts = [self.empty if d.drop_caption else e.text for e, d in zip(chosen, draws, strict=True)]
         timesteps = torch.tensor([d.timestep for d in draws])

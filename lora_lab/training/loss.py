@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_lab.base.prediction import settled
 from lora_lab.config import Loss
+from lora_lab.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Objective:
 
 
 def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
-    """What `settings` ask of a base whose scheduler has the configuration `scheduler`. Raises InputError (settled)."""
+    """What `settings` ask of a base whose scheduler has the configuration `scheduler`. Raises InputError."""
     settings = settled(settings, scheduler)
     schedule = DDPMScheduler.from_config(
         scheduler, prediction_type=settings.prediction, rescale_betas_zero_snr=settings.zero_terminal_snr
     )
-    snr = compute_snr(schedule, torch.arange(schedule.config.num_train_timesteps))
+    count = schedule.config.num_train_timesteps
+    if settings.max_timestep > count:
+        raise InputError(f"loss.max_timestep={settings.max_timestep}: the base has {count} timesteps, say at most that")
+    snr = compute_snr(schedule, torch.arange(count))
     c = huber_c(settings.huber_c, settings.huber_schedule, schedule.alphas_cumprod)
     return Objective(settings, schedule, _weights(settings, snr), c)
 

@@ -159,6 +159,10 @@ def test_the_metadata_has_what_other_programs_show(tmp_path, state):
         ([], {"ss_debiased_estimation": "False", "ss_loss_type": "l2", "ss_huber_c": "None"}),
         (["loss=debiased"], {"ss_min_snr_gamma": "None", "ss_debiased_estimation": "True"}),
         (["loss=huber"], {"ss_loss_type": "huber", "ss_huber_schedule": "snr", "ss_huber_c": "0.1"}),
+        ([], {"ss_noise_offset": "None", "ss_multires_noise_iterations": "None", "modelspec.timestep_range": "0,1000"}),
+        (["loss.noise_offset=0.05"], {"ss_noise_offset": "0.05"}),
+        (["loss.pyramid_iterations=6"], {"ss_multires_noise_iterations": "6", "ss_multires_noise_discount": "0.3"}),
+        (["loss.min_timestep=200", "loss.max_timestep=700"], {"modelspec.timestep_range": "200,700"}),
         (["loss=plain"], {"ss_min_snr_gamma": "None"}),
     ],
 )

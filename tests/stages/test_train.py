@@ -101,15 +101,19 @@ def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
     assert [line["loss"] for line in metrics("run")] == [line["loss"] for line in metrics(uninterrupted)]
 
 
-@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", "adapter.lora_dropout=0.5"])
+NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"
+
+
+@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", "adapter.lora_dropout=0.5", NOISE])
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
-    train("whole", "steps=6", how)
+    how = how.split()
+    train("whole", "steps=6", *how)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*resume="):
         interrupt_at(3, patch)
-        train("cut", "steps=6", how)
+        train("cut", "steps=6", *how)
     assert [c.name for c in checkpoints(Path("cut"))] == ["step-000003"]
     assert not Path("cut/result.json").exists()
-    train("cut", "steps=6", how, f"resume={Path('cut').absolute()}")
+    train("cut", "steps=6", *how, f"resume={Path('cut').absolute()}")
     assert_same(lora("cut"), lora("whole"))
     assert [line["step"] for line in metrics("cut")] == [1, 2, 3, 4, 5, 6]
 
@@ -261,13 +265,14 @@ def test_the_loss_of_known_noise_falls(uninterrupted):
     assert after < before * 0.97
 
 
-def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
+@pytest.mark.parametrize("loss", ["loss=min_snr", NOISE])
+def test_two_half_batches_accumulated_equal_one_whole(tmp_path, loss):
     """Sample i of a step draws the same noise in one batch or two; with one picture the order does not matter."""
     one = tmp_path / "one"
     one.mkdir()
     (one / "00.png").write_bytes((TOFU / "00.png").read_bytes())
     (one / "00.txt").write_text("A HANA_TOFU smiling")
-    data = (f"dataset.root={one}", "steps=3")
+    data = (f"dataset.root={one}", "steps=3", *loss.split())
     train("whole", *data, "batch_size=4")
     train("halves", *data, "batch_size=2", "stage.gradient_accumulation=2")
     whole, halves = lora("whole"), lora("halves")
@@ -301,10 +306,10 @@ def three_steps(uninterrupted):
 
 @pytest.mark.parametrize(
     "change",
-    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss.prediction=v_prediction", "loss=zero_snr",
-     "loss=debiased", "loss=huber", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
-     "adapter=lora_ff", "adapter.lora_alpha=2", "adapter.use_rslora=true", "stage.max_grad_norm=0.001",
-     "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "schedule=cosine"],
+    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
+     "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
+     "adapter.use_rslora=true", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
+     "schedule=cosine"],
 )  # fmt: skip
 def test_an_option_changes_what_is_learnt(change, three_steps):
     train("changed", "steps=3", change)

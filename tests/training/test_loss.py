@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_lab.config import compose
+from lora_lab.errors import InputError
 from lora_lab.training.loss import (
     Batch,
     debiased_weights,
@@ -139,6 +140,12 @@ def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
     expected = {"l1": torch.full((3,), 2.0), "huber": 2 * batch.huber_c * distances, "smooth_l1": 2 * distances}[kind]
     losses = sample_losses(Knowing(batch.noise + 2), asked, batch)
     assert torch.allclose(losses, expected * batch.weights, rtol=1e-4)
+
+
+def test_a_base_of_fewer_timesteps_is_told():
+    with pytest.raises(InputError, match=r"loss\.max_timestep=1000: the base has 100 timesteps"):
+        asked_of(num_train_timesteps=100)
+    assert len(asked_of("loss.max_timestep=100", num_train_timesteps=100).weights) == 100
 
 
 def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
