@@ -125,6 +125,8 @@ class Loss:
     logit_std: float
     min_timestep: int
     max_timestep: int
+    mask: str
+    unmasked_weight: float
 
     def __post_init__(self) -> None:
         _one_of("loss.prediction", self.prediction, ("auto", "epsilon", "v_prediction"))
@@ -139,6 +141,7 @@ class Loss:
         _above(self, "loss.", snr_gamma=0, huber_c=0, logit_std=0)
         _at_least(self, "loss.", noise_offset=0, pyramid_iterations=0)
         _share("loss.pyramid_discount", self.pyramid_discount)
+        _share("loss.unmasked_weight", self.unmasked_weight)
         _one_of("loss.timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal"))
         if not math.isfinite(self.logit_mean):
             raise InputError(f"loss.logit_mean={self.logit_mean}: logit_mean is a finite number")
@@ -147,6 +150,11 @@ class Loss:
                 f"loss.min_timestep={self.min_timestep} loss.max_timestep={self.max_timestep}: timesteps go from the "
                 "first up to, but without, the second, and lie between 0 and 1000"
             )
+
+    @property
+    def masks(self) -> str:
+        """Where masks come from, whatever the folder is called: none, alpha or folder."""
+        return self.mask if self.mask in ("none", "alpha") else "folder"
 
 
 @dataclass

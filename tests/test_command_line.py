@@ -112,6 +112,8 @@ def refused(answer, *words):
         ("loss.min_timestep=500 loss.max_timestep=500", ["loss.min_timestep=500 loss.max_timestep=500"]),
         ("loss.max_timestep=1001", ["loss.max_timestep=1001", "between 0 and 1000"]),
         ("loss.min_timestep=-1", ["loss.min_timestep=-1"]),
+        ("loss.unmasked_weight=-0.1", ["loss.unmasked_weight=-0.1: a share is between 0 and 1"]),
+        ("loss.mask=null", ["loss.mask=null: loss.mask must have a value"]),
         ("loss.prediction=x0", ["loss.prediction=x0", "auto, epsilon, v_prediction"]),
         ("loss.prediction=epsilon loss.zero_terminal_snr=true", ["loss.zero_terminal_snr", "predicts epsilon"]),
         ("loss.weighting=max_snr", ["loss.weighting=max_snr", "none, min_snr, debiased"]),
@@ -132,6 +134,8 @@ def refused(answer, *words):
         ("resume=", ["resume=: name a run folder"]),
         ("resume=latest", ["no run under outputs/ or multirun/ has a checkpoint"]),
         ("hydra.run.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another run folder"]),
+        ("stage=train loss.mask=nowhere", ["loss.mask=nowhere: there is no such file or folder"]),
+        ("stage=check loss.mask=nowhere", ["loss.mask=nowhere"]),
         # sweeps
         ("-m rank=4,x", ["rank=x: not a whole number"]),
         ("-m lr=1e-3,fast", ["lr=fast: not a number"]),

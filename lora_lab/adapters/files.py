@@ -56,6 +56,7 @@ def metadata(
     the words of ss_tag_frequency. `modelspec.*` is Stability's specification 1.0.0."""
     from lora_lab import __version__
 
+    masked = "" if loss.masks == "none" else f", masks: {loss.masks}"
     huber = loss.type in ("huber", "smooth_l1")
     words: dict[str, int] = {}
     for caption in captions:
@@ -86,7 +87,7 @@ def metadata(
         "ss_multires_noise_iterations": str(loss.pyramid_iterations or None),
         "ss_multires_noise_discount": str(loss.pyramid_discount if loss.pyramid_iterations else None),
         "ss_tag_frequency": json.dumps({trigger: words}, ensure_ascii=False),
-        "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}",
+        "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}{masked}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",

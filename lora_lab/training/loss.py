@@ -26,6 +26,7 @@ class Batch:
     time_ids: Tensor  # (B, 6) micro-conditioning
     weights: Tensor  # (B,) of the samples' losses
     huber_c: Tensor  # (B,) where large errors begin
+    mask: Tensor | None  # (B, 1, height / 8, width / 8) of the latent pixels' errors; None weighs all alike
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def pixel_errors(kind: str, predicted: Tensor, target: Tensor, c: Tensor) -> Ten
 
 
 def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) -> Tensor:
-    """The weighed mean error (B,) of the UNet's prediction, in float32."""
+    """The weighed mean error (B,) of the UNet's prediction, in float32.
+
+    Masked pixels count as pixels, so that one pixel weighs as much in a small figure as in a large one."""
     schedule = asked.schedule
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
@@ -111,6 +114,8 @@ def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) ->
     velocity = asked.settings.prediction == "v_prediction"
     target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
     errors = pixel_errors(asked.settings.type, predicted.float(), target.float(), batch.huber_c)
+    if batch.mask is not None:
+        errors = errors * batch.mask
     return errors.mean(dim=(1, 2, 3)) * batch.weights
 
 

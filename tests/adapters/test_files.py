@@ -170,6 +170,12 @@ def test_the_metadata_says_what_was_minimised(overrides, notes):
     assert notes_of(*overrides).items() >= notes.items()
 
 
+def test_the_comment_says_that_there_were_masks_but_not_where():
+    assert notes_of("loss.mask=/home/me/masks")["ss_training_comment"].endswith(", masks: folder")
+    assert notes_of("loss.mask=alpha")["ss_training_comment"].endswith(", masks: alpha")
+    assert "mask" not in NOTES["ss_training_comment"]
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     state = {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}
     file = save_lora(tmp_path / "lora.safetensors", state, torch.float32, {})

@@ -280,6 +280,41 @@ def test_two_half_batches_accumulated_equal_one_whole(tmp_path, loss):
         assert torch.allclose(whole[key], halves[key], atol=2e-5), key
 
 
+def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:
+    """Masks of the six pictures, white in `box`."""
+    folder.mkdir()
+    for i in range(6):
+        mask = Image.new("L", (128, 128))
+        mask.paste(255, box)
+        mask.save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_masks_decide_what_of_the_pictures_is_learnt(three_steps, tmp_path, capsys):
+    white, left = cut_out(tmp_path / "white", (0, 0, 128, 128)), cut_out(tmp_path / "left", (0, 0, 64, 128))
+    train("white", "steps=3", f"loss.mask={white}")
+    assert_same(lora("white"), three_steps)
+    train("left", "steps=3", f"loss.mask={left}")
+    assert "left; what is not white weighs 0" in capsys.readouterr().out
+    assert not torch.equal(*(torch.cat([v.flatten() for v in x.values()]) for x in (lora("left"), three_steps)))
+    assert all(one["loss"] < all_of["loss"] for one, all_of in zip(metrics("left"), metrics("white"), strict=True))
+    assert "masks" in json.loads(Path("left/manifest.json").read_text())["sha256"]
+    train("lenient", "steps=3", f"loss.mask={left}", "loss.unmasked_weight=1")
+    assert_same(lora("lenient"), three_steps)
+
+
+def test_a_masked_run_goes_on_with_the_same_masks_wherever_they_are(tmp_path):
+    left, other = cut_out(tmp_path / "left", (0, 0, 64, 128)), cut_out(tmp_path / "other", (0, 0, 99, 128))
+    train("whole", "steps=4", f"loss.mask={left}", "dataset.flip=true")
+    train("cut", "steps=2", f"loss.mask={left}", "dataset.flip=true")
+    go_on = ("steps=4", f"resume={Path('cut').absolute()}", "dataset.flip=true")
+    for mask, named in ((other, "masks"), ("none", r"loss\.mask"), ("alpha", r"loss\.mask")):
+        with pytest.raises(InputError, match=f"trained with {named}="):
+            train("cut", *go_on, f"loss.mask={mask}")
+    train("cut", *go_on, f"loss.mask={left.rename(tmp_path / 'moved')}")
+    assert_same(lora("cut"), lora("whole"))
+
+
 def test_pictures_of_several_shapes_are_trained_in_buckets(tmp_path, capsys):
     shapes = tmp_path / "shapes"
     shapes.mkdir()

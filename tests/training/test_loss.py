@@ -48,6 +48,7 @@ def batch_of(asked, **changes):
         time_ids=torch.zeros(3, 6),
         weights=asked.weights[TIMESTEPS],
         huber_c=asked.huber_c[TIMESTEPS],
+        mask=None,
     )
     return Batch(**parts | changes)
 
@@ -142,6 +143,17 @@ def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
     assert torch.allclose(losses, expected * batch.weights, rtol=1e-4)
 
 
+def test_a_mask_takes_errors_out_and_leaves_a_pixel_its_weight():
+    asked = asked_of("loss=plain")
+    mask = torch.ones(3, 1, 8, 8)
+    mask[0, :, :, :6], mask[1, :, :2] = 0, 0.5
+    batch = batch_of(asked, mask=mask)
+    wrong = batch.noise + 2
+    wrong[0, :, :, :6] += 100  # where nothing is learnt
+    expected = torch.tensor([4 * 2 / 8, 4 * (6 + 0.5 * 2) / 8, 4])
+    assert torch.allclose(sample_losses(Knowing(wrong), asked, batch), expected, rtol=1e-4)
+
+
 def test_a_base_of_fewer_timesteps_is_told():
     with pytest.raises(InputError, match=r"loss\.max_timestep=1000: the base has 100 timesteps"):
         asked_of(num_train_timesteps=100)
@@ -163,12 +175,13 @@ def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
     assert off.schedule.alphas_cumprod[-1] > 0.004
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(3, 1, 8, 8)], ids=["all", "masked"])
 @pytest.mark.parametrize("overrides", [(), ("loss=huber",), ("loss=zero_snr", "loss.type=l1")])
-def test_a_step_waits_for_no_number(overrides):
+def test_a_step_waits_for_no_number(overrides, mask):
     """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
     asked = asked_of(*overrides)
-    batch = batch_of(asked)
+    batch = batch_of(asked, mask=mask)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = Batch(**{key: mode.from_tensor(value) for key, value in vars(batch).items()})
+        fake = Batch(**{key: value if value is None else mode.from_tensor(value) for key, value in vars(batch).items()})
         losses = sample_losses(Knowing(fake.noise + 1), asked, fake)
     assert losses.shape == (3,)
