@@ -73,6 +73,15 @@ def test_an_option_changes_its_own_draw_and_no_other(override, changed):
         assert found == changed
 
 
+def test_the_discount_of_the_pyramid_reaches_the_noise():
+    loss, other = (compose("loss.pyramid_iterations=6", f"loss.pyramid_discount={d}").loss for d in (0.3, 0.9))
+    noise = draw(0, 0, 0, (4, 8, 8), LOSS, 0.1).noise
+    for settings in (loss, other):
+        drawn = draw(0, 0, 0, (4, 8, 8), settings, 0.1).noise
+        source = generator(0, "pyramid noise", 0, 0)
+        assert torch.equal(drawn, pyramid_noise(noise, 6, settings.pyramid_discount, source))
+
+
 def timesteps_of(*overrides, count=2000):
     loss = compose(*overrides).loss
     return torch.tensor([draw(0, step, 0, (1, 1, 1), loss, 0.0).timestep for step in range(count)]).double()
