@@ -222,6 +222,7 @@ class Convert(Stage):
 @dataclass
 class Train(Stage):
     gradient_accumulation: int
+    capture: bool
     max_grad_norm: float | None
     caption_dropout: float
     checkpoint_every: int

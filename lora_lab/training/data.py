@@ -24,6 +24,7 @@ from lora_lab.training.randomness import draw, pick
 class Example:
     """One picture as training sees it: `latents`[0] upright and, if flipping, [1] mirrored; all on the device."""
 
+    name: str
     latents: list[Tensor]
     masks: list[Tensor]  # (1, height / 8, width / 8), 0 to 1, of the latents; [] learns all of the picture
     text: TextEmbedding
@@ -63,6 +64,11 @@ class TrainingData:
             mask=loss.unmasked_weight + (1 - loss.unmasked_weight) * torch.stack(masks) if masks else None,
         )
 
+    def names(self, *, seed: int, step: int, parts: int, batch_size: int) -> list[str]:
+        """The pictures of step `step`."""
+        batches = (pick(seed, step * parts + part, self.buckets, batch_size) for part in range(parts))
+        return [self.examples[i].name for pictures in batches for i in pictures]
+
 
 def fit_pictures(samples: list[Sample], resolution: int, step: int, masks: Masks | None) -> list[Fitted]:
     """Every picture in its bucket, its mask cut as it is.
@@ -100,7 +106,7 @@ def encode_dataset(
         latents = [encode_picture(pipe, view, sample.name).to(device) for view in _views(fitted.picture, flip)]
         masks = [latent_mask(view, *latents[0].shape[1:]).to(device) for view in _views(fitted.mask, flip)]
         time_ids = micro_conditioning(fitted.original_size, fitted.crop_top_left, fitted.target_size).to(device)
-        examples.append(Example(latents, masks, texts[sample.caption], time_ids))
+        examples.append(Example(sample.name, latents, masks, texts[sample.caption], time_ids))
         buckets.setdefault(fitted.picture.size, []).append(i)
     return TrainingData(examples, _on(_empty(pipe), device), [buckets[size] for size in sorted(buckets)])
 

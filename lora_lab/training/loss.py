@@ -110,6 +110,7 @@ def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) ->
     schedule = asked.schedule
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+    noisy = noisy.to(batch.tokens.dtype)  # the base's own, in which everything but the loss is computed
     predicted = unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
     velocity = asked.settings.prediction == "v_prediction"
     target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise

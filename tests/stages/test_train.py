@@ -21,7 +21,7 @@ from lora_lab.config import compose
 from lora_lab.demo import BASE, TOFU
 from lora_lab.errors import InputError, RunError
 from lora_lab.stages import run
-from lora_lab.training import loop
+from lora_lab.training import loop, step
 from lora_lab.training.state import checkpoints
 
 # Six of the tofu pictures: encoding all 24 would be half of the time.
@@ -360,15 +360,15 @@ def test_gradient_checkpointing_and_offload_change_nothing():
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
-    real = loop.sample_losses
+    real = step.sample_losses
     calls = []
 
     def sometimes_nan(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(loop, "sample_losses", sometimes_nan)
-    with pytest.raises(RunError, match="step 4 is nan"):
+    monkeypatch.setattr(step, "sample_losses", sometimes_nan)
+    with pytest.raises(RunError, match=r"step 4 is nan, at 0\d\.png, 0\d\.png: "):
         train("run", "steps=6", "stage.checkpoint_every=2")
     state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
     assert checkpoints(Path("run"))[-1].name == "step-000002"

@@ -18,7 +18,7 @@ TEXT = TextEmbedding(torch.zeros(77, 8), torch.zeros(8))
 def batches(masks, *overrides, count=8):
     """Batches of two of four examples, whose latents are 0 upright and 1 mirrored."""
     views = [torch.zeros(4, 2, 2), torch.ones(4, 2, 2)]
-    data = TrainingData([Example(views, masks, TEXT, torch.zeros(6))] * 4, TEXT, [[0, 1, 2, 3]])
+    data = TrainingData([Example("0.png", views, masks, TEXT, torch.zeros(6))] * 4, TEXT, [[0, 1, 2, 3]])
     asked = objective(compose(*overrides).loss, {})
     return [
         data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
