@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
+from lora_lab.adapters.fused import fuse
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import DTYPES, load_base
 from lora_lab.base.prediction import settle
@@ -103,7 +104,10 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
         unet.enable_gradient_checkpointing(
             lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
-    learnt = Flat([p for p in unet.parameters() if p.requires_grad], plan.dtype)
+    # All lora_A, then all lora_B: so those of q, k and v are neighbours.
+    trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    learnt = Flat([p for _, p in sorted(trained, key=lambda each: ".lora_B." in each[0])], plan.dtype)
+    fuse(unet, learnt)
     optimizer = plan.make_optimizer([learnt.master])
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     capture = config.stage.capture and plan.device.type == "cuda" and not dropout

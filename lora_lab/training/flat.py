@@ -1,5 +1,6 @@
 """All that learns in one piece of memory, so that clipping and the optimizer are a few kernels instead of thousands."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +35,14 @@ class Flat:
         for parameter, gradient in zip(learnt, self.views(self.master.grad), strict=True):
             parameter.grad = gradient
         return learnt
+
+    def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
+        """Numbers from `start` on as another parameter of that shape: neighbours seen as one. What it is given as
+        gradient is theirs."""
+        end = start + math.prod(shape)
+        leaf = nn.Parameter(self.working[start:end].view(shape))
+        leaf.grad = self._gradient[start:end].view(shape)
+        return leaf
 
     def collect(self) -> None:
         """After a backward pass: add its gradients to the master's, and make room for the next."""
