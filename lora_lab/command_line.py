@@ -211,6 +211,8 @@ def refuse_missing(run: config.Config) -> None:
             locate_folder("stage.photo", str(item))
     if draws or isinstance(stage, config.Train):
         locate_model("model.base", run.model.base)
+    if isinstance(stage, (config.Check, config.Train, config.Pipeline)) and run.loss.masks == "folder":
+        locate_folder("loss.mask", run.loss.mask)
     if isinstance(stage, (config.Caption, config.Pipeline)):
         locate_model("captioner.base", run.captioner.base)
 

@@ -30,6 +30,18 @@ def _at_least(owner: object, prefix: str = "", **bounds: float) -> None:
             raise InputError(f"{prefix}{key}={value}: {key} must be at least {bound}")
 
 
+def _above(owner: object, prefix: str = "", **bounds: float) -> None:
+    for key, bound in bounds.items():
+        value = getattr(owner, key)
+        if not bound < value < math.inf:
+            raise InputError(f"{prefix}{key}={value}: {key} must be above {bound}")
+
+
+def _share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{key}={value}: a share is between 0 and 1")
+
+
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{key}={value}: {key} is one of {', '.join(choices)}")
@@ -98,6 +110,55 @@ class Schedule:
 
 
 @dataclass
+class Loss:
+    prediction: str
+    zero_terminal_snr: bool | None
+    weighting: str
+    snr_gamma: float
+    type: str
+    huber_schedule: str
+    huber_c: float
+    noise_offset: float
+    pyramid_iterations: int
+    pyramid_discount: float
+    timestep_sampling: str
+    logit_mean: float
+    logit_std: float
+    min_timestep: int
+    max_timestep: int
+    mask: str
+    unmasked_weight: float
+
+    def __post_init__(self) -> None:
+        _one_of("loss.prediction", self.prediction, ("auto", "epsilon", "v_prediction"))
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise InputError(
+                "loss.zero_terminal_snr: a base that predicts epsilon learns nothing where there is only noise, "
+                "say loss.zero_terminal_snr=false, or loss.prediction=v_prediction if that is what the base predicts"
+            )
+        _one_of("loss.weighting", self.weighting, ("none", "min_snr", "debiased"))
+        _one_of("loss.type", self.type, ("l2", "l1", "huber", "smooth_l1"))
+        _one_of("loss.huber_schedule", self.huber_schedule, ("constant", "exponential", "snr"))
+        _above(self, "loss.", snr_gamma=0, huber_c=0, logit_std=0)
+        _at_least(self, "loss.", noise_offset=0, pyramid_iterations=0)
+        _share("loss.pyramid_discount", self.pyramid_discount)
+        _share("loss.unmasked_weight", self.unmasked_weight)
+        _one_of("loss.timestep_sampling", self.timestep_sampling, ("uniform", "logit_normal"))
+        if not math.isfinite(self.logit_mean):
+            raise InputError(f"loss.logit_mean={self.logit_mean}: logit_mean is a finite number")
+        if not 0 <= self.min_timestep < self.max_timestep <= 1000:  # SDXL has 1000
+            raise InputError(
+                f"loss.min_timestep={self.min_timestep} loss.max_timestep={self.max_timestep}: timesteps go from the "
+                "first up to, but without, the second, and lie between 0 and 1000"
+            )
+
+    @property
+    def masks(self) -> str:
+        """Where masks come from, whatever the folder is called: none, alpha or folder."""
+        return self.mask if self.mask in ("none", "alpha") else "folder"
+
+
+@dataclass
 class Sampler:
     scheduler: dict[str, Any]
     steps: int
@@ -162,8 +223,8 @@ class Convert(Stage):
 @dataclass
 class Train(Stage):
     gradient_accumulation: int
+    capture: bool
     max_grad_norm: float | None
-    snr_gamma: float | None
     caption_dropout: float
     checkpoint_every: int
     keep_checkpoints: int
@@ -173,13 +234,10 @@ class Train(Stage):
     save_dtype: str
 
     def __post_init__(self) -> None:
-        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0, snr_gamma=0, caption_dropout=0)
+        _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0)
         _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
-        if self.caption_dropout > 1:
-            raise InputError(
-                f"stage.caption_dropout={self.caption_dropout}: a share of the captions is between 0 and 1"
-            )
+        _share("stage.caption_dropout", self.caption_dropout)
 
 
 @dataclass
@@ -217,6 +275,7 @@ class Config:
     adapter: dict[str, Any]
     optimizer: dict[str, Any]
     schedule: Schedule
+    loss: Loss
     sampler: Sampler
     memory: Memory
     tracker: Tracker

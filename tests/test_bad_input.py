@@ -163,6 +163,23 @@ def test_captions_without_the_trigger_are_not_trained_on(composed, here, nothing
     assert read_captions(folder)["00.png"].startswith("A tofu")
 
 
+@pytest.mark.parametrize("stage", ["train", "pipeline", "check"])
+def test_masks_are_looked_for_before_a_model_loads(composed, here, nothing_loads, stage):
+    folder, masks = tofu(here / "TOFU"), here / "masks"
+    asked = [f"stage={stage}", "dataset=folder", "dataset.root=TOFU"]
+    masks.mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        Image.new("L", (128, 128), 255).save(masks / name)
+    runs = (here / "runs" / str(number) for number in range(9))  # a pipeline leaves its copy of the pictures
+    assert "masks has no mask for 03.png" in refused(composed, *asked, "loss.mask=masks", folder=next(runs))
+    Image.new("L", (64, 128), 255).save(masks / "03.png")
+    said = refused(composed, *asked, "loss.mask=masks", folder=next(runs))
+    assert "03.png is 64x128, but 03.png is 128x128" in said
+    for name in ("00.png", "02.png"):
+        Image.open(folder / name).convert("RGB").save(folder / name)
+    assert "00.png has no alpha channel" in refused(composed, *asked, "loss.mask=alpha", folder=next(runs))
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -172,6 +189,7 @@ def test_captions_without_the_trigger_are_not_trained_on(composed, here, nothing
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),
         (["resume=nowhere"], ["resume=nowhere", "no checkpoint"]),
         (["device=tpu"], ["device=tpu"]),
+        (["loss.zero_terminal_snr=true"], ["loss.zero_terminal_snr", "predicts epsilon"]),
     ],
 )
 def test_what_training_needs_is_looked_for_before_the_base_loads(composed, here, nothing_loads, overrides, words):

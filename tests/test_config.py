@@ -115,7 +115,8 @@ def test_the_recipe_sdxl_has_the_figures_of_the_original(composed):
     assert config.model.vae == "madebyollin/sdxl-vae-fp16-fix"
     assert (config.schedule.name, config.schedule.warmup) == ("constant_with_warmup", 0)
     assert config.optimizer["_target_"] == "bitsandbytes.optim.AdamW8bit"
-    assert isinstance(config.stage, Train) and config.stage.snr_gamma == 5.0 and config.memory.gradient_checkpointing
+    assert isinstance(config.stage, Train) and config.memory.gradient_checkpointing
+    assert (config.loss.weighting, config.loss.snr_gamma) == ("min_snr", 5.0)
 
 
 def test_ones_own_recipe_is_found_and_wins_over_the_models_choice_and_the_packages_recipe(

@@ -67,6 +67,12 @@ def test_every_key_of_a_stage_is_explained_somewhere(stage):
         assert re.search(rf"\bstage\.{key}\b", said), key
 
 
+def test_every_key_of_the_loss_is_explained_in_the_page_on_training():
+    said = (HOME / "docs" / "training.md").read_text(encoding="utf-8")
+    for key in config.Loss.__dataclass_fields__:
+        assert f"\n| `loss.{key}` | " in said, key
+
+
 def test_the_changelog_has_this_version():
     assert f"\n## [{lora_lab.__version__}]" in (HOME / "CHANGELOG.md").read_text(encoding="utf-8")
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_lab.config import Loss
 from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
 
@@ -47,14 +48,16 @@ def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[s
 
 def metadata(
     *, name: str, base: str, trigger: str, rank: int, alpha: float, lr: float, steps: int, batch_size: int, seed: int,
-    resolution: int, captions: list[str], dataset_hash: str, base_hash: str,
+    resolution: int, captions: list[str], loss: Loss, dataset_hash: str, base_hash: str,
 ) -> dict[str, str]:  # fmt: skip
-    """What other programs show of the file; every value is a string, as safetensors asks.
+    """What other programs show of the file; every value is a string, as safetensors asks. `loss` is settled.
 
     `ss_*` are kohya's keys: Forge lists a file for SDXL only if ss_base_model_version starts with "sdxl_", and offers
     the words of ss_tag_frequency. `modelspec.*` is Stability's specification 1.0.0."""
     from lora_lab import __version__
 
+    masked = "" if loss.masks == "none" else f", masks: {loss.masks}"
+    huber = loss.type in ("huber", "smooth_l1")
     words: dict[str, int] = {}
     for caption in captions:
         for phrase in filter(None, (p.strip() for p in caption.split(","))):
@@ -74,15 +77,25 @@ def metadata(
         "ss_seed": str(seed),
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_num_train_images": str(len(captions)),
+        "ss_zero_terminal_snr": str(loss.zero_terminal_snr),
+        "ss_min_snr_gamma": str(loss.snr_gamma if loss.weighting == "min_snr" else None),
+        "ss_debiased_estimation": str(loss.weighting == "debiased"),
+        "ss_loss_type": loss.type,
+        "ss_huber_schedule": str(loss.huber_schedule if huber else None),
+        "ss_huber_c": str(loss.huber_c if huber else None),
+        "ss_noise_offset": str(loss.noise_offset or None),
+        "ss_multires_noise_iterations": str(loss.pyramid_iterations or None),
+        "ss_multires_noise_discount": str(loss.pyramid_discount if loss.pyramid_iterations else None),
         "ss_tag_frequency": json.dumps({trigger: words}, ensure_ascii=False),
-        "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}",
+        "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}{masked}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": "epsilon",
+        "modelspec.prediction_type": "v" if loss.prediction == "v_prediction" else "epsilon",
+        "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }
 
 

@@ -16,12 +16,15 @@ Size = tuple[int, int]  # (width, height) in pixels, as Pillow has it
 
 @dataclass(frozen=True)
 class Fitted:
-    """A picture in its bucket, and SDXL's three conditions: (height, width) or (top, left), in pixels."""
+    """A picture in its bucket, and SDXL's three conditions: (height, width) or (top, left), in pixels.
+
+    A mask (L, of the bucket's size too) says what of it is learnt; None is all."""
 
     picture: Image.Image
     original_size: tuple[int, int]  # (height, width) of the file
     crop_top_left: tuple[int, int]  # (top, left) of the crop in the resized picture
     target_size: tuple[int, int]  # (height, width) of the bucket
+    mask: Image.Image | None = None
 
 
 def aspect_buckets(resolution: int, step: int, max_ratio: float = 2.0) -> list[Size]:

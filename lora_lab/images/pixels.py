@@ -19,6 +19,13 @@ def open_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
     """The picture at `path` in 8-bit sRGB, turned as EXIF says, transparency laid on `background`, the first frame.
 
     Raises InputError naming the file when it is missing, no picture, cut off, or over 100 megapixels."""
+    return open_with_alpha(path, background)[0]
+
+
+def open_with_alpha(
+    path: Path, background: tuple[int, int, int] = (255, 255, 255)
+) -> tuple[Image.Image, Image.Image | None]:
+    """`open_picture`, and how opaque it was (L, 255 is opaque); None for a picture that knows no transparency."""
     picture = _decode(path)
     profile = picture.info.get("icc_profile")
     try:
@@ -32,8 +39,8 @@ def open_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
     except BROKEN as error:
         raise InputError(f"{path} has colours in an unusual form ({error}): save it again as a PNG") from error
     if alpha is None:
-        return picture
-    return Image.composite(picture, Image.new("RGB", picture.size, background), alpha)
+        return picture, None
+    return Image.composite(picture, Image.new("RGB", picture.size, background), alpha), alpha
 
 
 def _decode(path: Path) -> Image.Image:

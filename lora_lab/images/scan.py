@@ -25,13 +25,13 @@ def pictures(root: Path) -> dict[str, Path]:
     return {name: path for name, path in _files(root) if path.suffix.lower() in READ} if root.is_dir() else {}
 
 
-def find_pictures(root: Path) -> dict[str, Path]:
-    """`pictures`, of which there must be at least one: raises InputError."""
+def find_pictures(root: Path, key: str = "dataset.root") -> dict[str, Path]:
+    """`pictures`, of which there must be at least one: raises InputError, which names the `key` that said `root`."""
     found = pictures(root)
     if not found:
         others = unsupported(root)
         hint = f" ({others[0]} and its like are not read: convert them to PNG)" if others else ""
-        raise InputError(f"no pictures in {root}: point dataset.root at a folder of .png, .jpg or .webp files{hint}")
+        raise InputError(f"no pictures in {root}: point {key} at a folder of .png, .jpg or .webp files{hint}")
     return found
 
 

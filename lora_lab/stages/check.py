@@ -16,6 +16,7 @@ from lora_lab.console import say
 from lora_lab.dataset import few, missing_captions, missing_picture, same_name_twice
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import aspect_buckets, enlargement, nearest_bucket
+from lora_lab.images.masks import Masks, find_masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures, same_names, unsupported
 from lora_lab.runs import write_json
@@ -39,6 +40,7 @@ class Findings:
     captions: int
     buckets: dict[str, int]  # "832x1216" (width x height) -> pictures
     unreadable: dict[str, str]  # name -> why
+    unmasked: dict[str, str]  # name -> why its mask cannot be used; {} without loss.mask
     uncaptioned: list[str]
     pictureless: list[str]  # captions without a picture
     caption_files: str  # why no captions could be read; "" if they could
@@ -65,7 +67,14 @@ def check(config: Config, folder: Path) -> CheckResult:
     root = locate_folder("dataset.root", config.dataset.root)
     model = config.model
     result = inspect(
-        root, config.trigger, model.resolution, False, folder, model.bucket_step, token_counter(model.base)
+        root,
+        config.trigger,
+        model.resolution,
+        False,
+        folder,
+        model.bucket_step,
+        token_counter(model.base),
+        find_masks(config.loss.mask),
     )
     if result.errors:
         raise InputError(result.errors[0] + (f" (and {len(result.errors) - 1} more)" if result.errors[1:] else ""))
@@ -80,6 +89,7 @@ def inspect(
     folder: Path,
     bucket_step: int = 64,
     count_tokens: Callable[[str], int] | None = None,
+    masks: Masks | None = None,
 ) -> CheckResult:
     """Open every picture and read every caption under `root`; print the report and write it to `folder`/check.json.
 
@@ -99,6 +109,7 @@ def inspect(
         captions=len(captions),
         buckets={f"{width}x{height}": n for (width, height), n in Counter(chosen.values()).most_common()},
         unreadable=unreadable,
+        unmasked=_unmasked(masks, paths, sizes) if masks else {},
         uncaptioned=[name for name in paths if name not in captions] if captions or captions_needed else [],
         pictureless=[name for name in captions if name not in paths],
         caption_files=broken,
@@ -145,6 +156,17 @@ def _open_all(paths: dict[str, Path]) -> tuple[dict[str, tuple[int, int]], dict[
             sizes[name] = picture.size
             thumbnails[name] = thumbnail(picture)
     return sizes, thumbnails, unreadable
+
+
+def _unmasked(masks: Masks, paths: dict[str, Path], sizes: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Why training would refuse the masks of those pictures whose masks it would."""
+    faults = {}
+    for name, size in sizes.items():
+        try:
+            masks.open(name, paths[name], size)
+        except InputError as error:
+            faults[name] = str(error)
+    return faults
 
 
 def _read_captions(root: Path) -> tuple[dict[str, str], str]:
@@ -223,7 +245,7 @@ def _without_stopwords(words: list[str]) -> list[str]:
 
 
 def _errors(found: Findings, root: Path, captions_needed: bool) -> list[str]:
-    errors = list(found.unreadable.values())
+    errors = [*found.unreadable.values(), *found.unmasked.values()]
     if found.caption_files:
         errors.append(found.caption_files)
     elif captions_needed and not found.captions:

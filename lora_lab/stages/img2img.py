@@ -1,7 +1,7 @@
 """Turn photos into the character: photo -> caption -> refined caption with the trigger -> img2img with the LoRA."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -10,9 +10,10 @@ from safetensors import safe_open
 from lora_lab.adapters.wear import find_lora, worn
 from lora_lab.base.load import load_base, pick_device
 from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.base.prediction import refuse_unfit, settle
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
-from lora_lab.config import Config
+from lora_lab.config import Config, Loss
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.generate import Request, check_strength, generate
@@ -52,7 +53,8 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     opened = [open_picture(path) for path in paths]
     photos = [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
     lora = _lora(config)
-    locate_model("model.base", model.base)
+    loss = _loss(config, lora)
+    refuse_unfit(model.base, loss)
     device = pick_device(config.device)
     worn_file = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {worn_file}, {model.base} on {device}")
@@ -65,6 +67,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
     pipe = load_base(model, device)
+    settle(pipe, loss)
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []
     with worn(pipe, lora, stage.lora_weight):
@@ -102,16 +105,32 @@ def _lora(config: Config) -> Path | None:
     if config.lora is None:
         raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     lora = find_lora(config.lora)
-    try:
-        with safe_open(str(lora), "pt") as file:
-            trigger = (file.metadata() or {}).get("modelspec.trigger_phrase")
-    except Exception as error:
-        raise InputError(f"{lora}: is not a readable .safetensors file ({error})") from error
+    trigger = _notes(lora).get("modelspec.trigger_phrase")
     if trigger and trigger != config.trigger and not config.stage.prompt:
         raise InputError(
             f"{lora.name} was trained on the trigger {trigger}, not {config.trigger}: say trigger={trigger}"
         )
     return lora
+
+
+def _loss(config: Config, lora: Path | None) -> Loss:
+    """What training said of this very base holds for drawing on it, where the command line leaves it open."""
+    notes, loss = _notes(lora) if lora else {}, config.loss
+    if notes.get("ss_sd_model_name") != config.model.base or "ss_zero_terminal_snr" not in notes:
+        return loss
+    velocity, zero = notes.get("modelspec.prediction_type") == "v", notes["ss_zero_terminal_snr"] == "True"
+    if loss.prediction == "auto":
+        loss = replace(loss, prediction="v_prediction" if velocity else "epsilon")
+    return replace(loss, zero_terminal_snr=zero) if loss.zero_terminal_snr is None else loss
+
+
+def _notes(lora: Path) -> dict[str, str]:
+    """The file's metadata."""
+    try:
+        with safe_open(str(lora), "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:
+        raise InputError(f"{lora}: is not a readable .safetensors file ({error})") from error
 
 
 def _captions(pictures: list[Image.Image], config: Config, device: str) -> list[str]:

@@ -3,32 +3,35 @@
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler
+from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
+from lora_lab.adapters.fused import fuse
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import DTYPES, load_base
-from lora_lab.config import Config
+from lora_lab.base.prediction import settle
+from lora_lab.config import Config, Loss
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.errors import InputError
 from lora_lab.runs import refuse_used, write_atomically, write_manifest
 from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, encode_dataset
+from lora_lab.training.flat import Flat
 from lora_lab.training.look import Look
-from lora_lab.training.loop import Job, MetricsFile, train_steps
+from lora_lab.training.loop import MetricsFile, train_steps
+from lora_lab.training.loss import Objective, objective
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.state import load_checkpoint, save_checkpoint
+from lora_lab.training.step import Job, backward_pass
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,21 @@ def train(config: Config, folder: Path) -> TrainResult:
     plan = make_plan(config, folder)
     say(describe(plan, config, folder))
     write_manifest(folder, plan.device, plan.hashes)
-    AcceleratorState._reset_state(reset_partial_state=True)  # the jobs of a sweep share one process
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(plan.dtype, "no")
-    accelerator = Accelerator(mixed_precision=half, cpu=plan.device.type == "cpu")
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     pipe = load_base(config.model, plan.device)
+    settle(pipe, config.loss)
     data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
-    job = start_job(pipe.unet, config, plan, accelerator)
-    done = load_checkpoint(plan.goes_on, job.unet, job.optimizer, job.schedule) if plan.goes_on else 0
-    noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    asked = objective(config.loss, pipe.scheduler.config)
+    job = start_job(pipe.unet, asked, config, plan)
+    done = load_checkpoint(plan.goes_on, job) if plan.goes_on else 0
     shown = f"{config.name} rank {config.rank} lr {config.lr:g} steps {config.steps}"  # tells the jobs of a sweep apart
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, noise_schedule, accelerator, done, Keep(job, config, plan, folder), look, track)
+        lora = learn(job, data, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
@@ -89,28 +90,42 @@ def train(config: Config, folder: Path) -> TrainResult:
     )
 
 
-def start_job(unet: torch.nn.Module, config: Config, plan: Plan, accelerator: Accelerator) -> Job:
+def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan: Plan) -> Job:
     """Put a fresh adapter into `unet`, and make what trains it."""
     torch.manual_seed(seed_of(config.seed, "adapter"))
     try:
         unet.add_adapter(plan.adapter)
     except ValueError as error:
         raise InputError(f"adapter: {str(error).splitlines()[0][:200]}") from error
-    cast_training_params(unet, dtype=torch.float32)  # half precision would round most updates away
+    # Only dropout draws in a step. Its state is kept for recomputing at the price of a wait a block, which also
+    # rules out a graph.
+    dropout = bool(config.adapter.get("lora_dropout"))
     if config.memory.gradient_checkpointing:
-        random = bool(config.adapter.get("lora_dropout"))  # only dropout draws; keeping the state costs a sync a block
         unet.enable_gradient_checkpointing(
-            lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=random)
+            lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = accelerator.prepare_optimizer(plan.make_optimizer(parameters))
-    schedule = get_scheduler(
-        config.schedule.name,
-        optimizer.optimizer,
-        num_warmup_steps=config.schedule.warmup,
-        num_training_steps=config.steps,
+    # All lora_A, then all lora_B: so those of q, k and v are neighbours.
+    trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    learnt = Flat([p for _, p in sorted(trained, key=lambda each: ".lora_B." in each[0])], plan.dtype)
+    fuse(unet, learnt)
+    optimizer = plan.make_optimizer([learnt.master])
+    scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
+    capture = config.stage.capture and plan.device.type == "cuda" and not dropout
+    return Job(
+        unet=unet,
+        learnt=learnt,
+        optimizer=optimizer,
+        schedule=get_scheduler(
+            config.schedule.name, optimizer, num_warmup_steps=config.schedule.warmup, num_training_steps=config.steps
+        ),
+        scaler=scaler,
+        settings=config.stage,
+        asked=asked,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        backward=backward_pass(unet, learnt, scaler, asked, config.stage.gradient_accumulation, capture),
     )
-    return Job(unet, optimizer, schedule, config.stage, config.steps, config.batch_size, config.seed)
 
 
 @dataclass(frozen=True)
@@ -126,19 +141,17 @@ class Keep:
         """The LoRA after `step` steps as lora/NAME.safetensors."""
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
-        return save_lora(file, kohya_state({"unet": self.job.unet}), dtype, notes_for(self.config, self.plan, step))
+        with self.job.learnt.exact():
+            state = kohya_state({"unet": self.job.unet})
+        return save_lora(file, state, dtype, notes_for(self.config, self.plan, self.job.asked.settings, step))
 
     def checkpoint(self, step: int) -> None:
-        job = self.job
-        most = job.settings.keep_checkpoints
-        save_checkpoint(self.folder, step, job.unet, job.optimizer, job.schedule, self.plan.recipe, most)
+        save_checkpoint(self.folder, step, self.job, self.plan.recipe)
 
 
 def learn(
     job: Job,
     data: TrainingData,
-    noise_schedule: DDPMScheduler,
-    accelerator: Accelerator,
     done: int,
     keep: Keep,
     look: Look,
@@ -151,17 +164,21 @@ def learn(
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0 and step < job.steps  # the last step has its turn after the loop
 
-    def after_step(step: int, numbers: dict[str, float]) -> None:
+    def report(step: int, numbers: dict[str, float]) -> None:
         metrics.write(step, numbers)
         track.numbers(step, {f"train/{key}": value for key, value in numbers.items()})
+
+    def after_step(step: int, settle: Callable[[], None]) -> None:
         if due(step, stage.checkpoint_every):
+            settle()
             keep.checkpoint(step)
         if due(step, stage.validate_every):
+            settle()
             track.images(step, look.validate(keep.lora(step, f"{name}-{step:06d}"), step))
 
     look.rest()
     try:
-        reached = train_steps(job, data, noise_schedule, accelerator, done, after_step)
+        reached = train_steps(job, data, done, report, after_step)
     finally:
         metrics.close()
         loss_plot(read_metrics(metrics.path), keep.folder / "loss.png")
@@ -173,8 +190,8 @@ def learn(
     return lora
 
 
-def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
-    """The metadata of the LoRA file after `step` steps."""
+def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, str]:
+    """The metadata of the LoRA file after `step` steps of the settled `loss`."""
     return metadata(
         name=config.name,
         base=config.model.base,
@@ -187,6 +204,7 @@ def notes_for(config: Config, plan: Plan, step: int) -> dict[str, str]:
         seed=config.seed,
         resolution=config.model.resolution,
         captions=[sample.caption for sample in plan.samples],
+        loss=loss,
         dataset_hash=plan.hashes["dataset"],
         base_hash=plan.hashes["base"],
     )

@@ -3,90 +3,64 @@
 import json
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch.optim.lr_scheduler import LRScheduler
 
-from lora_lab.config import Train
 from lora_lab.console import bar, say
 from lora_lab.errors import RunError
 from lora_lab.training.data import TrainingData
-from lora_lab.training.loss import sample_losses
 from lora_lab.training.randomness import seed_of
-
-
-@dataclass(frozen=True)
-class Job:
-    """One LoRA in training: what learns, how, and until when."""
-
-    unet: UNet2DConditionModel  # with the adapter in it
-    optimizer: AcceleratedOptimizer
-    schedule: LRScheduler
-    settings: Train
-    steps: int
-    batch_size: int
-    seed: int
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+from lora_lab.training.readings import Readings
+from lora_lab.training.step import Job
 
 
 def train_steps(
     job: Job,
     data: TrainingData,
-    noise_schedule: DDPMScheduler,
-    accelerator: Accelerator,
     start: int,
-    after_step: Callable[[int, dict[str, float]], None],
+    report: Callable[[int, dict[str, float]], None],
+    after_step: Callable[[int, Callable[[], None]], None],
 ) -> int:
-    """Do steps start .. job.steps, each followed by `after_step(steps done, numbers)`; returns the steps done.
+    """Do steps start .. job.steps; returns the steps done, which are fewer when Ctrl-C asked for the end.
 
-    Those are fewer when Ctrl-C asked for the end."""
+    `report(step, numbers)` is called for every step, on a GPU a little late; `after_step(step, settle)` at once. What
+    that does with the weights it does after `settle()`, which waits for all numbers and stops at a bad one."""
     settings, parts = job.settings, job.settings.gradient_accumulation
-    parameters = job.parameters()
+
+    def seen(step: int, numbers: dict[str, float]) -> None:
+        if not math.isfinite(numbers["loss"]):
+            names = ", ".join(data.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
+            raise RunError(
+                f"the loss of step {step} is {numbers['loss']}, at {names}: lower lr, or look at these pictures; the "
+                f"last checkpoint is from before it"
+            )
+        shown.set_postfix(loss=f"{numbers['loss']:.4f}", lr=f"{numbers['lr']:.1e}", refresh=False)
+        shown.update()
+        report(step, numbers)
+
+    readings = Readings(job.batch_size * parts, seen)
     with _stop_on_signal() as stopped, bar(total=job.steps, initial=start, desc="train", unit="step") as shown:
         for step in range(start, job.steps):
-            began = time.perf_counter()
+            readings.begin()
             job.unet.train()  # drawing left it in evaluation mode
             torch.manual_seed(seed_of(job.seed, "dropout", step))  # only an adapter's dropout draws from it
-            loss = 0.0
+            loss = torch.zeros((), device=job.learnt.master.device)
             for part in range(parts):
                 batch = data.batch(
                     seed=job.seed, step=step, part=part, parts=parts, batch_size=job.batch_size,
-                    timesteps=noise_schedule.config.num_train_timesteps, caption_dropout=settings.caption_dropout,
+                    asked=job.asked, caption_dropout=settings.caption_dropout,
                 )  # fmt: skip
-                with accelerator.autocast():
-                    part_loss = sample_losses(job.unet, noise_schedule, batch, settings.snr_gamma).mean() / parts
-                accelerator.backward(part_loss)
-                loss += part_loss.item()
-            limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-            grad_norm = accelerator.clip_grad_norm_(parameters, limit).item()
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss of step {step + 1} is {loss}: lower lr; the last checkpoint is from before it"
-                )
+                loss += job.backward(batch)
             lr = job.schedule.get_last_lr()[0]
-            job.optimizer.step()
-            job.schedule.step()
-            job.optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            shown.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
-            shown.update()
-            numbers = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-            numbers |= {"images_per_second": job.batch_size * parts / seconds, "memory_mib": _memory_mib()}
-            after_step(step + 1, numbers)
+            readings.put(step + 1, loss, job.update(), lr)
+            after_step(step + 1, readings.settle)
             if stopped():
-                return step + 1
-    return job.steps
+                break
+        readings.settle()
+        return step + 1 if start < job.steps else job.steps
 
 
 class MetricsFile:
@@ -107,13 +81,6 @@ class MetricsFile:
 
 def _whole_lines(path: Path) -> list[str]:
     return [s for s in path.read_text(encoding="utf-8").splitlines() if s.endswith("}")] if path.is_file() else []
-
-
-def _memory_mib() -> float:
-    """Peak memory of the GPU's allocator so far, else what the process holds now, in MiB."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return psutil.Process().memory_info().rss / 2**20
 
 
 @contextmanager

@@ -1,11 +1,17 @@
-"""What is minimised: the error of the predicted noise, weighed by how hard the timestep is."""
+"""What is minimised: the error of the UNet's prediction, weighed by how hard the timestep is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
+
+from lora_lab.base.prediction import settled
+from lora_lab.config import Loss
+from lora_lab.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -18,25 +24,105 @@ class Batch:
     tokens: Tensor  # (B, 77, cross attention dimension)
     pooled: Tensor  # (B, pooled dimension)
     time_ids: Tensor  # (B, 6) micro-conditioning
+    weights: Tensor  # (B,) of the samples' losses
+    huber_c: Tensor  # (B,) where large errors begin
+    mask: Tensor | None  # (B, 1, height / 8, width / 8) of the latent pixels' errors; None weighs all alike
 
 
-def min_snr_weights(snr: Tensor, gamma: float | None, prediction: str = "epsilon") -> Tensor:
-    """Loss weight per sample: min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v-prediction.
+@dataclass(frozen=True)
+class Objective:
+    """What is asked of the UNet: `settings` on the base's noise schedule.
 
-    Source: Hang et al. 2023, arXiv 2303.09556, equation 7. gamma None weighs all alike."""
-    if gamma is None:
-        return torch.ones_like(snr)
+    The tables are looked up while batches are made, so that a step itself computes nothing but with tensors."""
+
+    settings: Loss  # settled
+    schedule: DDPMScheduler
+    weights: Tensor  # (timesteps,) of the loss, on the CPU
+    huber_c: Tensor  # (timesteps,), on the CPU
+
+
+def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
+    """What `settings` ask of a base whose scheduler has the configuration `scheduler`. Raises InputError."""
+    settings = settled(settings, scheduler)
+    schedule = DDPMScheduler.from_config(
+        scheduler, prediction_type=settings.prediction, rescale_betas_zero_snr=settings.zero_terminal_snr
+    )
+    count = schedule.config.num_train_timesteps
+    if settings.max_timestep > count:
+        raise InputError(f"loss.max_timestep={settings.max_timestep}: the base has {count} timesteps, say at most that")
+    snr = compute_snr(schedule, torch.arange(count))
+    c = huber_c(settings.huber_c, settings.huber_schedule, schedule.alphas_cumprod)
+    return Objective(settings, schedule, _weights(settings, snr), c)
+
+
+def min_snr_weights(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Loss weight per timestep: min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v-prediction.
+
+    Source: Hang et al. 2023, arXiv 2303.09556, equation 7."""
     clipped = snr.clamp(max=gamma)
     return clipped / (snr + 1) if prediction == "v_prediction" else clipped / snr
 
 
-def sample_losses(unet: UNet2DConditionModel, schedule: DDPMScheduler, batch: Batch, snr_gamma: float | None) -> Tensor:
-    """The weighed mean squared error (B,) of the UNet's prediction, in float32."""
+def debiased_weights(snr: Tensor, prediction: str) -> Tensor:
+    """Loss weight per timestep: 1 / sqrt(snr) for epsilon (Yu et al. 2023, arXiv 2310.08442), snr being at most 1000.
+
+    For v-prediction 1 / (snr + 1), and the bound, are those of kohya's sd-scripts (apply_debiased_estimation); the
+    paper is about epsilon, and carried over to v its weight would be sqrt(snr) / (snr + 1)."""
+    snr = snr.clamp(max=1000)
+    return 1 / (snr + 1) if prediction == "v_prediction" else 1 / snr.sqrt()
+
+
+def huber_c(c: float, schedule: str, alphas_cumprod: Tensor) -> Tensor:
+    """Where large errors begin, per timestep t of T: `constant` c, `exponential` c ** (t / T), `snr`
+    (1 - c) / (1 + sigma) ** 2 + c with sigma ** 2 = (1 - alphas_cumprod) / alphas_cumprod.
+
+    The last two fall from about 1 towards c where noise grows, so that there outliers pull less and fine detail is
+    still learnt by squares. Source: Khrapov et al. 2024, arXiv 2403.16728; as in sd-scripts' --huber_schedule."""
+    if schedule == "exponential":
+        return c ** (torch.arange(len(alphas_cumprod)) / len(alphas_cumprod))
+    if schedule == "snr":
+        sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        return (1 - c) / (1 + sigma) ** 2 + c
+    return torch.full_like(alphas_cumprod, c)
+
+
+def pixel_errors(kind: str, predicted: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """Error of every latent pixel, of the shape of `predicted` (B, 4, height, width), d being the difference:
+
+    `l2` d ** 2, `l1` |d|, `huber` 2 c (sqrt(d ** 2 + c ** 2) - c), `smooth_l1` 2 (sqrt(d ** 2 + c ** 2) - c), with `c`
+    (B,). Of small d huber is d ** 2 and smooth_l1 d ** 2 / c, of large ones they are 2 c |d| and 2 |d|.
+    Source: Khrapov et al. 2024, arXiv 2403.16728; scaled as sd-scripts' --loss_type."""
+    difference = predicted - target
+    if kind == "l1":
+        return difference.abs()
+    squares = difference.square()
+    if kind == "l2":
+        return squares
+    c = c.view(-1, 1, 1, 1)
+    excess = squares / ((squares + c.square()).sqrt() + c)  # sqrt(d ** 2 + c ** 2) - c, without what cancels
+    return 2 * c * excess if kind == "huber" else 2 * excess
+
+
+def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) -> Tensor:
+    """The weighed mean error (B,) of the UNet's prediction, in float32.
+
+    Masked pixels count as pixels, so that one pixel weighs as much in a small figure as in a large one."""
+    schedule = asked.schedule
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+    noisy = noisy.to(batch.tokens.dtype)  # the base's own, in which everything but the loss is computed
     predicted = unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
-    prediction = schedule.config.prediction_type
-    velocity = prediction == "v_prediction"
+    velocity = asked.settings.prediction == "v_prediction"
     target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
-    errors = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
-    return errors * min_snr_weights(compute_snr(schedule, batch.timesteps), snr_gamma, prediction)
+    errors = pixel_errors(asked.settings.type, predicted.float(), target.float(), batch.huber_c)
+    if batch.mask is not None:
+        errors = errors * batch.mask
+    return errors.mean(dim=(1, 2, 3)) * batch.weights
+
+
+def _weights(settings: Loss, snr: Tensor) -> Tensor:
+    if settings.weighting == "min_snr":
+        return min_snr_weights(snr, settings.snr_gamma, settings.prediction)
+    if settings.weighting == "debiased":
+        return debiased_weights(snr, settings.prediction)
+    return torch.ones_like(snr)

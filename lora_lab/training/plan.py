@@ -12,10 +12,12 @@ from peft import LoraConfig
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.base.prediction import refuse_unfit
 from lora_lab.config import Config
 from lora_lab.dataset import Sample, read_dataset
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted
+from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text
 from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
@@ -38,6 +40,7 @@ class Plan:
 def make_plan(config: Config, folder: Path) -> Plan:
     """Read everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError."""
     base = locate_model("model.base", config.model.base)
+    refuse_unfit(config.model.base, config.loss)
     samples = read_dataset(locate_folder("dataset.root", config.dataset.root))
     check_trigger(samples, config.trigger)
     device = pick_device(config.device)
@@ -46,6 +49,9 @@ def make_plan(config: Config, folder: Path) -> Plan:
         "dataset": hash_files(*(s.path for s in samples)),
         "captions": hash_text("\n".join(f"{s.name}\t{s.caption}" for s in samples)),
     }
+    masks = find_masks(config.loss.mask)
+    if config.loss.masks == "folder":
+        hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
     adapter = from_library("adapter", config.adapter)
     if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
         raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
@@ -54,7 +60,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
         refuse_other_recipe(goes_on, recipe)
     return Plan(
         samples=samples,
-        pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step),
+        pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),
         make_optimizer=from_library("optimizer", config.optimizer),
         adapter=adapter,
         device=device,
@@ -96,6 +102,8 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
         "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
         "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
     }
+    if config.loss.mask != "none":
+        lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
@@ -123,8 +131,9 @@ def _recipe(config: Config) -> dict:
         "dataset.flip": config.dataset.flip,
         "model.resolution": model.resolution,
         "model.precision": model.precision,
+        **{f"loss.{key}": value for key, value in vars(config.loss).items()},
+        "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
         **{
-            f"stage.{key}": getattr(stage, key)
-            for key in ("gradient_accumulation", "max_grad_norm", "snr_gamma", "caption_dropout")
+            f"stage.{key}": getattr(stage, key) for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout")
         },
     }

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from lora_lab.config import Loss
 
 
 def seed_of(*key: int | str) -> int:
@@ -23,7 +26,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one sample of one step needs: `timestep` in [0, timesteps), `noise` of the latents' shape, two coins."""
+    """What one sample of one step needs: `timestep`, `noise` of the latents' shape, two coins."""
 
     timestep: int
     noise: Tensor
@@ -31,13 +34,57 @@ class Draw:
     drop_caption: bool
 
 
-def draw(seed: int, step: int, index: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float) -> Draw:
-    """The draws of sample `index` (counted over the whole step, accumulated batches included) of step `step`."""
+def draw(seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Loss, caption_dropout: float) -> Draw:
+    """The draws of sample `index` (counted over the whole step, accumulated batches included) of step `step`.
+
+    `shape` is that of the latents: channels, height, width. Options of the noise and the timestep draw from generators
+    of their own, so that switching one on changes no other draw."""
     source = generator(seed, "sample", step, index)
-    timestep = int(torch.randint(timesteps, (1,), generator=source))
+    timestep = int(torch.randint(loss.min_timestep, loss.max_timestep, (1,), generator=source))
     flip, drop = torch.rand(2, generator=source).tolist()
     noise = torch.randn(shape, generator=source)
+    if loss.timestep_sampling == "logit_normal":
+        normal = torch.randn((), generator=generator(seed, "timestep", step, index))
+        share = torch.sigmoid(loss.logit_mean + loss.logit_std * normal)
+        timestep = timestep_at(share.item(), loss.min_timestep, loss.max_timestep)
+    if loss.noise_offset:
+        noise = offset_noise(noise, loss.noise_offset, generator(seed, "offset noise", step, index))
+    if loss.pyramid_iterations:
+        source = generator(seed, "pyramid noise", step, index)
+        noise = pyramid_noise(noise, loss.pyramid_iterations, loss.pyramid_discount, source)
     return Draw(timestep, noise, flip < 0.5, drop < caption_dropout)
+
+
+def timestep_at(share: float, first: int, end: int) -> int:
+    """The timestep of [first, end) that lies at `share` (0 to 1) of the way from picture to noise.
+
+    A share that is the sigmoid of a normal draw is logit-normal: Esser et al. 2024, arXiv 2403.03206, section 3.1."""
+    return min(first + int(share * (end - first)), end - 1)  # a sigmoid of much is 1
+
+
+def offset_noise(noise: Tensor, offset: float, source: torch.Generator) -> Tensor:
+    """`noise` (channels, height, width) plus `offset` times one normal number a channel.
+
+    The mean of a picture outlasts white noise nearly to the last timestep; so that it is learnt, the noise shifts it.
+    Source: Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise; sd-scripts' --noise_offset."""
+    return noise + offset * torch.randn((len(noise), 1, 1), generator=source)
+
+
+def pyramid_noise(noise: Tensor, iterations: int, discount: float, source: torch.Generator) -> Tensor:
+    """`noise` (channels, height, width) plus, for i = 0, 1, ..., discount ** i times noise of 1 / r ** i of its size,
+    enlarged, r being drawn from [2, 4) each time and 1 pixel the end; divided by the standard deviation of the whole.
+
+    Source: Whitaker 2023, multi-resolution noise, as sd-scripts' --multires_noise_iterations and _discount have it, but
+    that those divide by the deviation of the whole batch: here no sample may depend on its company."""
+    height, width = noise.shape[1:]
+    for i in range(iterations):
+        scale = (2 + 2 * torch.rand((), generator=source).item()) ** i
+        size = max(1, int(height / scale)), max(1, int(width / scale))
+        coarse = torch.randn((1, len(noise), *size), generator=source)
+        noise = noise + discount**i * interpolate(coarse, (height, width), mode="bilinear")[0]
+        if min(size) == 1:
+            break
+    return noise / noise.std()
 
 
 def batches_per_epoch(buckets: list[list[int]], batch_size: int) -> int:

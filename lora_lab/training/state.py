@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lab.errors import InputError
+from lora_lab.training.step import Job
+
+STATEFUL = ("optimizer", "schedule", "scaler")  # of a job, beside what is learnt
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -19,31 +19,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "training.json").is_file())
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    unet: nn.Module,
-    optimizer: AcceleratedOptimizer,
-    schedule: LRScheduler,
-    recipe: dict,
-    keep: int,
-) -> Path:
-    """Write checkpoints/step-NNNNNN under a hidden name, rename it, then drop all but the newest `keep`.
+def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
+    """Write checkpoints/step-NNNNNN under a hidden name, rename it, then drop all but the newest few.
 
     `recipe` is what a run that goes on must have in common with this one."""
     target = folder / "checkpoints" / f"step-{step:06d}"
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
+    with job.learnt.exact():
+        adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(job.unet).items()}
     save_file(adapter, str(temporary / "adapter.safetensors"))
-    scaler = optimizer.scaler.state_dict() if optimizer.scaler is not None else None
-    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler}
+    state = {part: getattr(job, part).state_dict() for part in STATEFUL}
     torch.save(state, temporary / "optimizer.pt")
     (temporary / "training.json").write_text(json.dumps({"step": step, "recipe": recipe}, indent=2), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    for older in checkpoints(folder)[:-keep]:
+    for older in checkpoints(folder)[: -job.settings.keep_checkpoints]:
         shutil.rmtree(older)
     return target
 
@@ -59,12 +51,11 @@ def refuse_other_recipe(checkpoint: Path, recipe: dict) -> None:
             )
 
 
-def load_checkpoint(checkpoint: Path, unet: nn.Module, optimizer: AcceleratedOptimizer, schedule: LRScheduler) -> int:
+def load_checkpoint(checkpoint: Path, job: Job) -> int:
     """Restore what learns; returns the number of steps done."""
-    set_peft_model_state_dict(unet, load_file(str(checkpoint / "adapter.safetensors")))
+    with job.learnt.exact():
+        set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "adapter.safetensors")))
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    if optimizer.scaler is not None and state["scaler"]:
-        optimizer.scaler.load_state_dict(state["scaler"])
+    for part in STATEFUL:
+        getattr(job, part).load_state_dict(state[part])
     return json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["step"]

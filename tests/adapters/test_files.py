@@ -14,6 +14,8 @@ from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import files
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
+from lora_lab.base.prediction import settled
+from lora_lab.config import compose
 from lora_lab.errors import InputError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -116,11 +118,15 @@ def test_what_the_format_cannot_hold_is_refused_by_name():
             kohya_state(parts)
 
 
-NOTES = metadata(
-    name="두부", base="demo:tiny-sdxl", trigger="HANA_TOFU", rank=16, alpha=8.0, lr=1e-4, steps=300, batch_size=4,
-    seed=7, resolution=1024, captions=["A HANA_TOFU, smiling", "A HANA_TOFU, winking, smiling", "한 두부"],
-    dataset_hash="d" * 64, base_hash="b" * 64,
-)  # fmt: skip
+def notes_of(*overrides):
+    return metadata(
+        name="두부", base="demo:tiny-sdxl", trigger="HANA_TOFU", rank=16, alpha=8.0, lr=1e-4, steps=300, batch_size=4,
+        seed=7, resolution=1024, captions=["A HANA_TOFU, smiling", "A HANA_TOFU, winking, smiling", "한 두부"],
+        loss=settled(compose(*overrides).loss, {}), dataset_hash="d" * 64, base_hash="b" * 64,
+    )  # fmt: skip
+
+
+NOTES = notes_of()
 
 
 def test_the_metadata_has_what_other_programs_show(tmp_path, state):
@@ -141,6 +147,33 @@ def test_the_metadata_has_what_other_programs_show(tmp_path, state):
     assert json.loads(read["ss_tag_frequency"]) == {
         "HANA_TOFU": {"A HANA_TOFU": 2, "smiling": 2, "winking": 1, "한 두부": 1}
     }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        ([], {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "False", "ss_min_snr_gamma": "5.0"}),
+        (["loss.prediction=v_prediction"], {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "False"}),
+        (["loss=zero_snr"], {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}),
+        (["loss.snr_gamma=2"], {"ss_min_snr_gamma": "2.0"}),
+        ([], {"ss_debiased_estimation": "False", "ss_loss_type": "l2", "ss_huber_c": "None"}),
+        (["loss=debiased"], {"ss_min_snr_gamma": "None", "ss_debiased_estimation": "True"}),
+        (["loss=huber"], {"ss_loss_type": "huber", "ss_huber_schedule": "snr", "ss_huber_c": "0.1"}),
+        ([], {"ss_noise_offset": "None", "ss_multires_noise_iterations": "None", "modelspec.timestep_range": "0,1000"}),
+        (["loss.noise_offset=0.05"], {"ss_noise_offset": "0.05"}),
+        (["loss.pyramid_iterations=6"], {"ss_multires_noise_iterations": "6", "ss_multires_noise_discount": "0.3"}),
+        (["loss.min_timestep=200", "loss.max_timestep=700"], {"modelspec.timestep_range": "200,700"}),
+        (["loss=plain"], {"ss_min_snr_gamma": "None"}),
+    ],
+)
+def test_the_metadata_says_what_was_minimised(overrides, notes):
+    assert notes_of(*overrides).items() >= notes.items()
+
+
+def test_the_comment_says_that_there_were_masks_but_not_where():
+    assert notes_of("loss.mask=/home/me/masks")["ss_training_comment"].endswith(", masks: folder")
+    assert notes_of("loss.mask=alpha")["ss_training_comment"].endswith(", masks: alpha")
+    assert "mask" not in NOTES["ss_training_comment"]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from lora_lab.errors import InputError
-from lora_lab.images.pixels import open_picture
+from lora_lab.images.pixels import open_picture, open_with_alpha
 
 
 @pytest.fixture
@@ -73,6 +73,19 @@ def test_grey_with_alpha_and_palettes_with_a_transparent_entry_are_composited(op
     palette.putpalette([0, 0, 0, 255, 0, 0])
     assert opened(palette).getpixel((0, 0)) == (255, 0, 0)
     assert opened(palette, transparency=1).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_alpha_channel_comes_along_and_is_turned_with_the_picture(tmp_path):
+    picture = Image.new("RGBA", (6, 4), (255, 0, 0, 255))
+    picture.putpixel((0, 0), (0, 0, 255, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the upper left comes to the upper right
+    picture.save(tmp_path / "cut.png", exif=exif)
+    opened, alpha = open_with_alpha(tmp_path / "cut.png")
+    assert alpha.mode == "L" and alpha.size == opened.size == (4, 6)
+    assert corners(alpha) == [255, 64, 255, 255]
+    picture.convert("RGB").save(tmp_path / "whole.png")
+    assert open_with_alpha(tmp_path / "whole.png")[1] is None
 
 
 @pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp", "turned.tif"])

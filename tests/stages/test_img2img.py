@@ -105,6 +105,7 @@ def test_what_cannot_be_drawn_is_refused_before_the_base_loads(tmp_path, lora, m
         ((photo, f"lora={lora}", "trigger=OTHER"), "say trigger=HANA_TOFU"),
         ((f"lora={lora}", f"stage.photo={tmp_path / 'nobody.jpg'}"), r"nobody\.jpg"),
         ((photo, "lora=HANNA"), "HANNA"),
+        ((photo, f"lora={lora}", "loss.zero_terminal_snr=true"), "predicts epsilon"),
     ):
         with pytest.raises(InputError, match=words):
             draw(tmp_path / "run", *overrides)

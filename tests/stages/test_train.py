@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from lora_lab.config import compose
 from lora_lab.demo import BASE, TOFU
 from lora_lab.errors import InputError, RunError
 from lora_lab.stages import run
-from lora_lab.training import loop
+from lora_lab.training import loop, step
 from lora_lab.training.state import checkpoints
 
 # Six of the tofu pictures: encoding all 24 would be half of the time.
@@ -100,15 +101,19 @@ def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
     assert [line["loss"] for line in metrics("run")] == [line["loss"] for line in metrics(uninterrupted)]
 
 
-@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", "adapter.lora_dropout=0.5"])
+NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"
+
+
+@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", f"adapter.lora_dropout=0.5 {NOISE}"])
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
-    train("whole", "steps=6", how)
+    how = how.split()
+    train("whole", "steps=6", *how)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*resume="):
         interrupt_at(3, patch)
-        train("cut", "steps=6", how)
+        train("cut", "steps=6", *how)
     assert [c.name for c in checkpoints(Path("cut"))] == ["step-000003"]
     assert not Path("cut/result.json").exists()
-    train("cut", "steps=6", how, f"resume={Path('cut').absolute()}")
+    train("cut", "steps=6", *how, f"resume={Path('cut').absolute()}")
     assert_same(lora("cut"), lora("whole"))
     assert [line["step"] for line in metrics("cut")] == [1, 2, 3, 4, 5, 6]
 
@@ -132,6 +137,7 @@ def test_a_resumed_run_refuses_to_become_another_one():
         ("lr=5e-4", "optimizer"),
         ("seed=1", "seed"),
         ("batch_size=1", "batch_size"),
+        ("loss=plain", "loss.weighting"),
     ):
         with pytest.raises(InputError, match=named):
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
@@ -152,6 +158,36 @@ pipe("A HANA_TOFU with a green background", width=128, height=128, num_inference
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open(picture)))
     assert Image.open(picture).text["prompt"] == "A HANA_TOFU with a green background"
+
+
+def test_a_base_said_to_predict_v_is_drawn_with_as_it_was_trained():
+    """In validation, in plain diffusers, and in img2img of the file, which remembers what the command line said."""
+    train("run", "steps=2", "loss=zero_snr")
+    shown = np.asarray(Image.open("run/samples/step-000002/p0-s0.png"))
+    pipe = StableDiffusionXLPipeline.from_pretrained(BASE, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights("run/lora/HANA_TOFU.safetensors")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    drawn = pipe(
+        "A HANA_TOFU with a green background", width=128, height=128, num_inference_steps=2, guidance_scale=5.0,
+        generator=torch.Generator("cpu").manual_seed(0),
+    ).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(drawn), shown)
+    asked = ("stage=img2img", "lora=run", "stage.photo=demo:photos/1.png", "stage.prompt='A {trigger}'", "device=cpu",
+             "sampler.steps=2")  # fmt: skip
+
+    def photo_drawn(folder, *overrides):
+        return np.asarray(Image.open(run(compose(*asked, *overrides), Path(folder)).pictures[0].picture))
+
+    remembered = photo_drawn("a")
+    assert np.array_equal(remembered, photo_drawn("b", "loss=zero_snr"))
+    otherwise = photo_drawn("c", "loss.prediction=epsilon", "loss.zero_terminal_snr=false")
+    assert not np.array_equal(remembered, otherwise)
 
 
 def test_a_run_leaves_what_is_promised(uninterrupted):
@@ -203,27 +239,25 @@ def test_a_second_run_into_the_same_folder_is_refused():
 
 def test_the_loss_of_known_noise_falls(uninterrupted):
     """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
-    from diffusers import DDPMScheduler
-
     from lora_lab.adapters.wear import worn
     from lora_lab.base.load import load_base
     from lora_lab.training.data import encode_dataset
-    from lora_lab.training.loss import sample_losses
+    from lora_lab.training.loss import objective, sample_losses
     from lora_lab.training.plan import make_plan
 
     config = compose(*FAST)
     plan = make_plan(config, Path("none"))
     pipe = load_base(config.model, plan.device)
     data = encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device)
-    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+    asked = objective(config.loss, pipe.scheduler.config)
 
     def loss() -> float:
         batches = (
-            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, timesteps=1000, caption_dropout=0.0)
+            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
             for s in range(20)
         )
         with torch.no_grad():
-            return sum(sample_losses(pipe.unet, noise, batch, 5.0).mean().item() for batch in batches) / 20
+            return sum(sample_losses(pipe.unet, asked, batch).mean().item() for batch in batches) / 20
 
     before = loss()
     with worn(pipe, Path(uninterrupted, "lora", "HANA_TOFU.safetensors")):
@@ -237,12 +271,47 @@ def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
     one.mkdir()
     (one / "00.png").write_bytes((TOFU / "00.png").read_bytes())
     (one / "00.txt").write_text("A HANA_TOFU smiling")
-    data = (f"dataset.root={one}", "steps=3")
+    data = (f"dataset.root={one}", "steps=3", *NOISE.split())
     train("whole", *data, "batch_size=4")
     train("halves", *data, "batch_size=2", "stage.gradient_accumulation=2")
     whole, halves = lora("whole"), lora("halves")
     for key in whole:
         assert torch.allclose(whole[key], halves[key], atol=2e-5), key
+
+
+def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:
+    """Masks of the six pictures, white in `box`."""
+    folder.mkdir()
+    for i in range(6):
+        mask = Image.new("L", (128, 128))
+        mask.paste(255, box)
+        mask.save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_masks_decide_what_of_the_pictures_is_learnt(three_steps, tmp_path, capsys):
+    white, left = cut_out(tmp_path / "white", (0, 0, 128, 128)), cut_out(tmp_path / "left", (0, 0, 64, 128))
+    train("white", "steps=3", f"loss.mask={white}")
+    assert_same(lora("white"), three_steps)
+    train("left", "steps=3", f"loss.mask={left}")
+    assert "left; what is not white weighs 0" in capsys.readouterr().out
+    assert not torch.equal(*(torch.cat([v.flatten() for v in x.values()]) for x in (lora("left"), three_steps)))
+    assert all(one["loss"] < all_of["loss"] for one, all_of in zip(metrics("left"), metrics("white"), strict=True))
+    assert "masks" in json.loads(Path("left/manifest.json").read_text())["sha256"]
+    train("lenient", "steps=3", f"loss.mask={left}", "loss.unmasked_weight=1")
+    assert_same(lora("lenient"), three_steps)
+
+
+def test_a_masked_run_goes_on_with_the_same_masks_wherever_they_are(tmp_path):
+    left, other = cut_out(tmp_path / "left", (0, 0, 64, 128)), cut_out(tmp_path / "other", (0, 0, 99, 128))
+    train("whole", "steps=4", f"loss.mask={left}", "dataset.flip=true")
+    train("cut", "steps=2", f"loss.mask={left}", "dataset.flip=true")
+    go_on = ("steps=4", f"resume={Path('cut').absolute()}", "dataset.flip=true")
+    for mask, named in ((other, "masks"), ("none", r"loss\.mask"), ("alpha", r"loss\.mask")):
+        with pytest.raises(InputError, match=f"trained with {named}="):
+            train("cut", *go_on, f"loss.mask={mask}")
+    train("cut", *go_on, f"loss.mask={left.rename(tmp_path / 'moved')}")
+    assert_same(lora("cut"), lora("whole"))
 
 
 def test_pictures_of_several_shapes_are_trained_in_buckets(tmp_path, capsys):
@@ -271,9 +340,10 @@ def three_steps(uninterrupted):
 
 @pytest.mark.parametrize(
     "change",
-    ["seed=1", "lr=2e-3", "stage.snr_gamma=0.01", "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2",
-     "adapter=lora_ff", "adapter.lora_alpha=2", "adapter.use_rslora=true", "stage.max_grad_norm=0.001",
-     "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "schedule=cosine"],
+    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
+     "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
+     "adapter.use_rslora=true", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
+     "schedule=cosine"],
 )  # fmt: skip
 def test_an_option_changes_what_is_learnt(change, three_steps):
     train("changed", "steps=3", change)
@@ -290,15 +360,15 @@ def test_gradient_checkpointing_and_offload_change_nothing():
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
-    real = loop.sample_losses
+    real = step.sample_losses
     calls = []
 
     def sometimes_nan(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(loop, "sample_losses", sometimes_nan)
-    with pytest.raises(RunError, match="step 4 is nan"):
+    monkeypatch.setattr(step, "sample_losses", sometimes_nan)
+    with pytest.raises(RunError, match=r"step 4 is nan, at 0\d\.png, 0\d\.png: "):
         train("run", "steps=6", "stage.checkpoint_every=2")
     state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
     assert checkpoints(Path("run"))[-1].name == "step-000002"

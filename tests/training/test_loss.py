@@ -1,19 +1,28 @@
+"""What is asked of the UNet, compared with the papers' formulas worked out by hand."""
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.training.loss import Batch, min_snr_weights, sample_losses
+from lora_lab.config import compose
+from lora_lab.errors import InputError
+from lora_lab.training.loss import (
+    Batch,
+    debiased_weights,
+    huber_c,
+    min_snr_weights,
+    objective,
+    pixel_errors,
+    sample_losses,
+)
+
+SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+TIMESTEPS = torch.tensor([10, 500, 900])
 
 
-def test_min_snr_clips_what_is_easy_and_leaves_what_is_hard():
-    snr = torch.tensor([0.1, 5.0, 50.0])
-    assert torch.allclose(min_snr_weights(snr, 5.0), torch.tensor([1.0, 1.0, 0.1]))
-    assert torch.equal(min_snr_weights(snr, None), torch.ones(3))
-
-
-def test_min_snr_of_v_prediction_divides_by_one_more():
-    snr = torch.tensor([1.0, 9.0])
-    assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
+def asked_of(*overrides, **scheduler):
+    return objective(compose("stage=train", *overrides).loss, SDXL | scheduler)
 
 
 class Knowing(torch.nn.Module):
@@ -27,17 +36,152 @@ class Knowing(torch.nn.Module):
         return (self.answer,)
 
 
+def batch_of(asked, **changes):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
+    parts = dict(
+        latents=latents,
+        noise=noise,
+        timesteps=TIMESTEPS,
+        tokens=torch.zeros(3, 77, 8),
+        pooled=torch.zeros(3, 8),
+        time_ids=torch.zeros(3, 6),
+        weights=asked.weights[TIMESTEPS],
+        huber_c=asked.huber_c[TIMESTEPS],
+        mask=None,
+    )
+    return Batch(**parts | changes)
+
+
+def target_of(asked, batch):
+    """What the UNet should say, from the definitions (Ho et al. 2020; Salimans and Ho 2022)."""
+    if asked.schedule.config.prediction_type == "epsilon":
+        return batch.noise
+    kept = asked.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    return kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
+
+
+def test_min_snr_clips_what_is_easy_and_leaves_what_is_hard():
+    snr = torch.tensor([0.1, 5.0, 50.0])
+    assert torch.allclose(min_snr_weights(snr, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.1]))
+
+
+def test_min_snr_of_v_prediction_divides_by_one_more():
+    snr = torch.tensor([1.0, 9.0])
+    assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
+
+
+def test_debiased_is_one_over_the_root_of_the_snr_and_of_v_prediction_over_one_more():
+    snr = torch.tensor([0.25, 4.0, 1000.0, 1e9])
+    assert torch.allclose(debiased_weights(snr, "epsilon"), torch.tensor([2.0, 0.5, 0.0316228, 0.0316228]))
+    assert torch.allclose(debiased_weights(snr, "v_prediction"), torch.tensor([0.8, 0.2, 1 / 1001, 1 / 1001]))
+
+
+def test_huber_c_falls_from_one_to_c_where_noise_grows():
+    kept = torch.tensor([1.0, 0.5, 0.2, 0.0])  # sigma 0, 1, 2, infinite
+    assert torch.allclose(huber_c(0.1, "constant", kept), torch.full((4,), 0.1))
+    assert torch.allclose(huber_c(0.1, "snr", kept), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1]))
+    assert torch.allclose(huber_c(0.0001, "exponential", kept), torch.tensor([1.0, 0.1, 0.01, 0.001]))
+
+
+def test_the_errors_of_a_pixel():
+    right, wrong = torch.zeros(2, 1, 1, 1), torch.tensor([3.0, -0.75]).view(2, 1, 1, 1)
+    c = torch.tensor([4.0, 1.0])  # hypotenuses 5 and 1.25
+    expected = {"l2": [9, 0.5625], "l1": [3, 0.75], "huber": [2 * 4 * (5 - 4), 2 * 0.25], "smooth_l1": [2, 0.5]}
+    for kind, errors in expected.items():
+        assert torch.allclose(pixel_errors(kind, wrong, right, c).flatten(), torch.tensor(errors).float()), kind
+
+
+def test_huber_is_nearly_the_square_of_small_errors_and_grows_straight_beyond():
+    c, right = torch.full((1,), 0.1), torch.zeros(1, 1, 1, 1)
+    errors = [pixel_errors("huber", right + d, right, c).item() for d in (1e-4, 100.0, 200.0)]
+    assert errors[0] == pytest.approx(1e-8, rel=1e-4)
+    assert errors[2] - errors[1] == pytest.approx(2 * 0.1 * 100, rel=1e-3)
+
+
+def test_the_weights_are_those_of_the_bases_noise_schedule():
+    kept = DDPMScheduler(**SDXL).alphas_cumprod.double()
+    snr = kept / (1 - kept)
+    expected = {
+        "loss=plain": torch.ones(1000),
+        "loss.snr_gamma=2": snr.clamp(max=2) / snr,
+        "loss=debiased": 1 / snr.clamp(max=1000).sqrt(),
+    }
+    for override, weights in expected.items():
+        assert torch.allclose(asked_of(override).weights.double(), weights.double(), rtol=1e-4), override
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_right_answer_costs_nothing_and_a_wrong_one_its_square(prediction):
-    schedule = DDPMScheduler(prediction_type=prediction)
-    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    timesteps = torch.tensor([10, 500, 900])
-    batch = Batch(latents, noise, timesteps, torch.zeros(3, 77, 8), torch.zeros(3, 8), torch.zeros(3, 6))
-    target = noise if prediction == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
-    assert torch.equal(sample_losses(Knowing(target), schedule, batch, 5.0), torch.zeros(3))
-    off_by_two = sample_losses(Knowing(target + 2), schedule, batch, None)
-    assert torch.allclose(off_by_two, torch.full((3,), 4.0), rtol=1e-5)
-    snr = schedule.alphas_cumprod[timesteps] / (1 - schedule.alphas_cumprod[timesteps])
-    assert torch.allclose(
-        sample_losses(Knowing(target + 2), schedule, batch, 5.0), 4 * min_snr_weights(snr, 5.0, prediction), rtol=1e-4
-    )
+    asked = asked_of("loss.snr_gamma=0.5", prediction_type=prediction)
+    batch = batch_of(asked)
+    right = target_of(asked, batch)
+    assert torch.allclose(sample_losses(Knowing(right), asked, batch), torch.zeros(3), atol=1e-10)
+    off_by_two = sample_losses(Knowing(right + 2), asked, batch)
+    assert torch.allclose(off_by_two, 4 * batch.weights, rtol=1e-4) and batch.weights.min() < 0.1
+
+
+def test_the_prediction_is_the_bases_unless_another_is_named():
+    assert asked_of().settings.prediction == "epsilon"
+    assert asked_of(prediction_type="v_prediction").settings.prediction == "v_prediction"
+    for base in ("epsilon", "v_prediction"):
+        asked = asked_of("loss.prediction=v_prediction", prediction_type=base)
+        batch = batch_of(asked)
+        assert torch.allclose(sample_losses(Knowing(target_of(asked, batch)), asked, batch), torch.zeros(3), atol=1e-10)
+        snr = asked.schedule.alphas_cumprod / (1 - asked.schedule.alphas_cumprod)
+        assert torch.allclose(asked.weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1"])
+def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
+    asked = asked_of("loss.snr_gamma=0.5", f"loss.type={kind}", "loss.huber_c=0.3", "loss.huber_schedule=exponential")
+    batch = batch_of(asked)
+    assert torch.allclose(batch.huber_c, 0.3 ** (TIMESTEPS / 1000))
+    distances = (4 + batch.huber_c**2).sqrt() - batch.huber_c  # of errors of 2
+    expected = {"l1": torch.full((3,), 2.0), "huber": 2 * batch.huber_c * distances, "smooth_l1": 2 * distances}[kind]
+    losses = sample_losses(Knowing(batch.noise + 2), asked, batch)
+    assert torch.allclose(losses, expected * batch.weights, rtol=1e-4)
+
+
+def test_a_mask_takes_errors_out_and_leaves_a_pixel_its_weight():
+    asked = asked_of("loss=plain")
+    mask = torch.ones(3, 1, 8, 8)
+    mask[0, :, :, :6], mask[1, :, :2] = 0, 0.5
+    batch = batch_of(asked, mask=mask)
+    wrong = batch.noise + 2
+    wrong[0, :, :, :6] += 100  # where nothing is learnt
+    expected = torch.tensor([4 * 2 / 8, 4 * (6 + 0.5 * 2) / 8, 4])
+    assert torch.allclose(sample_losses(Knowing(wrong), asked, batch), expected, rtol=1e-4)
+
+
+def test_a_base_of_fewer_timesteps_is_told():
+    with pytest.raises(InputError, match=r"loss\.max_timestep=1000: the base has 100 timesteps"):
+        asked_of(num_train_timesteps=100)
+    assert len(asked_of("loss.max_timestep=100", num_train_timesteps=100).weights) == 100
+
+
+def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
+    """Lin et al. 2023, algorithm 1: shift the roots of alpha-bar so that the last is 0, scale the first back."""
+    roots = DDPMScheduler(**SDXL).alphas_cumprod.double().sqrt()
+    expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    asked = asked_of("loss=zero_snr")
+    assert torch.allclose(asked.schedule.alphas_cumprod.double().sqrt(), expected, atol=1e-5)
+    assert asked.schedule.alphas_cumprod[-1] == 0 and asked.weights.isfinite().all()
+    batch = batch_of(asked, timesteps=torch.tensor([999, 999, 999]))
+    velocity = -batch.latents  # of noise alone
+    assert torch.allclose(sample_losses(Knowing(velocity), asked, batch), torch.zeros(3), atol=1e-10)
+    assert asked_of(prediction_type="v_prediction", rescale_betas_zero_snr=True).schedule.alphas_cumprod[-1] == 0
+    off = asked_of("loss.zero_terminal_snr=false", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert off.schedule.alphas_cumprod[-1] > 0.004
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(3, 1, 8, 8)], ids=["all", "masked"])
+@pytest.mark.parametrize("overrides", [(), ("loss=huber",), ("loss=zero_snr", "loss.type=l1")])
+def test_a_step_waits_for_no_number(overrides, mask):
+    """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
+    asked = asked_of(*overrides)
+    batch = batch_of(asked, mask=mask)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = Batch(**{key: value if value is None else mode.from_tensor(value) for key, value in vars(batch).items()})
+        losses = sample_losses(Knowing(fake.noise + 1), asked, fake)
+    assert losses.shape == (3,)

@@ -1,29 +1,144 @@
+import pytest
 import torch
 
-from lora_lab.training.randomness import batches_per_epoch, draw, pick, seed_of
+from lora_lab.config import compose
+from lora_lab.training.randomness import (
+    batches_per_epoch,
+    draw,
+    generator,
+    offset_noise,
+    pick,
+    pyramid_noise,
+    seed_of,
+    timestep_at,
+)
+
+LOSS = compose("stage=train").loss
+ALL_ON = compose("loss.noise_offset=0.1", "loss.pyramid_iterations=6", "loss.timestep_sampling=logit_normal").loss
 
 
-def test_a_draw_depends_on_seed_step_and_sample_alone():
-    first = draw(0, 5, 2, (4, 8, 8), 1000, 0.1)
+def test_the_draws_of_earlier_versions_stay_as_they_were():
+    """Pinned: a run begun with an older version goes on with the same noise."""
+    for key, timestep, coins, numbers in (
+        ((0, 5, 2), 110, (True, False), [0.7286866, -1.1788789, -0.6293774, 0.5116912]),
+        ((7, 123, 0), 16, (False, False), [0.6189024, 0.0027619, 1.5863043, -0.1394519]),
+    ):
+        drawn = draw(*key, (4, 8, 8), LOSS, 0.1)
+        assert drawn.timestep == timestep and (drawn.flip, drawn.drop_caption) == coins
+        assert [*drawn.noise[0, 0, :3].tolist(), drawn.noise[3, 7, 7].item()] == pytest.approx(numbers, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [LOSS, ALL_ON], ids=["plain", "all options"])
+def test_a_draw_depends_on_seed_step_and_sample_alone(loss):
+    first = draw(0, 5, 2, (4, 8, 8), loss, 0.1)
     torch.rand(100)  # whatever else draws in between
-    again = draw(0, 5, 2, (4, 8, 8), 1000, 0.1)
+    again = draw(0, 5, 2, (4, 8, 8), loss, 0.1)
     assert first.timestep == again.timestep and torch.equal(first.noise, again.noise)
     assert (first.flip, first.drop_caption) == (again.flip, again.drop_caption)
     for other in (
-        draw(1, 5, 2, (4, 8, 8), 1000, 0.1),
-        draw(0, 6, 2, (4, 8, 8), 1000, 0.1),
-        draw(0, 5, 3, (4, 8, 8), 1000, 0.1),
+        draw(1, 5, 2, (4, 8, 8), loss, 0.1),
+        draw(0, 6, 2, (4, 8, 8), loss, 0.1),
+        draw(0, 5, 3, (4, 8, 8), loss, 0.1),
     ):
         assert not torch.equal(first.noise, other.noise)
 
 
 def test_timesteps_and_coins_are_uniform():
-    draws = [draw(0, step, 0, (1,), 1000, 0.25) for step in range(2000)]
+    draws = [draw(0, step, 0, (1, 1, 1), LOSS, 0.25) for step in range(2000)]
     timesteps = torch.tensor([d.timestep for d in draws], dtype=torch.float64)
     assert timesteps.min() < 10 and timesteps.max() > 989
     assert abs(timesteps.mean().item() - 499.5) < 20  # three standard errors
     assert abs(sum(d.drop_caption for d in draws) / 2000 - 0.25) < 0.03
     assert abs(sum(d.flip for d in draws) / 2000 - 0.5) < 0.035
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("loss.noise_offset=0.1", {"noise"}),
+        ("loss.pyramid_iterations=6", {"noise"}),
+        ("loss.timestep_sampling=logit_normal", {"timestep"}),
+        ("loss.min_timestep=900", {"timestep"}),
+        ("loss.max_timestep=100", {"timestep"}),
+    ],
+)
+def test_an_option_changes_its_own_draw_and_no_other(override, changed):
+    for step in range(5):
+        plain, other = (draw(0, step, 0, (4, 8, 8), loss, 0.1) for loss in (LOSS, compose(override).loss))
+        found = {
+            key
+            for key, value in vars(plain).items()
+            if not torch.equal(*map(torch.as_tensor, (value, vars(other)[key])))
+        }
+        assert found == changed
+
+
+def test_the_discount_of_the_pyramid_reaches_the_noise():
+    loss, other = (compose("loss.pyramid_iterations=6", f"loss.pyramid_discount={d}").loss for d in (0.3, 0.9))
+    noise = draw(0, 0, 0, (4, 8, 8), LOSS, 0.1).noise
+    for settings in (loss, other):
+        drawn = draw(0, 0, 0, (4, 8, 8), settings, 0.1).noise
+        source = generator(0, "pyramid noise", 0, 0)
+        assert torch.equal(drawn, pyramid_noise(noise, 6, settings.pyramid_discount, source))
+
+
+def timesteps_of(*overrides, count=2000):
+    loss = compose(*overrides).loss
+    return torch.tensor([draw(0, step, 0, (1, 1, 1), loss, 0.0).timestep for step in range(count)]).double()
+
+
+def test_timesteps_fill_their_range_and_keep_to_it():
+    drawn = timesteps_of("loss.min_timestep=200", "loss.max_timestep=210")
+    assert sorted(set(drawn.tolist())) == list(range(200, 210))
+    drawn = timesteps_of("loss.min_timestep=200", "loss.max_timestep=210", "loss.timestep_sampling=logit_normal")
+    assert sorted(set(drawn.tolist())) == list(range(200, 210))
+
+
+def test_logit_normal_timesteps_are_the_sigmoids_of_normal_draws():
+    for mean, std in ((0.0, 1.0), (-1.0, 0.5)):
+        drawn = timesteps_of("loss.timestep_sampling=logit_normal", f"loss.logit_mean={mean}", f"loss.logit_std={std}")
+        share = (drawn + 0.5) / 1000
+        logits = (share / (1 - share)).log()
+        assert logits.mean().item() == pytest.approx(mean, abs=0.07) and logits.std().item() == pytest.approx(
+            std, rel=0.05
+        )
+
+
+def test_the_ends_of_the_way_from_picture_to_noise_are_the_first_and_the_last_timestep():
+    assert [timestep_at(share, 0, 1000) for share in (0.0, 0.5, 0.9999, 1.0)] == [0, 500, 999, 999]
+    assert [timestep_at(share, 200, 300) for share in (0.0, 0.25, 1.0)] == [200, 225, 299]
+
+
+def test_offset_noise_is_shifted_by_one_number_a_channel():
+    noise = torch.randn(4, 8, 8, generator=generator("white"))
+    shift = offset_noise(noise, 0.1, generator("shift")) - noise
+    assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift), atol=1e-6)
+    shifts = torch.stack([offset_noise(noise, 0.1, generator(i)) - noise for i in range(500)])[..., 0, 0]
+    assert shifts.std(dim=0).tolist() == pytest.approx([0.1] * 4, rel=0.15)
+    assert (torch.corrcoef(shifts.T) - torch.eye(4)).abs().max() < 0.2, "channels shift alike"
+
+
+def test_pyramid_noise_keeps_its_spread_and_lies_coarser():
+    noise = torch.randn(4, 64, 64, generator=generator("white"))
+
+    def neighbours(field):
+        return torch.corrcoef(torch.stack([field[..., 1:].flatten(), field[..., :-1].flatten()]))[0, 1].item()
+
+    drawn = [pyramid_noise(noise, 8, discount, generator(0)) for discount in (0.0, 0.3, 0.9)]
+    for field in drawn:
+        assert field.shape == noise.shape and field.std().item() == pytest.approx(1)
+    alike = [neighbours(field) for field in drawn]
+    assert alike[0] < alike[1] < 0.2 < alike[2]
+
+
+def test_the_first_noise_of_the_pyramid_is_as_fine_as_the_noise():
+    noise = torch.randn(4, 8, 8, generator=generator("white"))
+    source = generator(3)
+    torch.rand((), generator=source)  # of the scale, whose zeroth power is 1
+    whole = noise + torch.randn((4, 8, 8), generator=source)
+    assert torch.allclose(pyramid_noise(noise, 1, 0.3, generator(3)), whole / whole.std())
+    # 8 / r ** i is below 2 from the third on, so the fourth is the last at the latest
+    assert torch.equal(pyramid_noise(noise, 4, 0.3, generator(3)), pyramid_noise(noise, 40, 0.3, generator(3)))
 
 
 def test_near_keys_give_unrelated_seeds():

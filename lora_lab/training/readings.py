@@ -1,0 +1,68 @@
+"""Numbers of training steps on their way from the device: read when they are there, so that no step waits for them."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+BEHIND = 2  # steps that a GPU may have been given and not finished
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    lr: float
+    values: Tensor  # loss and norm of the gradient, on the CPU once `ready`
+    ready: torch.cuda.Event | None
+
+
+class Readings:
+    """Calls `report(step, numbers)` for every step, in order and a little late on a GPU; `settle` waits for all."""
+
+    def __init__(self, images: int, report: Callable[[int, dict[str, float]], None]) -> None:
+        self._images, self._report = images, report
+        self._pending: deque[_Pending] = deque()
+        self._since = time.perf_counter()
+
+    def begin(self) -> None:
+        """A step begins; what has happened since the last one (drawing, saving) does not count as its time."""
+        if not self._pending:
+            self._since = time.perf_counter()
+
+    def put(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        """`step` steps are done, by now or soon."""
+        values, ready = torch.stack([loss, norm]), None
+        if values.is_cuda:
+            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append(_Pending(step, lr, values, ready))
+        while len(self._pending) > (BEHIND if ready else 0):
+            self._read()
+
+    def settle(self) -> None:
+        """Report every step that was put."""
+        while self._pending:
+            self._read()
+
+    def _read(self) -> None:
+        pending = self._pending.popleft()
+        if pending.ready:
+            pending.ready.synchronize()
+        loss, norm = pending.values.tolist()
+        now = time.perf_counter()
+        numbers = {"loss": loss, "lr": pending.lr, "grad_norm": norm}
+        numbers |= {"images_per_second": self._images / (now - self._since), "memory_mib": memory_mib()}
+        self._since = now
+        self._report(pending.step, numbers)
+
+
+def memory_mib() -> float:
+    """Peak memory of the GPU's allocator so far, else what the process holds now, in MiB."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return psutil.Process().memory_info().rss / 2**20

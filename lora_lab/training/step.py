@@ -1,0 +1,56 @@
+"""One step of one LoRA: backward passes, captured where a GPU allows it, and the update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_lab.config import Train
+from lora_lab.training.capture import Captured, Tensors
+from lora_lab.training.flat import Flat
+from lora_lab.training.loss import Batch, Objective, sample_losses
+
+
+@dataclass(frozen=True)
+class Job:
+    """One LoRA in training: what learns, how, and until when."""
+
+    unet: UNet2DConditionModel  # with the adapter in it
+    learnt: Flat
+    optimizer: torch.optim.Optimizer  # of learnt.master
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler  # of the loss; enabled for float16 alone
+    settings: Train
+    asked: Objective
+    steps: int
+    batch_size: int
+    seed: int
+    backward: Callable[[Batch], Tensor]  # adds a batch's share to the gradient, gives its share of the loss
+
+    def update(self) -> Tensor:
+        """Let the optimizer use the gradient; returns its norm before clipping, and waits for no number."""
+        self.scaler.unscale_(self.optimizer)
+        norm = self.learnt.clip(self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.learnt.publish()
+        return norm
+
+
+def backward_pass(
+    unet: UNet2DConditionModel, learnt: Flat, scaler: torch.amp.GradScaler, asked: Objective, parts: int, capture: bool
+) -> Callable[[Batch], Tensor]:
+    """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch."""
+
+    def run(inputs: Tensors) -> Tensor:
+        loss = sample_losses(unet, asked, Batch(**{"mask": None} | inputs)).mean() / parts
+        scaler.scale(loss).backward()
+        learnt.collect()
+        return loss.detach()
+
+    run = Captured(run, learnt.working.device) if capture else run
+    return lambda batch: run({name: value for name, value in vars(batch).items() if value is not None})

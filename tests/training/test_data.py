@@ -1,0 +1,77 @@
+"""Pictures and masks go the same way, and a batch is what its options say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_lab.base.encode import TextEmbedding
+from lora_lab.config import compose
+from lora_lab.dataset import Sample
+from lora_lab.images.masks import find_masks
+from lora_lab.training.data import Example, TrainingData, fit_pictures, latent_mask
+from lora_lab.training.loss import objective
+
+TEXT = TextEmbedding(torch.zeros(77, 8), torch.zeros(8))
+
+
+def batches(masks, *overrides, count=8):
+    """Batches of two of four examples, whose latents are 0 upright and 1 mirrored."""
+    views = [torch.zeros(4, 2, 2), torch.ones(4, 2, 2)]
+    data = TrainingData([Example("0.png", views, masks, TEXT, torch.zeros(6))] * 4, TEXT, [[0, 1, 2, 3]])
+    asked = objective(compose(*overrides).loss, {})
+    return [
+        data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
+        for step in range(count)
+    ]
+
+
+def test_a_mask_is_cut_and_scaled_as_its_picture(tmp_path):
+    (tmp_path / "masks").mkdir()
+    samples = []
+    for i, (size, white) in enumerate([((301, 97), (150, 0, 180, 50)), ((90, 200), (0, 99, 90, 200))]):
+        drawing = Image.new("L", size)
+        drawing.paste(255, white)
+        drawing.save(tmp_path / "masks" / f"{i}.png")
+        drawing.convert("RGB").save(tmp_path / f"{i}.png")
+        samples.append(Sample(f"{i}.png", tmp_path / f"{i}.png", ""))
+    for fitted in fit_pictures(samples, 128, 16, find_masks(str(tmp_path / "masks"))):
+        picture, mask = np.asarray(fitted.picture.convert("L")), np.asarray(fitted.mask)
+        assert picture.shape == mask.shape and 0.05 < mask.mean() / 255 < 0.95
+        assert np.abs(picture.astype(int) - mask).mean() < 4, "they differ at the edges only, by the resampling"
+    assert all(fitted.mask is None for fitted in fit_pictures(samples, 128, 16, None))
+
+
+def test_a_latent_pixels_weight_is_the_mean_of_its_64_pixels():
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 12, 16))  # one column and a half
+    mask.putpixel((20, 15), 51)
+    expected = torch.tensor([[1, 0.5, 0], [1, 0.5, 0.2 / 64]])
+    assert torch.allclose(latent_mask(mask, 2, 3), expected[None])
+
+
+def test_a_mirrored_picture_has_its_mirrored_mask():
+    upright = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    found = set()
+    for batch in batches([upright, upright.flip(-1)]):
+        for latents, mask in zip(batch.latents, batch.mask, strict=True):
+            mirrored = bool(latents.any())
+            assert torch.equal(mask, upright.flip(-1) if mirrored else upright)
+            found.add(mirrored)
+    assert found == {False, True}
+
+
+def test_where_nothing_is_to_be_learnt_the_unmasked_weight_is_left():
+    mask = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]])
+    for weight, expected in ((0.0, mask), (0.2, torch.tensor([[[1.0, 0.2], [0.6, 0.2]]])), (1.0, torch.ones(1, 2, 2))):
+        (batch,) = batches([mask, mask], f"loss.unmasked_weight={weight}", count=1)
+        assert torch.allclose(batch.mask, expected.expand(2, 1, 2, 2))
+    assert batches([], count=1)[0].mask is None
+
+
+@pytest.mark.parametrize("override", ["loss=plain", "loss=debiased", "loss.huber_c=0.5", "loss=zero_snr"])
+def test_a_sample_brings_the_figures_of_its_timestep(override):
+    asked = objective(compose(override).loss, {})
+    for batch in batches([], override):
+        assert torch.equal(batch.weights, asked.weights[batch.timesteps])
+        assert torch.equal(batch.huber_c, asked.huber_c[batch.timesteps])
