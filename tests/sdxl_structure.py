@@ -40,7 +40,7 @@ def pipeline(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float
     torch.manual_seed(0)
     with torch.device(device):  # a GPU fills 3.5 billion numbers in a second, a CPU in a minute
         parts = {
-            "unet": _unet(shape).to(dtype),
+            "unet": unet_of(shape).to(dtype),
             "vae": _vae(shape).to(dtype),
             "text_encoder": _text(CLIPTextModel, shape.text_width, shape.text_heads, 12, "quick_gelu", shape).to(dtype),
             "text_encoder_2": _text(
@@ -66,7 +66,7 @@ def pipeline(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float
     return pipe
 
 
-def _unet(shape: Shape) -> UNet2DConditionModel:
+def unet_of(shape: Shape) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=shape.sample_size,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -1,0 +1,129 @@
+"""What training costs at SDXL's size, preset by preset: one row a run of the program itself, as JSON and as Markdown.
+
+python -m benchmarks OUT [--memory fast balanced] [--batch 1 4] [--steps 30] [--also stage.capture=false ...] [--dry]
+
+The base has SDXL's published sizes and random weights, since speed and memory do not depend on the values; OUT keeps it
+for the next time. A row is a whole run with data, logging and checkpoint, in a process of its own, without pictures.
+--dry goes the same way on a CPU with weights a few numbers wide. Run it in a checkout."""
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks.row import Row, measure
+from benchmarks.work import training_flops
+from lora_lab import demo
+from tests.sdxl_structure import FULL, NARROW, Shape, pipeline
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
+MATMUL = 8192  # side of the bf16 product whose rate counts as the device's peak
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for base, pictures, runs and the table")
+    parser.add_argument("--memory", nargs="+", default=["balanced", "fast"], help="options of memory=")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--also", nargs="*", default=[], help="further overrides of every run")
+    parser.add_argument("--dry", action="store_true", help="a few numbers wide, on a CPU")
+    asked = parser.parse_args()
+    if not asked.dry and not torch.cuda.is_available():
+        parser.error("SDXL's size needs a CUDA GPU; --dry shows the way through on a CPU")
+    out = asked.out.resolve()
+    shape, side = (NARROW, 128) if asked.dry else (FULL, 1024)
+    base, pictures = random_base(out / "base", shape), tofu(out / "pictures", side)
+    flops = training_flops(shape, side)
+    peak = None if asked.dry else matmul_rate()
+    rows = []
+    for memory in asked.memory:
+        for batch in asked.batch:
+            overrides = [
+                "stage=train", "experiment=sdxl", f"model.base={base}", "model.vae=null", f"dataset.root={pictures}",
+                f"model.resolution={side}", f"memory={memory}", f"batch_size={batch}", "tracker=off",
+                "sampler.steps=1", "stage.prompts=['A {trigger}']", *asked.also,
+            ]  # fmt: skip
+            rows.append(measure(out / "runs" / f"{memory}-{batch}", overrides, asked.steps, flops * batch, peak))
+            report(out, rows, peak, asked)
+    return 0
+
+
+def random_base(folder: Path, shape: Shape) -> Path:
+    """SDXL in float16 as a diffusers folder, made once."""
+    if not (folder / "model_index.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        pipe = pipeline(shape, "cuda" if torch.cuda.is_available() else "cpu", torch.float16)
+        pipe.save_pretrained(folder)
+        del pipe
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return folder
+
+
+def tofu(folder: Path, side: int) -> Path:
+    """The demo's 24 pictures, side x side."""
+    if not folder.is_dir():
+        shutil.copytree(demo.TOFU, folder)
+        for file in folder.glob("*.png"):
+            Image.open(file).convert("RGB").resize((side, side), Image.Resampling.BICUBIC).save(file)
+    return folder
+
+
+def matmul_rate() -> float:
+    """The device's bf16 rate in TFLOP/s: median of 12 products of random matrices, by events."""
+    a, b = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
+    for mark in marks:
+        mark.record()
+        a @ b
+    torch.cuda.synchronize()
+    times = sorted(x.elapsed_time(y) for x, y in pairwise(marks))
+    torch.cuda.empty_cache()
+    return 2 * MATMUL**3 / times[len(times) // 2] / 1e9
+
+
+def report(out: Path, rows: list[Row], peak: float | None, asked: argparse.Namespace) -> None:
+    """out/table.json and out/table.md, after every row."""
+    machine = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "bf16 TFLOP/s": peak and round(peak, 1),
+        **{name: version(name) for name in PACKAGES},
+    }
+    table = {"command": " ".join(sys.argv[1:]), "machine": machine, "rows": [vars(row) for row in rows]}
+    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    lines = [", ".join(f"{name} {value}" for name, value in machine.items()), "", *markdown(rows)]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(markdown(rows)), flush=True)
+
+
+HEAD = (
+    "run", "step ms, median (least to most)", "images/s", "TFLOP/s", "MFU", "allocated MiB", "process MiB",
+    "to the first step",
+)  # fmt: skip
+
+
+def markdown(rows: list[Row]) -> list[str]:
+    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    for row in rows:
+        share = "" if row.mfu is None else f"{row.mfu:.0%}"
+        cells = [
+            row.name, f"{row.median_ms:.1f} ({row.least_ms:.1f} to {row.most_ms:.1f}), {row.steps}",
+            f"{row.images_per_second:.2f}", f"{row.tflops:.0f}", share, f"{row.allocated_mib:.0f}",
+            "" if row.process_mib is None else f"{row.process_mib}", f"{row.seconds_to_first_step:.1f} s",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The benchmark goes its whole way on a CPU, and counts what it says it counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sdxl_structure import FULL
+
+from benchmarks.work import training_flops
+
+HOME = Path(__file__).resolve().parents[1]
+
+
+def test_a_step_of_sdxl_is_the_14_teraflops_of_the_published_sizes():
+    assert training_flops(FULL, 1024) == pytest.approx(14.19e12, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_every_row_of_a_dry_run_is_a_run(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        tmp_path,
+        "--dry",
+        "--steps",
+        "4",
+        "--memory",
+        "fast",
+        "--batch",
+        "1",
+        "2",
+    ]
+    path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, cwd=HOME, env=os.environ | {"PYTHONPATH": path}, check=True)
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["fast-1", "fast-2"]
+    assert all(row["steps"] == 2 and row["median_ms"] > 0 and row["seconds_to_first_step"] > 1 for row in rows)
+    assert (tmp_path / "table.md").read_text().count("\n| fast-") == 2
