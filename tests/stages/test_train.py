@@ -375,6 +375,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeyp
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.parametrize("at", [4, 6], ids=["between", "last step"])
+def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_written(at, monkeypatch):
+    real = step.sample_losses
+    calls = []
+
+    def sometimes_steep(*arguments):
+        calls.append(1)
+        losses = real(*arguments)
+        if len(calls) == at:
+            losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses
+
+    monkeypatch.setattr(step, "sample_losses", sometimes_steep)
+    with pytest.raises(RunError, match=rf"gradient's norm of step {at} is (inf|nan), at 0\d\.png, 0\d\.png: "):
+        train("run", "steps=6", "stage.checkpoint_every=1", "stage.validate_every=1")
+    assert checkpoints(Path("run"))[-1].name == f"step-{at - 1:06d}"
+    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert [line["step"] for line in metrics("run")] == list(range(1, at))
+    assert max(p.name for p in Path("run/lora").iterdir()) == f"HANA_TOFU-{at - 1:06d}.safetensors"
+    assert not Path("models").exists()
+
+
 def test_only_the_newest_checkpoints_are_kept():
     train("run", "steps=6", "stage.checkpoint_every=1", "stage.keep_checkpoints=3")
     assert [c.name for c in checkpoints(Path("run"))] == ["step-000004", "step-000005", "step-000006"]
