@@ -297,6 +297,16 @@ class Config:
             raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
+        if not isinstance(self.optimizer.get("elementwise"), bool):
+            raise InputError(
+                f"optimizer.elementwise={self.optimizer.get('elementwise')}: say true if the optimizer updates every "
+                "number by itself, false if it must know matrices"
+            )
+
+    @property
+    def rate(self) -> float:
+        """What the optimizer gets as its learning rate: `lr`, unless its file in conf/ says a number of its own."""
+        return self.lr if self.optimizer.get("lr") is None else self.optimizer["lr"]
 
 
 OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/

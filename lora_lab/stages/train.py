@@ -67,7 +67,9 @@ def train(config: Config, folder: Path) -> TrainResult:
     asked = objective(config.loss, pipe.scheduler.config)
     job = start_job(pipe.unet, asked, config, plan)
     done = load_checkpoint(plan.goes_on, job) if plan.goes_on else 0
-    shown = f"{config.name} rank {config.rank} lr {config.lr:g} steps {config.steps}"  # tells the jobs of a sweep apart
+    shown = (
+        f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"  # tells the jobs of a sweep apart
+    )
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
         lora = learn(job, data, done, Keep(job, config, plan, folder), look, track)
@@ -104,7 +106,9 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
             lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
     learnt = Flat([p for p in unet.parameters() if p.requires_grad], plan.dtype)
-    optimizer = plan.make_optimizer([learnt.master])
+    optimizer = plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
+    if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
+        optimizer.train()
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     capture = config.stage.capture and plan.device.type == "cuda" and not dropout
     return Job(
@@ -137,7 +141,7 @@ class Keep:
         """The LoRA after `step` steps as lora/NAME.safetensors."""
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
-        with self.job.learnt.exact():
+        with self.job.finished(), self.job.learnt.exact():
             state = kohya_state({"unet": self.job.unet})
         return save_lora(file, state, dtype, notes_for(self.config, self.plan, self.job.asked.settings, step))
 
@@ -194,7 +198,7 @@ def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, st
         trigger=config.trigger,
         rank=config.rank,
         alpha=config.adapter.get("lora_alpha") or config.rank,
-        lr=config.lr,
+        lr=config.rate,
         steps=step,
         batch_size=config.batch_size,
         seed=config.seed,

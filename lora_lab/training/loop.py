@@ -58,7 +58,7 @@ def train_steps(
                     asked=job.asked, caption_dropout=settings.caption_dropout,
                 )  # fmt: skip
                 loss += job.backward(batch)
-            lr = job.schedule.get_last_lr()[0]
+            lr = job.rate()
             readings.put(step + 1, loss, job.update(), lr)
             after_step(step + 1, readings.settle)
             if stopped():

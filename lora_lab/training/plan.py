@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,12 +24,15 @@ from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe
 
+EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_optimizer": "optimizers"}  # in pyproject
+
 
 @dataclass(frozen=True)
 class Plan:
     samples: list[Sample]
     pictures: list[Fitted]  # of the samples, in their order
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+    elementwise: bool  # whether that may be given all that learns as one tensor
     adapter: LoraConfig
     device: torch.device
     dtype: torch.dtype  # of the frozen base
@@ -61,7 +65,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
     return Plan(
         samples=samples,
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),
-        make_optimizer=from_library("optimizer", config.optimizer),
+        make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
+        elementwise=config.optimizer["elementwise"],
         adapter=adapter,
         device=device,
         dtype=pick_dtype(config.model.precision, device),
@@ -76,13 +81,17 @@ def from_library(key: str, settings: dict) -> object:
 
     A partial is tried on a parameter of one number, so that a wrong argument shows before the base is loaded."""
     target = settings["_target_"]
+    package = target.partition(".")[0]
+    if find_spec(package) is None:
+        hint = f': pip install "lora_lab[{EXTRAS[package]}]"' if package in EXTRAS else ""
+        raise InputError(f"{key}: {target} needs the package {package}, which is not installed{hint}")
     try:
         get_class(target)
         made = instantiate(settings, _convert_="all")
         if settings.get("_partial_"):
             made([torch.nn.Parameter(torch.zeros(1))])
-    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key}: {target} cannot be made ({reason}); see conf/{key} for what it takes") from error
     return made
 
@@ -98,12 +107,15 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
         "character": f"{config.trigger}, {len(plan.samples)} pictures in {config.dataset.root}",
         "sizes": ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.items()),
         "base": f"{config.model.base} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
-        "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.lr:g}",
+        "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.rate:g}",
         "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
         "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
     }
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
+    if config.rate != config.lr:
+        name = config.optimizer["_target_"].rpartition(".")[2]
+        lines["optimizer"] = f"{name} with an lr of its own, {config.rate:g}; lr={config.lr:g} is not used"
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
@@ -118,6 +130,14 @@ def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
     if int(found[-1].name.removeprefix("step-")) > config.steps:
         raise InputError(f"resume={config.resume}: {found[-1].name} is beyond steps={config.steps}, ask for more steps")
     return found[-1]
+
+
+def settled_optimizer(settings: dict, device: torch.device) -> dict:
+    """The keys that are the optimizer's own, those that depend on the device decided."""
+    settled = {key: value for key, value in settings.items() if key != "elementwise"}
+    if settled.get("fused", False) is None:
+        settled["fused"] = device.type == "cuda"
+    return settled
 
 
 def _recipe(config: Config) -> dict:

@@ -1,6 +1,7 @@
 """One step of one LoRA: backward passes, captured where a GPU allows it, and the update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class Job:
 
     unet: UNet2DConditionModel  # with the adapter in it
     learnt: Flat
-    optimizer: torch.optim.Optimizer  # of learnt.master
+    optimizer: torch.optim.Optimizer  # of learnt.master, as one tensor or matrix by matrix
     schedule: LRScheduler
     scaler: torch.amp.GradScaler  # of the loss; enabled for float16 alone
     settings: Train
@@ -39,6 +40,28 @@ class Job:
         self.schedule.step()
         self.learnt.publish()
         return norm
+
+    def rate(self) -> float:
+        """What the next update goes by: the learning rate, times the distance that Prodigy has found so far."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Within the context what learns is what is saved and drawn; then it is again, to the bit, what it was.
+
+        They differ where the optimizer walks beside the average that it is after, as schedule-free ones do."""
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        here = self.learnt.master.detach().clone()
+        self.optimizer.eval()
+        self.learnt.become(self.learnt.master)
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            self.learnt.become(here)  # for its way back is a sum, and rounds
 
 
 def backward_pass(

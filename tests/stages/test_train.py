@@ -104,10 +104,12 @@ def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
 NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"
 
 
-@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", f"adapter.lora_dropout=0.5 {NOISE}"])
+@pytest.mark.parametrize(
+    "how", ["schedule=cosine", "optimizer=adamw8bit", "optimizer=schedule_free", f"adapter.lora_dropout=0.5 {NOISE}"]
+)
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
     how = how.split()
-    train("whole", "steps=6", *how)
+    train("whole", "steps=6", "stage.validate_every=2", *how)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*resume="):
         interrupt_at(3, patch)
         train("cut", "steps=6", *how)
@@ -343,12 +345,32 @@ def three_steps(uninterrupted):
     ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
      "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
      "adapter.use_rslora=true", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
-     "schedule=cosine"],
+     "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free", "schedule=cosine"],
 )  # fmt: skip
 def test_an_option_changes_what_is_learnt(change, three_steps):
     train("changed", "steps=3", change)
     plain, changed = three_steps, lora("changed")
     assert plain.keys() != changed.keys() or any(not torch.equal(plain[key], changed[key]) for key in plain)
+
+
+def test_prodigys_own_rate_is_what_is_logged_and_shown(capsys):
+    train("run", "steps=6", "optimizer=prodigy", "optimizer.d0=1e-3", "optimizer.d_coef=10")  # to grow early
+    assert "Prodigy with an lr of its own, 1; lr=0.001 is not used" in capsys.readouterr().out
+    rates = [line["lr"] for line in metrics("run")]
+    assert rates[0] == 1e-3 and rates == sorted(rates) and rates[-1] > 1e-3
+    with safe_open("run/lora/HANA_TOFU.safetensors", "pt") as file:
+        assert file.metadata()["ss_learning_rate"] == "1.0"
+
+
+def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved():
+    train("run", "steps=3", "optimizer=schedule_free")
+    walking = load_file("run/checkpoints/step-000003/adapter.safetensors")
+    saved = {key: value for key, value in lora("run").items() if not key.endswith(".alpha")}
+    key = next(key for key in walking if "lora_B" in key)
+    name = "lora_unet_" + key.removesuffix(".lora_B.weight").replace(".", "_") + ".lora_up.weight"
+    average, last = saved[name], walking[key]
+    assert not torch.equal(average, last)
+    assert average.norm() < last.norm()  # it began at zero, and the average comes after
 
 
 def test_gradient_checkpointing_and_offload_change_nothing():
