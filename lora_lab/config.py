@@ -101,11 +101,28 @@ class Refiner:
 @dataclass
 class Schedule:
     name: str
-    warmup: int
+    warmup: float
+    cycles: int
+    power: float
 
     def __post_init__(self) -> None:
-        _one_of("schedule.name", self.name, ("constant_with_warmup", "linear", "cosine", "polynomial"))
-        _at_least(self, "schedule.", warmup=0)
+        names = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+        _one_of("schedule.name", self.name, names)
+        _at_least(self, "schedule.", warmup=0, cycles=1)
+        _above(self, "schedule.", power=0)
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise InputError(f"schedule.warmup={self.warmup}: from 1 on these are whole steps, below 1 a share of them")
+        if self.warmup and self.name == "constant":
+            raise InputError(
+                f"schedule.warmup={self.warmup}: constant has none, say schedule.name=constant_with_warmup"
+            )
+        for key, neutral, owner in (("cycles", 1, "cosine_with_restarts"), ("power", 1, "polynomial")):
+            if getattr(self, key) != neutral and self.name != owner:
+                raise InputError(f"schedule.{key}={getattr(self, key)}: only schedule={owner} has {key}")
+
+    def warmup_steps(self, steps: int) -> int:
+        """How many of `steps` are the warm-up."""
+        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
 
 
 @dataclass
@@ -297,6 +314,10 @@ class Config:
             raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
+        if self.schedule.warmup_steps(self.steps) >= self.steps:
+            raise InputError(f"schedule.warmup={self.schedule.warmup:g}: a warm-up must end before steps={self.steps}")
+        if self.schedule.name == "polynomial" and self.rate <= 1e-7:
+            raise InputError(f"schedule=polynomial falls to 1e-7, and the learning rate is only {self.rate:g}")
         if not isinstance(self.optimizer.get("elementwise"), bool):
             raise InputError(
                 f"optimizer.elementwise={self.optimizer.get('elementwise')}: say true if the optimizer updates every "

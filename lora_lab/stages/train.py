@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
@@ -30,7 +29,7 @@ from lora_lab.training.loss import Objective, objective
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.state import load_checkpoint, save_checkpoint
-from lora_lab.training.step import Job, backward_pass
+from lora_lab.training.step import Job, backward_pass, learning_rates
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,7 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
         unet=unet,
         learnt=learnt,
         optimizer=optimizer,
-        schedule=get_scheduler(
-            config.schedule.name, optimizer, num_warmup_steps=config.schedule.warmup, num_training_steps=config.steps
-        ),
+        schedule=learning_rates(optimizer, config.schedule, config.steps),
         scaler=scaler,
         settings=config.stage,
         asked=asked,

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_lab.config import Train
+from lora_lab.config import Schedule, Train
 from lora_lab.training.capture import Captured, Tensors
 from lora_lab.training.flat import Flat
 from lora_lab.training.loss import Batch, Objective, sample_losses
@@ -62,6 +63,18 @@ class Job:
         finally:
             self.optimizer.train()
             self.learnt.become(here)  # for its way back is a sum, and rounds
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LRScheduler:
+    """The schedule of `optimizer`'s learning rate over `steps`, by its name in diffusers."""
+    return get_scheduler(
+        settings.name,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps(steps),
+        num_training_steps=steps,
+        num_cycles=settings.cycles,
+        power=settings.power,
+    )
 
 
 def backward_pass(
