@@ -242,6 +242,7 @@ class Train(Stage):
     capture: bool
     max_grad_norm: float | None
     caption_dropout: float
+    ema_decay: float
     checkpoint_every: int
     keep_checkpoints: int
     validate_every: int
@@ -254,6 +255,8 @@ class Train(Stage):
         _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
         _share("stage.caption_dropout", self.caption_dropout)
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"stage.ema_decay={self.ema_decay}: ema_decay is at least 0 (off) and below 1")
 
 
 @dataclass

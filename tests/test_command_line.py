@@ -94,6 +94,7 @@ def refused(answer, *words):
         ("stage=train stage.seeds=[a]", ["stage.seeds[0]=a: not a whole number"]),
         ("stage=train stage.seeds=[1", ["cannot be read as KEY=VALUE"]),
         ("stage=train stage.caption_dropout=2", ["between 0 and 1"]),
+        ("stage=train stage.ema_decay=1", ["stage.ema_decay=1.0", "below 1"]),
         ("stage=train stage.save_dtype=int8", ["fp32, fp16, bf16"]),
         ("stage=img2img stage.photo=x stage.strength=2", ["stage.strength=2.0", "at most 1"]),
         ("stage=img2img", ["stage.photo is missing: say stage.photo=..."]),

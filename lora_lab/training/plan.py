@@ -59,6 +59,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
     adapter = from_library("adapter", config.adapter)
     if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
         raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
+    if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
+        raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
     recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
@@ -113,6 +115,8 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     }
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
+    if settings.ema_decay:
+        lines["saved"] = f"an average of the weights, of which a step keeps {settings.ema_decay:g}"
     if config.rate != config.lr:
         name = config.optimizer["_target_"].rpartition(".")[2]
         lines["optimizer"] = f"{name} with an lr of its own, {config.rate:g}; lr={config.lr:g} is not used"
@@ -154,6 +158,7 @@ def _recipe(config: Config) -> dict:
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
         **{
-            f"stage.{key}": getattr(stage, key) for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout")
+            f"stage.{key}": getattr(stage, key)
+            for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout", "ema_decay")
         },
     }

@@ -30,6 +30,7 @@ class Job:
     steps: int
     batch_size: int
     seed: int
+    average: Tensor | None  # of learnt.master over the steps; None without stage.ema_decay
     backward: Callable[[Batch], Tensor]  # adds a batch's share to the gradient, gives its share of the loss
 
     def update(self) -> Tensor:
@@ -38,6 +39,10 @@ class Job:
         norm = self.learnt.clip(self.settings.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            with torch.no_grad():
+                kept = ema_decay(self.settings.ema_decay, self.schedule.last_epoch)
+                self.average.lerp_(self.learnt.master, 1 - kept)
         self.schedule.step()
         self.learnt.publish()
         return norm
@@ -51,18 +56,28 @@ class Job:
     def finished(self) -> Iterator[None]:
         """Within the context what learns is what is saved and drawn; then it is again, to the bit, what it was.
 
-        They differ where the optimizer walks beside the average that it is after, as schedule-free ones do."""
-        if not hasattr(self.optimizer, "eval"):
+        They differ where an average is kept: by `average`, or by the optimizer itself, as schedule-free ones do."""
+        averages = hasattr(self.optimizer, "eval")
+        if not averages and self.average is None:
             yield
             return
         here = self.learnt.master.detach().clone()
-        self.optimizer.eval()
-        self.learnt.become(self.learnt.master)
+        if averages:
+            self.optimizer.eval()
+        self.learnt.become(self.learnt.master if self.average is None else self.average)
         try:
             yield
         finally:
-            self.optimizer.train()
-            self.learnt.become(here)  # for its way back is a sum, and rounds
+            if averages:
+                self.optimizer.train()
+            self.learnt.become(here)  # an optimizer's own way back is a sum, and rounds
+
+
+def ema_decay(most: float, done: int) -> float:
+    """The share of the average that the update after `done` others keeps: min(most, (1 + done) / (10 + done)).
+
+    So the start is soon forgotten. Source: TensorFlow's ExponentialMovingAverage with num_updates."""
+    return min(most, (1 + done) / (10 + done))
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LRScheduler:

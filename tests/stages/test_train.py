@@ -105,7 +105,14 @@ NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=
 
 
 @pytest.mark.parametrize(
-    "how", ["schedule=cosine", "optimizer=adamw8bit", "optimizer=schedule_free", f"adapter.lora_dropout=0.5 {NOISE}"]
+    "how",
+    [
+        "schedule=cosine",
+        "optimizer=adamw8bit",
+        "optimizer=schedule_free",
+        "stage.ema_decay=0.9",
+        f"adapter.lora_dropout=0.5 {NOISE}",
+    ],
 )
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
     how = how.split()
@@ -140,6 +147,8 @@ def test_a_resumed_run_refuses_to_become_another_one():
         ("seed=1", "seed"),
         ("batch_size=1", "batch_size"),
         ("loss=plain", "loss.weighting"),
+        ("stage.ema_decay=0.5", "stage.ema_decay"),
+        ("schedule.warmup=1", "schedule"),
     ):
         with pytest.raises(InputError, match=named):
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
@@ -371,6 +380,22 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved():
     average, last = saved[name], walking[key]
     assert not torch.equal(average, last)
     assert average.norm() < last.norm()  # it began at zero, and the average comes after
+
+
+def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_both(three_steps):
+    train("run", "steps=3", "stage.ema_decay=0.99", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
+    steps = [load_file(str(c / "adapter.safetensors")) for c in checkpoints(Path("run"))]
+    saved = lora("run")
+    for key in (key for key in steps[0] if "lora_B" in key):
+        name = "lora_unet_" + key.removesuffix(".lora_B.weight").replace(".", "_") + ".lora_up.weight"
+        average = torch.zeros_like(saved[name])  # as every LoRA begins
+        for n, weights in enumerate(steps):
+            average = average.lerp(weights[key], 1 - (1 + n) / (10 + n))
+        assert torch.allclose(saved[name], average, atol=1e-7)
+        assert torch.equal(steps[-1][key], three_steps[name])  # training itself is the one without
+    train("plain", "steps=3")
+    drawn, plain = (np.asarray(Image.open(f"{run}/samples/step-000003/p0-s0.png")) for run in ("run", "plain"))
+    assert not np.array_equal(drawn, plain)
 
 
 def test_gradient_checkpointing_and_offload_change_nothing():

@@ -19,7 +19,7 @@ SETTINGS = {name: compose(f"optimizer={name}").optimizer for name in OPTIONS}
 class Toy:
     """A model of two matrices and the part of a Job that lets it learn."""
 
-    def __init__(self, name, *, elementwise=None, **changes):
+    def __init__(self, name, *, elementwise=None, ema_decay=0.0, **changes):
         settings = SETTINGS[name] | changes
         own = settings.pop("elementwise")
         torch.manual_seed(0)
@@ -33,7 +33,9 @@ class Toy:
         nothing = dict.fromkeys(("unet", "asked", "steps", "batch_size", "seed", "backward"))
         self.job = Job(
             learnt=learnt, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
-            scaler=torch.amp.GradScaler("cpu", enabled=False), settings=SimpleNamespace(max_grad_norm=1.0), **nothing,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            settings=SimpleNamespace(max_grad_norm=1.0, ema_decay=ema_decay),
+            average=learnt.master.detach().clone() if ema_decay else None, **nothing,
         )  # fmt: skip
 
     def learn(self, start, end):
@@ -117,3 +119,17 @@ def test_the_rate_of_prodigy_is_the_one_that_its_next_step_goes_by():
     bias = (1 - 0.999**31) ** 0.5 / (1 - 0.9**31)
     step = rate * bias * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["d"] * 1e-8)
     assert torch.allclose(before - toy.numbers, step, rtol=1e-3, atol=1e-7)
+
+
+def test_the_average_of_the_weights_is_that_of_the_formula_and_changes_no_step():
+    averaging, alone = Toy("adamw", ema_decay=0.3), Toy("adamw")
+    average = alone.numbers
+    for step in range(6):
+        averaging.learn(step, step + 1)
+        alone.learn(step, step + 1)
+        assert torch.equal(averaging.numbers, alone.numbers)
+        decay = min(0.3, (1 + step) / (10 + step))  # 0.1, 0.18, 0.25, then 0.3
+        average = decay * average + (1 - decay) * alone.numbers
+    with averaging.job.finished():
+        assert torch.allclose(averaging.numbers, average, atol=1e-6)
+    assert torch.equal(averaging.numbers, alone.numbers)
