@@ -248,13 +248,26 @@ class Train(Stage):
     validate_every: int
     prompts: list[str]
     seeds: list[int]
+    validation_loss_every: int
+    validation_root: str | None
+    validation_timesteps: list[int]
     save_dtype: str
 
     def __post_init__(self) -> None:
         _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0)
-        _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
+        _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0, validation_loss_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
         _share("stage.caption_dropout", self.caption_dropout)
+        if self.validation_root and not self.validation_loss_every:
+            raise InputError(
+                f"stage.validation_root={self.validation_root}: its loss is measured every "
+                "stage.validation_loss_every steps, and that is 0"
+            )
+        times = self.validation_timesteps
+        if not times or len(set(times)) < len(times) or not all(0 <= t < 1000 for t in times):  # SDXL has 1000
+            raise InputError(
+                f"stage.validation_timesteps={times}: name one or more different timesteps between 0 and 999"
+            )
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"stage.ema_decay={self.ema_decay}: ema_decay is at least 0 (off) and below 1")
 

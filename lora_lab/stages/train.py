@@ -30,6 +30,9 @@ from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.state import load_checkpoint, save_checkpoint
 from lora_lab.training.step import Job, backward_pass, learning_rates
+from lora_lab.training.validation import validation_loss
+
+VALIDATION = "validation.jsonl"  # beside metrics.jsonl, whose lines are steps
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class TrainResult:
     steps: int
     seconds: float  # wall time of this process, loading and drawing included
     loss: float  # mean of the last 50 steps
+    validation_loss: float | None  # of the finished LoRA; None without stage.validation_loss_every
     identity_before: float | None  # what scoring.identity gives without the LoRA; None without model.judge
     identity: float | None
     samples: dict[str, list[str]]  # step to its validation pictures
@@ -60,6 +64,9 @@ def train(config: Config, folder: Path) -> TrainResult:
     pipe = load_base(config.model, plan.device)
     settle(pipe, config.loss)
     data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
+    measured = data
+    if plan.held_out:
+        measured = encode_dataset(pipe, plan.held_out, plan.held_out_pictures, False, plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
@@ -71,7 +78,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     )
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, done, Keep(job, config, plan, folder), look, track)
+        lora = learn(job, data, measured, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
@@ -84,6 +91,7 @@ def train(config: Config, folder: Path) -> TrainResult:
         steps=config.steps,
         seconds=round(time.perf_counter() - began, 1),
         loss=statistics.mean(line["loss"] for line in read_metrics(folder / "metrics.jsonl")[-50:]),
+        validation_loss=read_metrics(folder / VALIDATION)[-1]["loss"] if config.stage.validation_loss_every else None,
         identity_before=identity_before,
         identity=identity,
         samples=look.samples(),
@@ -150,6 +158,7 @@ class Keep:
 def learn(
     job: Job,
     data: TrainingData,
+    measured: TrainingData,
     done: int,
     keep: Keep,
     look: Look,
@@ -158,6 +167,9 @@ def learn(
     """The loop from step `done` on, with what happens around its steps; returns the finished LoRA file."""
     stage, name = job.settings, keep.config.name
     metrics = MetricsFile(keep.folder / "metrics.jsonl", done)
+    # The first and the last measurement stand outside the loop and are made again by whoever goes on from there.
+    known = done if 0 < done < job.steps else done - 1
+    measurements = MetricsFile(keep.folder / VALIDATION, known) if stage.validation_loss_every else None
 
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0 and step < job.steps  # the last step has its turn after the loop
@@ -166,7 +178,16 @@ def learn(
         metrics.write(step, numbers)
         track.numbers(step, {f"train/{key}": value for key, value in numbers.items()})
 
+    def measure(step: int) -> None:
+        if measurements:
+            loss = validation_loss(job, measured, stage.validation_timesteps)
+            measurements.write(step, {"loss": loss})
+            track.numbers(step, {"validation/loss": loss})
+
     def after_step(step: int, settle: Callable[[], None]) -> None:
+        if due(step, stage.validation_loss_every):
+            settle()
+            measure(step)  # before the checkpoint, so that whoever goes on from that has it
         if due(step, stage.checkpoint_every):
             settle()
             keep.checkpoint(step)
@@ -176,11 +197,18 @@ def learn(
 
     look.rest()
     try:
+        if done == 0:
+            measure(0)
         reached = train_steps(job, data, done, report, after_step)
+        keep.checkpoint(reached)
+        if reached == job.steps:
+            measure(reached)
     finally:
         metrics.close()
-        loss_plot(read_metrics(metrics.path), keep.folder / "loss.png")
-    keep.checkpoint(reached)
+        if measurements:
+            measurements.close()
+        validation = read_metrics(measurements.path) if measurements else []
+        loss_plot(read_metrics(metrics.path), validation, keep.folder / "loss.png")
     if reached < job.steps:
         raise KeyboardInterrupt(f"stopped after step {reached}; go on with: python -m lora_lab resume={keep.folder}")
     lora = keep.lora(reached, name)

@@ -33,6 +33,8 @@ class Plan:
     pictures: list[Fitted]  # of the samples, in their order
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
     elementwise: bool  # whether that may be given all that learns as one tensor
+    held_out: list[Sample]  # of stage.validation_root; [] without one
+    held_out_pictures: list[Fitted]  # of those, in their order
     adapter: LoraConfig
     device: torch.device
     dtype: torch.dtype  # of the frozen base
@@ -61,12 +63,19 @@ def make_plan(config: Config, folder: Path) -> Plan:
         raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
+    held_out = []
+    if config.stage.validation_root:
+        held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
     recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
+    if held_out:  # not in the recipe: what is measured decides nothing
+        hashes["validation"] = hash_files(*(s.path for s in held_out))
     return Plan(
         samples=samples,
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),
+        held_out=held_out,
+        held_out_pictures=fit_pictures(held_out, config.model.resolution, config.model.bucket_step, None),
         make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
         elementwise=config.optimizer["elementwise"],
         adapter=adapter,
@@ -115,6 +124,11 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     }
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
+    if settings.validation_loss_every:
+        which = f"{len(plan.held_out)} pictures in {settings.validation_root}"
+        if not plan.held_out:
+            which = "the training pictures, which can be learnt by heart (stage.validation_root names others)"
+        lines["its loss"] = f"at the start, every {settings.validation_loss_every} steps and at the end, of {which}"
     if settings.ema_decay:
         lines["saved"] = f"an average of the weights, of which a step keeps {settings.ema_decay:g}"
     if config.rate != config.lr:

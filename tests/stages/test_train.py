@@ -398,6 +398,86 @@ def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_bo
     assert not np.array_equal(drawn, plain)
 
 
+def validation(folder: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in Path(folder, "validation.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["step"] for line in lines})
+    return {line["step"]: line["loss"] for line in lines}
+
+
+MEASURED = ("stage.validation_loss_every=1", "stage.validation_timesteps=[300,600,900]")
+
+
+@pytest.fixture(scope="module")
+def measured(three_steps, uninterrupted):
+    """The same three steps with a measurement after each."""
+    before = Path.cwd()
+    os.chdir(Path(uninterrupted).parent)
+    try:
+        result = train("measured", "steps=3", "name=measured", *MEASURED)
+    finally:
+        os.chdir(before)
+    folder = Path(uninterrupted).parent / "measured"
+    assert result.validation_loss == validation(folder)[3]
+    return folder
+
+
+def test_measuring_the_validation_loss_changes_nothing_that_is_learnt(measured, three_steps):
+    assert_same(load_file(measured / "lora/measured.safetensors"), three_steps)
+
+
+def test_the_validation_loss_falls_and_is_taken_up_again_by_a_resumed_run(measured):
+    whole = validation(measured)
+    assert list(whole) == [0, 1, 2, 3] and whole[3] < whole[0]
+    train("cut", "steps=2", *MEASURED)
+    train("cut", "steps=3", *MEASURED, f"resume={Path('cut').absolute()}")
+    assert validation("cut") == whole
+    train("cut", "steps=3", *MEASURED, f"resume={Path('cut').absolute()}")
+    assert validation("cut") == whole
+
+
+def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(measured, tmp_path, capsys):
+    """Before the first step, when every LoRA is still nothing, they are one number: that of the base."""
+    start = validation(measured)[0]
+    left = cut_out(tmp_path / "left", (0, 0, 64, 128))
+    other = ("loss=huber", "loss.noise_offset=0.2", f"loss.mask={left}", "dataset.flip=true", "batch_size=4", "seed=9")
+    train("other", "steps=1", *MEASURED, *other)
+    assert validation("other")[0] == pytest.approx(start, rel=1e-5)
+    assert "of the training pictures, which can be learnt by heart" in capsys.readouterr().out
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for i in (6, 7):
+        shutil.copy(TOFU / f"{i:02d}.png", held_out)
+        (held_out / f"{i:02d}.txt").write_text("A tofu")
+    train("held", "steps=1", *MEASURED, f"stage.validation_root={held_out}", "stage.validation_timesteps=[300]")
+    assert f"of 2 pictures in {held_out}" in capsys.readouterr().out
+    assert "validation" in json.loads(Path("held/manifest.json").read_text())["sha256"]
+    train("elsewhere", "steps=1", *MEASURED, f"stage.validation_root={held_out}")
+    assert len({round(validation(run)[0], 4) for run in ("other", "held", "elsewhere")}) == 3
+
+
+def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
+    """Computed again from the base's files, for one picture at a time and at one timestep at a time."""
+    from lora_lab.base.load import load_base
+    from lora_lab.training.data import encode_dataset
+    from lora_lab.training.plan import make_plan
+    from lora_lab.training.randomness import generator
+
+    config = compose(*FAST)
+    plan = make_plan(config, Path("none"))
+    pipe = load_base(config.model, plan.device)
+    errors = []
+    for example in encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device).examples:
+        for t in (300, 600, 900):
+            noise = torch.randn(example.latents[0].shape, generator=generator("validation", example.name, t))
+            kept = pipe.scheduler.alphas_cumprod[t]
+            noisy = kept.sqrt() * example.latents[0] + (1 - kept).sqrt() * noise
+            conditions = {"text_embeds": example.text.pooled[None], "time_ids": example.time_ids[None]}
+            with torch.no_grad():
+                predicted = pipe.unet(noisy[None], t, example.text.tokens[None], added_cond_kwargs=conditions).sample
+            errors.append((predicted[0] - noise).square().mean().item())
+    assert validation(measured)[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
 def test_gradient_checkpointing_and_offload_change_nothing():
     train("fast", "steps=3", "memory=fast")
     train("balanced", "steps=3", "memory=balanced", "stage.validate_every=1")
@@ -460,13 +540,15 @@ def test_identity_is_measured_before_and_after():
 def test_an_offline_wandb_run_holds_the_losses_the_pictures_and_the_settings(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no .netrc of whoever runs the tests
-    train("run", "steps=3", "tracker=wandb", "tracker.mode=offline", "tracker.group=nightly")
+    train("run", "steps=3", "tracker=wandb", "tracker.mode=offline", "tracker.group=nightly", *MEASURED)
     (record,) = Path("run/wandb").glob("offline-run-*")
     asked = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
     records = [json.loads(line) for line in subprocess.run(asked, check=True, capture_output=True).stdout.splitlines()]
     rows = [r["history"]["item"] for r in records if r["type"] == "history"]
     losses = {row["global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics("run")})
+    measured = {row["global_step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
+    assert measured == pytest.approx(validation("run"))
     (drawn,) = [row for row in rows if "validation/p0-s0.path" in row]
     logged = Image.open(record / "files" / drawn["validation/p0-s0.path"]).convert("RGB")
     assert np.array_equal(np.asarray(logged), np.asarray(Image.open("run/samples/step-000003/p0-s0.png")))
