@@ -211,6 +211,9 @@ def refuse_missing(run: config.Config) -> None:
             locate_folder("stage.photo", str(item))
     if draws or isinstance(stage, config.Train):
         locate_model("model.base", run.model.base)
+    trains = stage.train if isinstance(stage, config.Pipeline) else stage
+    if isinstance(trains, config.Train) and trains.validation_root:
+        locate_folder("stage.validation_root", trains.validation_root)
     if isinstance(stage, (config.Check, config.Train, config.Pipeline)) and run.loss.masks == "folder":
         locate_folder("loss.mask", run.loss.mask)
     if isinstance(stage, (config.Caption, config.Pipeline)):

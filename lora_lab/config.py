@@ -102,11 +102,28 @@ class Refiner:
 @dataclass
 class Schedule:
     name: str
-    warmup: int
+    warmup: float
+    cycles: int
+    power: float
 
     def __post_init__(self) -> None:
-        _one_of("schedule.name", self.name, ("constant_with_warmup", "linear", "cosine", "polynomial"))
-        _at_least(self, "schedule.", warmup=0)
+        names = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+        _one_of("schedule.name", self.name, names)
+        _at_least(self, "schedule.", warmup=0, cycles=1)
+        _above(self, "schedule.", power=0)
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise InputError(f"schedule.warmup={self.warmup}: from 1 on these are whole steps, below 1 a share of them")
+        if self.warmup and self.name == "constant":
+            raise InputError(
+                f"schedule.warmup={self.warmup}: constant has none, say schedule.name=constant_with_warmup"
+            )
+        for key, neutral, owner in (("cycles", 1, "cosine_with_restarts"), ("power", 1, "polynomial")):
+            if getattr(self, key) != neutral and self.name != owner:
+                raise InputError(f"schedule.{key}={getattr(self, key)}: only schedule={owner} has {key}")
+
+    def warmup_steps(self, steps: int) -> int:
+        """How many of `steps` are the warm-up."""
+        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
 
 
 @dataclass
@@ -226,18 +243,34 @@ class Train(Stage):
     capture: bool
     max_grad_norm: float | None
     caption_dropout: float
+    ema_decay: float
     checkpoint_every: int
     keep_checkpoints: int
     validate_every: int
     prompts: list[str]
     seeds: list[int]
+    validation_loss_every: int
+    validation_root: str | None
+    validation_timesteps: list[int]
     save_dtype: str
 
     def __post_init__(self) -> None:
         _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0)
-        _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0)
+        _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0, validation_loss_every=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
         _share("stage.caption_dropout", self.caption_dropout)
+        if self.validation_root and not self.validation_loss_every:
+            raise InputError(
+                f"stage.validation_root={self.validation_root}: its loss is measured every "
+                "stage.validation_loss_every steps, and that is 0"
+            )
+        times = self.validation_timesteps
+        if not times or len(set(times)) < len(times) or not all(0 <= t < 1000 for t in times):  # SDXL has 1000
+            raise InputError(
+                f"stage.validation_timesteps={times}: name one or more different timesteps between 0 and 999"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"stage.ema_decay={self.ema_decay}: ema_decay is at least 0 (off) and below 1")
 
 
 @dataclass
@@ -298,6 +331,20 @@ class Config:
             raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
+        if self.schedule.warmup_steps(self.steps) >= self.steps:
+            raise InputError(f"schedule.warmup={self.schedule.warmup:g}: a warm-up must end before steps={self.steps}")
+        if self.schedule.name == "polynomial" and self.rate <= 1e-7:
+            raise InputError(f"schedule=polynomial falls to 1e-7, and the learning rate is only {self.rate:g}")
+        if not isinstance(self.optimizer.get("elementwise"), bool):
+            raise InputError(
+                f"optimizer.elementwise={self.optimizer.get('elementwise')}: say true if the optimizer updates every "
+                "number by itself, false if it must know matrices"
+            )
+
+    @property
+    def rate(self) -> float:
+        """What the optimizer gets as its learning rate: `lr`, unless its file in conf/ says a number of its own."""
+        return self.lr if self.optimizer.get("lr") is None else self.optimizer["lr"]
 
 
 OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/

@@ -36,8 +36,10 @@ def smoothed(values: Sequence[float], halflife: float) -> list[float]:
     return means
 
 
-def loss_plot(metrics: list[dict[str, Any]], path: Path) -> Path:
-    """Draw loss (each step and running mean) and learning rate over the steps. Without metrics the axes stay empty."""
+def loss_plot(metrics: list[dict[str, Any]], validation: list[dict[str, Any]], path: Path) -> Path:
+    """Draw loss (each step and running mean), validation loss if there is one, and learning rate over the steps.
+
+    Without metrics the axes stay empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,6 +56,10 @@ def loss_plot(metrics: list[dict[str, Any]], path: Path) -> Path:
     label = f"running mean, half-life {halflife} steps" if halflife > 1 else "running mean, half-life 1 step"
     (mean,) = axes.plot(steps, smoothed(losses, halflife), color="#1f4e79", linewidth=2, label=label)
     (rate,) = rates.plot(steps, [line["lr"] for line in metrics], color="#b0703c", linewidth=0.8, label="learning rate")
+    measured = []
+    if validation:
+        times, values = [line["step"] for line in validation], [line["loss"] for line in validation]
+        measured = axes.plot(times, values, color="#2e8b57", marker="o", markersize=3, label="validation loss")
     rates.set_ylabel("learning rate", color="#b0703c")
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -61,5 +67,5 @@ def loss_plot(metrics: list[dict[str, Any]], path: Path) -> Path:
     for each in (axes, rates):
         each.spines.top.set_visible(False)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(handles=[raw, mean, rate], loc="outside upper left", ncols=3, frameon=False)
+    figure.legend(handles=[raw, mean, *measured, rate], loc="outside upper left", ncols=4, frameon=False)
     return write_atomically(path, lambda file: FigureCanvasAgg(figure).print_png(file))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 import unicodedata
 import zlib
 from pathlib import Path
@@ -184,6 +185,10 @@ def test_masks_are_looked_for_before_a_model_loads(composed, here, nothing_loads
     ("overrides", "words"),
     [
         (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be made", "epsilon"]),
+        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be made", "relative_step=True"]),
+        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "say true"]),
+        (["optimizer=schedule_free", "stage.ema_decay=0.9"], ["stage.ema_decay", "average of its own"]),
+        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "say true"]),
         (["model.base=nowhere.safetensors"], ["model.base=nowhere.safetensors"]),
         (["model.base=demo:tiny-sdlx"], ["model.base=demo:tiny-sdlx", "tiny-sdxl"]),
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),
@@ -196,6 +201,15 @@ def test_what_training_needs_is_looked_for_before_the_base_loads(composed, here,
     sentence = refused(composed, "stage=train", *overrides)
     for word in words:
         assert word in sentence
+
+
+@pytest.mark.parametrize("name", ["prodigy", "schedule_free", "came"])
+def test_an_optimizer_whose_package_is_missing_says_how_to_get_it(composed, here, nothing_loads, monkeypatch, name):
+    config = composed("stage=train", f"optimizer={name}")
+    package = config.optimizer["_target_"].partition(".")[0]
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    sentence = refused(composed, "stage=train", f"optimizer={name}")
+    assert f"needs the package {package}" in sentence and 'pip install "lora_lab[optimizers]"' in sentence
 
 
 @pytest.mark.parametrize("stage", ["caption", "refine", "convert"])

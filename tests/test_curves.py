@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,7 +45,7 @@ def test_one_bad_loss_does_not_blank_the_rest_of_the_curve():
 
 
 def test_a_falling_loss_falls_in_the_picture(tmp_path):
-    picture = Image.open(loss_plot(LINES, tmp_path / "loss.png")).convert("RGB")
+    picture = Image.open(loss_plot(LINES, [], tmp_path / "loss.png")).convert("RGB")
     pixels = picture.load()
     below_the_legend = [(x, y) for x in range(picture.width) for y in range(picture.height // 8, picture.height)]
     mean = [(x, y) for x, y in below_the_legend if pixels[x, y] == (0x1F, 0x4E, 0x79)]
@@ -54,4 +55,15 @@ def test_a_falling_loss_falls_in_the_picture(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_run_that_died_at_once_still_has_a_picture(tmp_path, count):
-    assert Image.open(loss_plot(LINES[:count], tmp_path / "loss.png")).size == (800, 450)
+    assert Image.open(loss_plot(LINES[:count], [], tmp_path / "loss.png")).size == (800, 450)
+
+
+def test_the_validation_loss_is_drawn_where_it_was_measured(tmp_path):
+    def green(validation):
+        picture = np.asarray(Image.open(loss_plot(LINES, validation, tmp_path / "loss.png")).convert("RGB"))
+        rows, columns = np.nonzero((picture[60:] == (0x2E, 0x8B, 0x57)).all(axis=2))  # below the legend
+        return rows, columns
+
+    assert len(green([])[0]) == 0
+    rows, columns = green([{"step": 10, "loss": 0.2}, {"step": 30, "loss": 0.8}])
+    assert rows[columns.argmin()] > rows[columns.argmax()]  # pixels count downwards

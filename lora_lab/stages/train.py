@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
@@ -31,7 +30,10 @@ from lora_lab.training.loss import Objective, objective
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.state import load_checkpoint, save_checkpoint
-from lora_lab.training.step import Job, backward_pass
+from lora_lab.training.step import Job, backward_pass, learning_rates
+from lora_lab.training.validation import validation_loss
+
+VALIDATION = "validation.jsonl"  # beside metrics.jsonl, whose lines are steps
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class TrainResult:
     steps: int
     seconds: float  # wall time of this process, loading and drawing included
     loss: float  # mean of the last 50 steps
+    validation_loss: float | None  # of the finished LoRA; None without stage.validation_loss_every
     identity_before: float | None  # what scoring.identity gives without the LoRA; None without model.judge
     identity: float | None
     samples: dict[str, list[str]]  # step to its validation pictures
@@ -62,16 +65,21 @@ def train(config: Config, folder: Path) -> TrainResult:
     pipe = load_base(config.model, plan.device)
     settle(pipe, config.loss)
     data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
+    measured = data
+    if plan.held_out:
+        measured = encode_dataset(pipe, plan.held_out, plan.held_out_pictures, False, plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
     asked = objective(config.loss, pipe.scheduler.config)
     job = start_job(pipe.unet, asked, config, plan)
     done = load_checkpoint(plan.goes_on, job) if plan.goes_on else 0
-    shown = f"{config.name} rank {config.rank} lr {config.lr:g} steps {config.steps}"  # tells the jobs of a sweep apart
+    shown = (
+        f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"  # tells the jobs of a sweep apart
+    )
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, done, Keep(job, config, plan, folder), look, track)
+        lora = learn(job, data, measured, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
@@ -84,6 +92,7 @@ def train(config: Config, folder: Path) -> TrainResult:
         steps=config.steps,
         seconds=round(time.perf_counter() - began, 1),
         loss=statistics.mean(line["loss"] for line in read_metrics(folder / "metrics.jsonl")[-50:]),
+        validation_loss=read_metrics(folder / VALIDATION)[-1]["loss"] if config.stage.validation_loss_every else None,
         identity_before=identity_before,
         identity=identity,
         samples=look.samples(),
@@ -108,22 +117,23 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
     trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
     learnt = Flat([p for _, p in sorted(trained, key=lambda each: ".lora_B." in each[0])], plan.dtype)
     fuse(unet, learnt)
-    optimizer = plan.make_optimizer([learnt.master])
+    optimizer = plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
+    if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
+        optimizer.train()
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
     capture = config.stage.capture and plan.device.type == "cuda" and not dropout
     return Job(
         unet=unet,
         learnt=learnt,
         optimizer=optimizer,
-        schedule=get_scheduler(
-            config.schedule.name, optimizer, num_warmup_steps=config.schedule.warmup, num_training_steps=config.steps
-        ),
+        schedule=learning_rates(optimizer, config.schedule, config.steps),
         scaler=scaler,
         settings=config.stage,
         asked=asked,
         steps=config.steps,
         batch_size=config.batch_size,
         seed=config.seed,
+        average=learnt.master.detach().clone() if config.stage.ema_decay else None,
         backward=backward_pass(unet, learnt, scaler, asked, config.stage.gradient_accumulation, capture),
     )
 
@@ -141,7 +151,7 @@ class Keep:
         """The LoRA after `step` steps as lora/NAME.safetensors."""
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
-        with self.job.learnt.exact():
+        with self.job.finished(), self.job.learnt.exact():
             state = kohya_state({"unet": self.job.unet})
         return save_lora(file, state, dtype, notes_for(self.config, self.plan, self.job.asked.settings, step))
 
@@ -152,6 +162,7 @@ class Keep:
 def learn(
     job: Job,
     data: TrainingData,
+    measured: TrainingData,
     done: int,
     keep: Keep,
     look: Look,
@@ -160,6 +171,9 @@ def learn(
     """The loop from step `done` on, with what happens around its steps; returns the finished LoRA file."""
     stage, name = job.settings, keep.config.name
     metrics = MetricsFile(keep.folder / "metrics.jsonl", done)
+    # The first and the last measurement stand outside the loop and are made again by whoever goes on from there.
+    known = done if 0 < done < job.steps else done - 1
+    measurements = MetricsFile(keep.folder / VALIDATION, known) if stage.validation_loss_every else None
 
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0 and step < job.steps  # the last step has its turn after the loop
@@ -168,7 +182,16 @@ def learn(
         metrics.write(step, numbers)
         track.numbers(step, {f"train/{key}": value for key, value in numbers.items()})
 
+    def measure(step: int) -> None:
+        if measurements:
+            loss = validation_loss(job, measured, stage.validation_timesteps)
+            measurements.write(step, {"loss": loss})
+            track.numbers(step, {"validation/loss": loss})
+
     def after_step(step: int, settle: Callable[[], None]) -> None:
+        if due(step, stage.validation_loss_every):
+            settle()
+            measure(step)  # before the checkpoint, so that whoever goes on from that has it
         if due(step, stage.checkpoint_every):
             settle()
             keep.checkpoint(step)
@@ -178,11 +201,18 @@ def learn(
 
     look.rest()
     try:
+        if done == 0:
+            measure(0)
         reached = train_steps(job, data, done, report, after_step)
+        keep.checkpoint(reached)
+        if reached == job.steps:
+            measure(reached)
     finally:
         metrics.close()
-        loss_plot(read_metrics(metrics.path), keep.folder / "loss.png")
-    keep.checkpoint(reached)
+        if measurements:
+            measurements.close()
+        validation = read_metrics(measurements.path) if measurements else []
+        loss_plot(read_metrics(metrics.path), validation, keep.folder / "loss.png")
     if reached < job.steps:
         raise KeyboardInterrupt(f"stopped after step {reached}; go on with: python -m lora_lab resume={keep.folder}")
     lora = keep.lora(reached, name)
@@ -198,7 +228,7 @@ def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, st
         trigger=config.trigger,
         rank=config.rank,
         alpha=config.adapter.get("lora_alpha") or config.rank,
-        lr=config.lr,
+        lr=config.rate,
         steps=step,
         batch_size=config.batch_size,
         seed=config.seed,

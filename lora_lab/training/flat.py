@@ -65,6 +65,12 @@ class Flat:
             self.working.copy_(self.master)
         self.master.grad.zero_()
 
+    @torch.no_grad()
+    def become(self, values: Tensor) -> None:
+        """Put `values`, of the master's shape, in its place; the model computes with them."""
+        self.master.copy_(values)
+        self.working.copy_(self.master)
+
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Within the context the model's parameters are the master's float32 numbers, to be saved or loaded."""

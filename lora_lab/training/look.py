@@ -31,7 +31,7 @@ class Look:
         folder = self._folder / "samples" / f"step-{step:06d}"
         shown = {}
         for (name, prompt, picture), seed in zip(self._draw(lora, asked, folder), [a[2] for a in asked], strict=True):
-            caption = f"{prompt} | rank {self._config.rank}, lr {self._config.lr:g}, step {step}, seed {seed}"
+            caption = f"{prompt} | rank {self._config.rank}, lr {self._config.rate:g}, step {step}, seed {seed}"
             shown[f"validation/{name}"] = (picture, caption)
         return shown
 

@@ -30,13 +30,17 @@ def train_steps(
     that does with the weights it does after `settle()`, which waits for all numbers and stops at a bad one."""
     settings, parts = job.settings, job.settings.gradient_accumulation
 
+    # The scaler of float16 expects gradients that overflow: it leaves the update out and scales less.
+    finite = {"loss": "loss"} if job.scaler.is_enabled() else {"loss": "loss", "grad_norm": "gradient's norm"}
+
     def seen(step: int, numbers: dict[str, float]) -> None:
-        if not math.isfinite(numbers["loss"]):
-            names = ", ".join(data.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
-            raise RunError(
-                f"the loss of step {step} is {numbers['loss']}, at {names}: lower lr, or look at these pictures; the "
-                f"last checkpoint is from before it"
-            )
+        for key, what in finite.items():
+            if not math.isfinite(numbers[key]):
+                names = ", ".join(data.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
+                raise RunError(
+                    f"the {what} of step {step} is {numbers[key]}, at {names}: lower lr, or look at these pictures; "
+                    f"the last checkpoint is from before it"
+                )
         shown.set_postfix(loss=f"{numbers['loss']:.4f}", lr=f"{numbers['lr']:.1e}", refresh=False)
         shown.update()
         report(step, numbers)
@@ -54,7 +58,7 @@ def train_steps(
                     asked=job.asked, caption_dropout=settings.caption_dropout,
                 )  # fmt: skip
                 loss += job.backward(batch)
-            lr = job.schedule.get_last_lr()[0]
+            lr = job.rate()
             readings.put(step + 1, loss, job.update(), lr)
             after_step(step + 1, readings.settle)
             if stopped():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,12 +24,17 @@ from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe
 
+EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_optimizer": "optimizers"}  # in pyproject
+
 
 @dataclass(frozen=True)
 class Plan:
     samples: list[Sample]
     pictures: list[Fitted]  # of the samples, in their order
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+    elementwise: bool  # whether that may be given all that learns as one tensor
+    held_out: list[Sample]  # of stage.validation_root; [] without one
+    held_out_pictures: list[Fitted]  # of those, in their order
     adapter: LoraConfig
     device: torch.device
     dtype: torch.dtype  # of the frozen base
@@ -55,13 +61,23 @@ def make_plan(config: Config, folder: Path) -> Plan:
     adapter = from_library("adapter", config.adapter)
     if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
         raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
+    if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
+        raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
+    held_out = []
+    if config.stage.validation_root:
+        held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
     recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
+    if held_out:  # not in the recipe: what is measured decides nothing
+        hashes["validation"] = hash_files(*(s.path for s in held_out))
     return Plan(
         samples=samples,
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),
-        make_optimizer=from_library("optimizer", config.optimizer),
+        held_out=held_out,
+        held_out_pictures=fit_pictures(held_out, config.model.resolution, config.model.bucket_step, None),
+        make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
+        elementwise=config.optimizer["elementwise"],
         adapter=adapter,
         device=device,
         dtype=pick_dtype(config.model.precision, device),
@@ -76,13 +92,17 @@ def from_library(key: str, settings: dict) -> object:
 
     A partial is tried on a parameter of one number, so that a wrong argument shows before the base is loaded."""
     target = settings["_target_"]
+    package = target.partition(".")[0]
+    if find_spec(package) is None:
+        hint = f': pip install "lora_lab[{EXTRAS[package]}]"' if package in EXTRAS else ""
+        raise InputError(f"{key}: {target} needs the package {package}, which is not installed{hint}")
     try:
         get_class(target)
         made = instantiate(settings, _convert_="all")
         if settings.get("_partial_"):
             made([torch.nn.Parameter(torch.zeros(1))])
-    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+    except (ImportError, InstantiationException, TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{key}: {target} cannot be made ({reason}); see conf/{key} for what it takes") from error
     return made
 
@@ -98,12 +118,22 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
         "character": f"{config.trigger}, {len(plan.samples)} pictures in {config.dataset.root}",
         "sizes": ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.items()),
         "base": f"{config.model.base} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
-        "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.lr:g}",
+        "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.rate:g}",
         "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
         "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
     }
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
+    if settings.validation_loss_every:
+        which = f"{len(plan.held_out)} pictures in {settings.validation_root}"
+        if not plan.held_out:
+            which = "the training pictures, which can be learnt by heart (stage.validation_root names others)"
+        lines["its loss"] = f"at the start, every {settings.validation_loss_every} steps and at the end, of {which}"
+    if settings.ema_decay:
+        lines["saved"] = f"an average of the weights, of which a step keeps {settings.ema_decay:g}"
+    if config.rate != config.lr:
+        name = config.optimizer["_target_"].rpartition(".")[2]
+        lines["optimizer"] = f"{name} with an lr of its own, {config.rate:g}; lr={config.lr:g} is not used"
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
@@ -120,6 +150,14 @@ def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
     return found[-1]
 
 
+def settled_optimizer(settings: dict, device: torch.device) -> dict:
+    """The keys that are the optimizer's own, those that depend on the device decided."""
+    settled = {key: value for key, value in settings.items() if key != "elementwise"}
+    if settled.get("fused", False) is None:
+        settled["fused"] = device.type == "cuda"
+    return settled
+
+
 def _recipe(config: Config) -> dict:
     stage, model = config.stage, config.model
     return {
@@ -134,6 +172,7 @@ def _recipe(config: Config) -> dict:
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
         **{
-            f"stage.{key}": getattr(stage, key) for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout")
+            f"stage.{key}": getattr(stage, key)
+            for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout", "ema_decay")
         },
     }

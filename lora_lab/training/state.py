@@ -30,7 +30,7 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
     with job.learnt.exact():
         adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(job.unet).items()}
     save_file(adapter, str(temporary / "adapter.safetensors"))
-    state = {part: getattr(job, part).state_dict() for part in STATEFUL}
+    state = {part: getattr(job, part).state_dict() for part in STATEFUL} | {"average": job.average}
     torch.save(state, temporary / "optimizer.pt")
     (temporary / "training.json").write_text(json.dumps({"step": step, "recipe": recipe}, indent=2), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
@@ -58,4 +58,6 @@ def load_checkpoint(checkpoint: Path, job: Job) -> int:
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     for part in STATEFUL:
         getattr(job, part).load_state_dict(state[part])
+    if job.average is not None:
+        job.average.copy_(state["average"])
     return json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["step"]

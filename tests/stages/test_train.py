@@ -104,10 +104,19 @@ def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
 NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"
 
 
-@pytest.mark.parametrize("how", ["schedule=cosine", "optimizer=adamw8bit", f"adapter.lora_dropout=0.5 {NOISE}"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "schedule=cosine",
+        "optimizer=adamw8bit",
+        "optimizer=schedule_free",
+        "stage.ema_decay=0.9",
+        f"adapter.lora_dropout=0.5 {NOISE}",
+    ],
+)
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
     how = how.split()
-    train("whole", "steps=6", *how)
+    train("whole", "steps=6", "stage.validate_every=2", *how)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*resume="):
         interrupt_at(3, patch)
         train("cut", "steps=6", *how)
@@ -138,6 +147,8 @@ def test_a_resumed_run_refuses_to_become_another_one():
         ("seed=1", "seed"),
         ("batch_size=1", "batch_size"),
         ("loss=plain", "loss.weighting"),
+        ("stage.ema_decay=0.5", "stage.ema_decay"),
+        ("schedule.warmup=1", "schedule"),
     ):
         with pytest.raises(InputError, match=named):
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
@@ -343,12 +354,128 @@ def three_steps(uninterrupted):
     ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
      "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
      "adapter.use_rslora=true", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
-     "schedule=cosine"],
+     "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free", "schedule=cosine"],
 )  # fmt: skip
 def test_an_option_changes_what_is_learnt(change, three_steps):
     train("changed", "steps=3", change)
     plain, changed = three_steps, lora("changed")
     assert plain.keys() != changed.keys() or any(not torch.equal(plain[key], changed[key]) for key in plain)
+
+
+def test_prodigys_own_rate_is_what_is_logged_and_shown(capsys):
+    train("run", "steps=6", "optimizer=prodigy", "optimizer.d0=1e-3", "optimizer.d_coef=10")  # to grow early
+    assert "Prodigy with an lr of its own, 1; lr=0.001 is not used" in capsys.readouterr().out
+    rates = [line["lr"] for line in metrics("run")]
+    assert rates[0] == 1e-3 and rates == sorted(rates) and rates[-1] > 1e-3
+    with safe_open("run/lora/HANA_TOFU.safetensors", "pt") as file:
+        assert file.metadata()["ss_learning_rate"] == "1.0"
+
+
+def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved():
+    train("run", "steps=3", "optimizer=schedule_free")
+    walking = load_file("run/checkpoints/step-000003/adapter.safetensors")
+    saved = {key: value for key, value in lora("run").items() if not key.endswith(".alpha")}
+    key = next(key for key in walking if "lora_B" in key)
+    name = "lora_unet_" + key.removesuffix(".lora_B.weight").replace(".", "_") + ".lora_up.weight"
+    average, last = saved[name], walking[key]
+    assert not torch.equal(average, last)
+    assert average.norm() < last.norm()  # it began at zero, and the average comes after
+
+
+def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_both(three_steps):
+    train("run", "steps=3", "stage.ema_decay=0.99", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
+    steps = [load_file(str(c / "adapter.safetensors")) for c in checkpoints(Path("run"))]
+    saved = lora("run")
+    for key in (key for key in steps[0] if "lora_B" in key):
+        name = "lora_unet_" + key.removesuffix(".lora_B.weight").replace(".", "_") + ".lora_up.weight"
+        average = torch.zeros_like(saved[name])  # as every LoRA begins
+        for n, weights in enumerate(steps):
+            average = average.lerp(weights[key], 1 - (1 + n) / (10 + n))
+        assert torch.allclose(saved[name], average, atol=1e-7)
+        assert torch.equal(steps[-1][key], three_steps[name])  # training itself is the one without
+    train("plain", "steps=3")
+    drawn, plain = (np.asarray(Image.open(f"{run}/samples/step-000003/p0-s0.png")) for run in ("run", "plain"))
+    assert not np.array_equal(drawn, plain)
+
+
+def validation(folder: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in Path(folder, "validation.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["step"] for line in lines})
+    return {line["step"]: line["loss"] for line in lines}
+
+
+MEASURED = ("stage.validation_loss_every=1", "stage.validation_timesteps=[300,600,900]")
+
+
+@pytest.fixture(scope="module")
+def measured(three_steps, uninterrupted):
+    """The same three steps with a measurement after each."""
+    before = Path.cwd()
+    os.chdir(Path(uninterrupted).parent)
+    try:
+        result = train("measured", "steps=3", "name=measured", *MEASURED)
+    finally:
+        os.chdir(before)
+    folder = Path(uninterrupted).parent / "measured"
+    assert result.validation_loss == validation(folder)[3]
+    return folder
+
+
+def test_measuring_the_validation_loss_changes_nothing_that_is_learnt(measured, three_steps):
+    assert_same(load_file(measured / "lora/measured.safetensors"), three_steps)
+
+
+def test_the_validation_loss_falls_and_is_taken_up_again_by_a_resumed_run(measured):
+    whole = validation(measured)
+    assert list(whole) == [0, 1, 2, 3] and whole[3] < whole[0]
+    train("cut", "steps=2", *MEASURED)
+    train("cut", "steps=3", *MEASURED, f"resume={Path('cut').absolute()}")
+    assert validation("cut") == whole
+    train("cut", "steps=3", *MEASURED, f"resume={Path('cut').absolute()}")
+    assert validation("cut") == whole
+
+
+def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(measured, tmp_path, capsys):
+    """Before the first step, when every LoRA is still nothing, they are one number: that of the base."""
+    start = validation(measured)[0]
+    left = cut_out(tmp_path / "left", (0, 0, 64, 128))
+    other = ("loss=huber", "loss.noise_offset=0.2", f"loss.mask={left}", "dataset.flip=true", "batch_size=4", "seed=9")
+    train("other", "steps=1", *MEASURED, *other)
+    assert validation("other")[0] == pytest.approx(start, rel=1e-5)
+    assert "of the training pictures, which can be learnt by heart" in capsys.readouterr().out
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for i in (6, 7):
+        shutil.copy(TOFU / f"{i:02d}.png", held_out)
+        (held_out / f"{i:02d}.txt").write_text("A tofu")
+    train("held", "steps=1", *MEASURED, f"stage.validation_root={held_out}", "stage.validation_timesteps=[300]")
+    assert f"of 2 pictures in {held_out}" in capsys.readouterr().out
+    assert "validation" in json.loads(Path("held/manifest.json").read_text())["sha256"]
+    train("elsewhere", "steps=1", *MEASURED, f"stage.validation_root={held_out}")
+    assert len({round(validation(run)[0], 4) for run in ("other", "held", "elsewhere")}) == 3
+
+
+def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
+    """Computed again from the base's files, for one picture at a time and at one timestep at a time."""
+    from lora_lab.base.load import load_base
+    from lora_lab.training.data import encode_dataset
+    from lora_lab.training.plan import make_plan
+    from lora_lab.training.randomness import generator
+
+    config = compose(*FAST)
+    plan = make_plan(config, Path("none"))
+    pipe = load_base(config.model, plan.device)
+    errors = []
+    for example in encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device).examples:
+        for t in (300, 600, 900):
+            noise = torch.randn(example.latents[0].shape, generator=generator("validation", example.name, t))
+            kept = pipe.scheduler.alphas_cumprod[t]
+            noisy = kept.sqrt() * example.latents[0] + (1 - kept).sqrt() * noise
+            conditions = {"text_embeds": example.text.pooled[None], "time_ids": example.time_ids[None]}
+            with torch.no_grad():
+                predicted = pipe.unet(noisy[None], t, example.text.tokens[None], added_cond_kwargs=conditions).sample
+            errors.append((predicted[0] - noise).square().mean().item())
+    assert validation(measured)[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
 def test_gradient_checkpointing_and_offload_change_nothing():
@@ -375,6 +502,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeyp
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.parametrize("at", [4, 6], ids=["between", "last step"])
+def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_written(at, monkeypatch):
+    real = step.sample_losses
+    calls = []
+
+    def sometimes_steep(*arguments):
+        calls.append(1)
+        losses = real(*arguments)
+        if len(calls) == at:
+            losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses
+
+    monkeypatch.setattr(step, "sample_losses", sometimes_steep)
+    with pytest.raises(RunError, match=rf"gradient's norm of step {at} is (inf|nan), at 0\d\.png, 0\d\.png: "):
+        train("run", "steps=6", "stage.checkpoint_every=1", "stage.validate_every=1")
+    assert checkpoints(Path("run"))[-1].name == f"step-{at - 1:06d}"
+    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert [line["step"] for line in metrics("run")] == list(range(1, at))
+    assert max(p.name for p in Path("run/lora").iterdir()) == f"HANA_TOFU-{at - 1:06d}.safetensors"
+    assert not Path("models").exists()
+
+
 def test_only_the_newest_checkpoints_are_kept():
     train("run", "steps=6", "stage.checkpoint_every=1", "stage.keep_checkpoints=3")
     assert [c.name for c in checkpoints(Path("run"))] == ["step-000004", "step-000005", "step-000006"]
@@ -390,13 +540,15 @@ def test_identity_is_measured_before_and_after():
 def test_an_offline_wandb_run_holds_the_losses_the_pictures_and_the_settings(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no .netrc of whoever runs the tests
-    train("run", "steps=3", "tracker=wandb", "tracker.mode=offline", "tracker.group=nightly")
+    train("run", "steps=3", "tracker=wandb", "tracker.mode=offline", "tracker.group=nightly", *MEASURED)
     (record,) = Path("run/wandb").glob("offline-run-*")
     asked = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
     records = [json.loads(line) for line in subprocess.run(asked, check=True, capture_output=True).stdout.splitlines()]
     rows = [r["history"]["item"] for r in records if r["type"] == "history"]
     losses = {row["global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in metrics("run")})
+    measured = {row["global_step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
+    assert measured == pytest.approx(validation("run"))
     (drawn,) = [row for row in rows if "validation/p0-s0.path" in row]
     logged = Image.open(record / "files" / drawn["validation/p0-s0.path"]).convert("RGB")
     assert np.array_equal(np.asarray(logged), np.asarray(Image.open("run/samples/step-000003/p0-s0.png")))

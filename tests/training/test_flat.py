@@ -76,6 +76,17 @@ def test_within_exact_the_model_holds_the_masters_numbers_and_takes_new_ones():
     assert not torch.equal(learnt.master.detach()[:30], state["0.weight"].flatten() + 1)
 
 
+def test_what_it_becomes_is_what_the_model_computes_with_and_its_gradient_stays():
+    layers, learnt = model(torch.bfloat16)
+    layers(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+    learnt.collect()
+    gradient, before = learnt.master.grad.clone(), learnt.master.detach().clone()
+    learnt.become(before + 1)
+    assert torch.equal(layers[0].weight.detach().flatten(), (before[:30] + 1).bfloat16())
+    learnt.become(before)
+    assert torch.equal(learnt.master.detach(), before) and torch.equal(learnt.master.grad, gradient)
+
+
 def test_matrices_are_the_same_memory_in_their_shapes():
     layers, learnt = model(torch.float32)
     matrices = learnt.matrices()

@@ -1,0 +1,135 @@
+"""Every optimizer of conf/optimizer, as training uses it: on one tensor or on matrices, saved and gone on from."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lab.config import CONF, compose
+from lora_lab.training.flat import Flat
+from lora_lab.training.plan import from_library, settled_optimizer
+from lora_lab.training.step import Job
+
+OPTIONS = sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml"))
+SETTINGS = {name: compose(f"optimizer={name}").optimizer for name in OPTIONS}
+
+
+class Toy:
+    """A model of two matrices and the part of a Job that lets it learn."""
+
+    def __init__(self, name, *, elementwise=None, ema_decay=0.0, **changes):
+        settings = SETTINGS[name] | changes
+        own = settings.pop("elementwise")
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(80, 64, bias=False), nn.Linear(64, 80, bias=False))
+        nn.init.zeros_(self.layers[1].weight)  # as a LoRA begins
+        learnt = Flat(list(self.layers.parameters()), torch.float32)
+        whole = own if elementwise is None else elementwise
+        optimizer = from_library("optimizer", settings)([learnt.master] if whole else learnt.matrices())
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        nothing = dict.fromkeys(("unet", "asked", "steps", "batch_size", "seed", "backward"))
+        self.job = Job(
+            learnt=learnt, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            settings=SimpleNamespace(max_grad_norm=1.0, ema_decay=ema_decay),
+            average=learnt.master.detach().clone() if ema_decay else None, **nothing,
+        )  # fmt: skip
+
+    def learn(self, start, end):
+        """Steps whose numbers follow from their own; returns the losses."""
+        losses = []
+        for step in range(start, end):
+            x = torch.randn(32, 80, generator=torch.Generator().manual_seed(step % 4))
+            loss = (self.layers(x) - x).square().mean()
+            loss.backward()
+            self.job.learnt.collect()
+            self.job.update()
+            losses.append(loss.item())
+        return losses
+
+    @property
+    def numbers(self):
+        return self.job.learnt.master.detach().clone()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_learnt_gets_better(name):
+    more = {"d0": 1e-3} if name == "prodigy" else {"lr": 1e-3}  # its first rate takes hundreds of steps to grow
+    losses = Toy(name, **more).learn(0, 60)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_saved_state_goes_on_exactly(name):
+    whole, first, second = Toy(name), Toy(name), Toy(name)
+    whole.learn(0, 6)
+    first.learn(0, 3)
+    file = io.BytesIO()
+    torch.save(first.job.optimizer.state_dict(), file)
+    file.seek(0)
+    second.job.learnt.become(first.numbers)
+    second.job.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    second.learn(3, 6)
+    assert torch.equal(second.numbers, whole.numbers)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_one_tensor_serves_where_the_file_says_so_and_nowhere_else(name):
+    whole, apart = Toy(name, elementwise=True), Toy(name, elementwise=False)
+    for toy in (whole, apart):
+        toy.learn(0, 4)
+    alike = torch.allclose(whole.numbers, apart.numbers, atol=1e-6)
+    assert alike == SETTINGS[name]["elementwise"]
+
+
+def test_adamw_is_one_kernel_on_a_gpu_unless_told_otherwise():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    asked = SETTINGS["adamw"]
+    assert [settled_optimizer(asked, device)["fused"] for device in (gpu, cpu)] == [True, False]
+    assert settled_optimizer(asked | {"fused": False}, gpu)["fused"] is False
+    assert settled_optimizer(SETTINGS["lion8bit"], gpu).keys() == SETTINGS["lion8bit"].keys() - {"elementwise"}
+
+
+def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_changes_nothing():
+    looked, alone = Toy("schedule_free"), Toy("schedule_free")
+    alone.learn(0, 6)
+    looked.learn(0, 3)
+    walking = looked.numbers
+    with looked.job.finished():
+        average = looked.numbers
+    z = looked.job.optimizer.state[looked.job.learnt.master]["z"]
+    assert not torch.equal(average, walking)
+    assert torch.allclose(walking, 0.1 * z + 0.9 * average, atol=1e-6)  # equation 3 of Defazio et al. 2024, beta 0.9
+    assert torch.equal(looked.numbers, walking)
+    looked.learn(3, 6)
+    assert torch.equal(looked.numbers, alone.numbers)
+
+
+def test_the_rate_of_prodigy_is_the_one_that_its_next_step_goes_by():
+    toy = Toy("prodigy", d0=1e-3)
+    assert toy.job.rate() == 1e-3
+    toy.learn(0, 30)
+    before, rate = toy.numbers, toy.job.rate()
+    assert rate > 1e-3
+    toy.learn(30, 31)
+    group, state = toy.job.optimizer.param_groups[0], toy.job.optimizer.state[toy.job.learnt.master]
+    bias = (1 - 0.999**31) ** 0.5 / (1 - 0.9**31)
+    step = rate * bias * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["d"] * 1e-8)
+    assert torch.allclose(before - toy.numbers, step, rtol=1e-3, atol=1e-7)
+
+
+def test_the_average_of_the_weights_is_that_of_the_formula_and_changes_no_step():
+    averaging, alone = Toy("adamw", ema_decay=0.3), Toy("adamw")
+    average = alone.numbers
+    for step in range(6):
+        averaging.learn(step, step + 1)
+        alone.learn(step, step + 1)
+        assert torch.equal(averaging.numbers, alone.numbers)
+        decay = min(0.3, (1 + step) / (10 + step))  # 0.1, 0.18, 0.25, then 0.3
+        average = decay * average + (1 - decay) * alone.numbers
+    with averaging.job.finished():
+        assert torch.allclose(averaging.numbers, average, atol=1e-6)
+    assert torch.equal(averaging.numbers, alone.numbers)
