@@ -287,6 +287,7 @@ class Config:
     seed: int = MISSING
     lora: str | None = None
     resume: str | None = None
+    cache: str | None = None
     device: str = MISSING
 
     def __post_init__(self) -> None:

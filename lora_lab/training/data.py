@@ -4,13 +4,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_lab.base.encode import TextEmbedding, encode_caption, encode_picture, micro_conditioning
-from lora_lab.console import bar
+from lora_lab.base.encode import Encoder, TextEmbedding, micro_conditioning
+from lora_lab.console import say
 from lora_lab.dataset import Sample
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, nearest_bucket
@@ -92,23 +91,29 @@ def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
     return interpolate(pixels[None, None], (height, width), mode="area")[0]
 
 
-def encode_dataset(
-    pipe: StableDiffusionXLPipeline, samples: list[Sample], pictures: list[Fitted], flip: bool, device: torch.device
-) -> TrainingData:
-    """Latents and text embeddings of the whole dataset (SDXL at 1024 px: 0.6 MB a picture in all)."""
-    texts: dict[str, TextEmbedding] = {}
-    examples, buckets = [], {}
-    for i, (sample, fitted) in enumerate(
-        zip(bar(samples, desc="encode", unit="picture", leave=False), pictures, strict=True)
-    ):
-        if sample.caption not in texts:
-            texts[sample.caption] = _on(encode_caption(pipe, sample.caption), device)
-        latents = [encode_picture(pipe, view, sample.name).to(device) for view in _views(fitted.picture, flip)]
-        masks = [latent_mask(view, *latents[0].shape[1:]).to(device) for view in _views(fitted.mask, flip)]
+def encode_dataset(samples: list[Sample], pictures: list[Fitted], flip: bool, encoder: Encoder) -> TrainingData:
+    """Latents and text embeddings of the whole dataset on the encoder's device (SDXL at 1024 px: 0.6 MB a picture).
+
+    All captions come first, then all pictures, so that no more than one frozen part has to be on the device."""
+    views = [
+        (sample.name, view) for sample, f in zip(samples, pictures, strict=True) for view in _views(f.picture, flip)
+    ]
+    texts, new_texts = encoder.captions([*(sample.caption for sample in samples), ""])
+    latents, new_pictures = encoder.pictures(views)
+    if folder := encoder.cache.folder:
+        made = f"{new_texts} of {len(texts)} texts and {new_pictures} of {len(latents)} views of pictures"
+        say(f"encoded {made}, the rest was in {folder}")
+    device = encoder.device
+    on_device = {caption: _on(text, device) for caption, text in texts.items()}
+    examples, buckets, every = [], {}, iter(latents)
+    for i, (sample, fitted) in enumerate(zip(samples, pictures, strict=True)):
+        mine = [next(every).to(device) for _ in _views(fitted.picture, flip)]
+        masks = [latent_mask(view, *mine[0].shape[1:]).to(device) for view in _views(fitted.mask, flip)]
         time_ids = micro_conditioning(fitted.original_size, fitted.crop_top_left, fitted.target_size).to(device)
-        examples.append(Example(sample.name, latents, masks, texts[sample.caption], time_ids))
+        examples.append(Example(sample.name, mine, masks, on_device[sample.caption], time_ids))
         buckets.setdefault(fitted.picture.size, []).append(i)
-    return TrainingData(examples, _on(_empty(pipe), device), [buckets[size] for size in sorted(buckets)])
+    empty = _on(_empty(texts[""], encoder.pipe.config.force_zeros_for_empty_prompt), device)
+    return TrainingData(examples, empty, [buckets[size] for size in sorted(buckets)])
 
 
 def _views(picture: Image.Image | None, flip: bool) -> list[Image.Image]:
@@ -135,12 +140,9 @@ def check_trigger(samples: list[Sample], trigger: str) -> None:
         )
 
 
-def _empty(pipe: StableDiffusionXLPipeline) -> TextEmbedding:
+def _empty(text: TextEmbedding, zeros: bool) -> TextEmbedding:
     """What inference takes for no prompt: zeros for SDXL, the embedding of "" for bases that say so."""
-    text = encode_caption(pipe, "")
-    if pipe.config.force_zeros_for_empty_prompt:
-        return TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled))
-    return text
+    return TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)) if zeros else text
 
 
 def _on(text: TextEmbedding, device: torch.device) -> TextEmbedding:

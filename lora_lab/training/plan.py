@@ -18,7 +18,7 @@ from lora_lab.dataset import Sample, read_dataset
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted
 from lora_lab.images.masks import find_masks
-from lora_lab.runs import hash_files, hash_text
+from lora_lab.runs import hash_files, hash_text, refuse_unwritable
 from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe
@@ -58,6 +58,8 @@ def make_plan(config: Config, folder: Path) -> Plan:
     recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
+    if config.cache is not None:
+        refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
     return Plan(
         samples=samples,
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),

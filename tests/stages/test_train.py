@@ -207,12 +207,12 @@ def test_a_run_leaves_what_is_promised(uninterrupted):
     assert notes["ss_num_train_images"] == "6" and notes["ss_steps"] == "20"
 
 
-def test_nothing_is_written_outside_the_run_folder_but_the_published_lora(uninterrupted):
+def test_nothing_is_written_outside_the_run_folder_but_the_published_lora_and_the_cache(uninterrupted):
     root = Path(uninterrupted).parent
     assert {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and "run" not in p.parts[-4:]} >= {
         "models/lora/HANA_TOFU.safetensors"
     }
-    assert sorted(p.name for p in root.iterdir()) == ["models", "run"]
+    assert sorted(p.name for p in root.iterdir()) == ["cache", "models", "run"]
 
 
 def test_an_older_lora_of_the_same_name_is_kept():
@@ -240,6 +240,8 @@ def test_a_second_run_into_the_same_folder_is_refused():
 def test_the_loss_of_known_noise_falls(uninterrupted):
     """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
     from lora_lab.adapters.wear import worn
+    from lora_lab.base.cache import Cache
+    from lora_lab.base.encode import Encoder
     from lora_lab.base.load import load_base
     from lora_lab.training.data import encode_dataset
     from lora_lab.training.loss import objective, sample_losses
@@ -248,7 +250,7 @@ def test_the_loss_of_known_noise_falls(uninterrupted):
     config = compose(*FAST)
     plan = make_plan(config, Path("none"))
     pipe = load_base(config.model, plan.device)
-    data = encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device)
+    data = encode_dataset(plan.samples, plan.pictures, False, Encoder(pipe, plan.device, Cache(None), False))
     asked = objective(config.loss, pipe.scheduler.config)
 
     def loss() -> float:
@@ -357,6 +359,58 @@ def test_gradient_checkpointing_and_offload_change_nothing():
     fast, balanced = lora("fast"), lora("balanced")
     for key in fast:
         assert torch.allclose(fast[key], balanced[key], atol=1e-6), key
+
+
+def test_with_offload_the_unet_goes_to_the_device_when_all_is_encoded(monkeypatch):
+    arrived, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
+
+    def watched(self, *arguments, **settings):
+        if device in arguments:
+            arrived.append(type(self).__name__)
+        return to(self, *arguments, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    train("run", "steps=1", "memory=balanced", "device='cpu:0'")
+    turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel"]
+    assert [name for name in arrived if name in turns][:4] == turns
+
+
+@pytest.fixture
+def own_pictures(pictures, tmp_path):
+    """A copy of the six pictures that a test may change."""
+    return Path(shutil.copytree(pictures, tmp_path / "own"))
+
+
+def reworded(root: Path, old: str, new: str) -> None:
+    file = root / "metadata.jsonl"
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+def test_a_second_run_encodes_only_what_changed_and_learns_the_same(own_pictures, three_steps, capsys):
+    data = ("steps=3", f"dataset.root={own_pictures}")
+    train("first", *data)
+    assert "encoded 7 of 7 texts and 6 of 6 views of pictures, the rest was in cache\n" in capsys.readouterr().out
+    train("second", *data, "seed=0", "rank=4", "name=second")
+    assert "encoded 0 of 7 texts and 0 of 6 views of pictures" in capsys.readouterr().out
+    assert_same(lora("first"), three_steps)
+    assert_same(load_file("second/lora/second.safetensors"), three_steps)
+    reworded(own_pictures, "HANA_TOFU", "tiny HANA_TOFU")
+    shutil.copy(TOFU / "07.png", own_pictures / "03.png")
+    train("changed", *data)
+    assert "encoded 1 of 7 texts and 1 of 6 views of pictures" in capsys.readouterr().out
+
+
+def test_without_a_cache_nothing_is_kept_and_the_same_is_learnt(three_steps, capsys):
+    train("run", "steps=3", "cache=null")
+    assert_same(lora("run"), three_steps)
+    assert not Path("cache").exists() and "encoded" not in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_base_is_loaded(monkeypatch):
+    monkeypatch.setattr("lora_lab.stages.train.load_base", None)
+    Path("file").write_text("")
+    with pytest.raises(InputError, match=r"file: cannot be written to .*cache=null"):
+        train("run", "cache=file")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
