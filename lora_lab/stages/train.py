@@ -64,7 +64,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     pipe = load_base(config.model, torch.device("cpu") if offload else plan.device)
     settle(pipe, config.loss)
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
-    data = encode_dataset(plan.samples, plan.pictures, config.dataset.flip, encoder)
+    data = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
     pipe.unet.to(plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
@@ -204,7 +204,7 @@ def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, st
         batch_size=config.batch_size,
         seed=config.seed,
         resolution=config.model.resolution,
-        captions=[sample.caption for sample in plan.samples],
+        captions=[", ".join(orders[0] for orders in texts) for texts in plan.texts],
         loss=loss,
         dataset_hash=plan.hashes["dataset"],
         base_hash=plan.hashes["base"],
