@@ -204,7 +204,9 @@ def refuse_missing(run: config.Config) -> None:
     stage = run.stage
     draws = isinstance(stage, (config.Img2img, config.Pipeline))
     if not isinstance(stage, (config.Img2img, config.Convert)):
-        locate_folder("dataset.root", run.dataset.root)
+        trains = isinstance(stage, config.Train)
+        for root in [f.root for f in run.dataset.folders] if trains else [run.dataset.folder]:
+            locate_folder("dataset.root", root)
     if draws:
         photo = stage.photo if isinstance(stage, config.Img2img) else stage.img2img.photo
         for item in photo if isinstance(photo, list) else [photo]:

@@ -65,10 +65,58 @@ class Model:
         _at_least(self, "model.", bucket_step=8, resolution=self.bucket_step)
 
 
+@dataclass(frozen=True)
+class Folder:
+    """A folder of the dataset, whose pictures an epoch shows `repeats` times."""
+
+    root: str | None
+    repeats: int
+
+
 @dataclass
 class Dataset:
-    root: str | None
+    root: Any  # a folder, or a list of folders and of {root, repeats}; OmegaConf has no union of str and list
+    repeats: int
     flip: bool
+    random_crop: bool
+    crops: int
+    shuffle_captions: bool
+    keep_tokens: int
+    caption_variants: int
+    caption_prefix: str
+    caption_suffix: str
+
+    def __post_init__(self) -> None:
+        _at_least(self, "dataset.", repeats=1, crops=2, keep_tokens=0, caption_variants=2)
+        for folder in self.folders:
+            _at_least(folder, f"dataset.root={folder.root}: ", repeats=1)
+
+    @property
+    def folders(self) -> list[Folder]:
+        """What training reads. Raises InputError for a list that is none of folders."""
+        if not isinstance(self.root, list):
+            return [self._folder(self.root)]
+        if not self.root:
+            raise InputError("dataset.root=[]: name at least one folder")
+        return [self._folder(entry) for entry in self.root]
+
+    @property
+    def folder(self) -> str | None:
+        """The one folder, for stages that know no more. Raises InputError where several are named."""
+        if len(self.folders) > 1:
+            raise InputError("dataset.root: several folders are for stage=train, name one of them here")
+        return self.folders[0].root
+
+    def _folder(self, entry: object) -> Folder:
+        if isinstance(entry, dict) and "root" in entry and set(entry) <= {"root", "repeats"}:
+            repeats = entry.get("repeats", self.repeats)
+            if type(repeats) is int and isinstance(entry["root"], (str, int, float)):
+                return Folder(str(entry["root"]), repeats)
+        elif entry is None and entry is self.root:
+            return Folder(None, self.repeats)
+        elif isinstance(entry, (str, int, float)):  # a folder may be called 2026
+            return Folder(str(entry), self.repeats)
+        raise InputError(f"dataset.root: {entry} is no folder, write a name or {{root: FOLDER, repeats: 2}}")
 
 
 @dataclass
@@ -321,6 +369,7 @@ class Config:
     seed: int = MISSING
     lora: str | None = None
     resume: str | None = None
+    cache: str | None = None
     device: str = MISSING
 
     def __post_init__(self) -> None:

@@ -2,27 +2,53 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from lora_lab.captions.files import read_captions
+from lora_lab.captions.files import read_caption_lists
 from lora_lab.errors import InputError
 from lora_lab.images.scan import find_pictures, same_names
 
 
 @dataclass(frozen=True)
 class Sample:
-    name: str  # relative to the dataset folder, POSIX, NFC
+    name: str  # relative to the dataset folder, POSIX, NFC; of several folders the folder's name stands before it
     path: Path
-    caption: str
+    captions: tuple[str, ...]  # at least one
+    repeats: int = 1  # times that an epoch shows it
+
+
+def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
+    """Every picture of (folder, repeats)s, folder by folder.
+
+    Raises InputError for a folder that `read_dataset` refuses, for two of one name, and for a picture in two."""
+    if len(folders) == 1:
+        (root, repeats), *_ = folders
+        return [replace(sample, repeats=repeats) for sample in read_dataset(root)]
+    samples: list[Sample] = []
+    for root, repeats in folders:
+        name = root.resolve().name
+        samples += [replace(s, name=f"{name}/{s.name}", repeats=repeats) for s in read_dataset(root)]
+    seen: dict[Path, str] = {}
+    for sample in samples:
+        other = seen.setdefault(sample.path.resolve(), sample.name)
+        if other is not sample.name:
+            raise InputError(f"{other} is also {sample.name}: name every folder once, and none inside another")
+    names = [root.resolve().name for root, _ in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"two folders of dataset.root are called {name}: rename one, pictures are told apart by it"
+            )
+    return samples
 
 
 def read_dataset(root: Path) -> list[Sample]:
-    """Every picture under `root` with its caption, in natural order.
+    """Every picture under `root` with its captions, in natural order.
 
     Raises InputError unless pictures and captions match one to one."""
-    pictures, captions = _pictures(root), read_captions(root)
+    pictures, captions = _pictures(root), read_caption_lists(root)
     if not captions:
         raise InputError(f"no captions in {root}: run stage=caption first")
     uncaptioned = [name for name in pictures if name not in captions]
@@ -32,6 +58,16 @@ def read_dataset(root: Path) -> list[Sample]:
     if uncaptioned:
         raise InputError(missing_captions(uncaptioned, root))
     return [Sample(name, path, captions[name]) for name, path in pictures.items()]
+
+
+def dressed(caption: str, prefix: str, suffix: str, trigger: str) -> str:
+    """The caption between `dataset.caption_prefix` and `_suffix`, blanks between them but none before a comma."""
+    text = caption
+    if prefix:
+        text = f"{prefix} {text}"
+    if suffix:
+        text = f"{text}{'' if suffix.startswith(',') else ' '}{suffix}"
+    return text.replace("{trigger}", trigger) if prefix or suffix else text
 
 
 def copy_pictures(root: Path, to: Path) -> int:

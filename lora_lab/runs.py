@@ -108,16 +108,14 @@ def write_manifest(folder: Path, device: object, hashes: dict[str, str]) -> Path
     )
 
 
-def refuse_unwritable(folder: Path) -> None:
+def refuse_unwritable(folder: Path, hint: str = "choose another with hydra.run.dir=") -> None:
     """Raise InputError now rather than lose an hour's work at the first write."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written to ({error.strerror}), choose another with hydra.run.dir="
-        ) from error
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}), {hint}") from error
 
 
 def refuse_used(folder: Path, sign: str) -> None:

@@ -133,6 +133,8 @@ def refused(answer, *words):
         ("=3", ["=3: cannot be read"]),
         # files that are not there
         ("stage=train dataset.root=nowhere", ["dataset.root=nowhere: there is no such file or folder"]),
+        ("stage=caption dataset.root=[demo:tofu,x]", ["dataset.root: several folders are for stage=train, name one"]),
+        ("stage=train dataset.root=[demo:tofu,x]", ["dataset.root=x: there is no such file or folder"]),
         ("stage=train dataset=folder", ["dataset.root is missing: say dataset.root=FOLDER"]),
         ("stage=img2img stage.photo=me.jpg", ["stage.photo=me.jpg: there is no such file or folder"]),
         ("stage=img2img stage.photo=[me.jpg,you.jpg]", ["stage.photo=me.jpg"]),

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from omegaconf import Container
 
-from lora_lab.config import CONF, HOME, STAGES, Config, Rule, Train
+from lora_lab.config import CONF, HOME, STAGES, Config, Folder, Rule, Train
+from lora_lab.errors import InputError
 
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
 RECIPES = sorted(file.stem for file in (HOME / "experiments").glob("*.yaml"))
@@ -174,3 +175,31 @@ def _is_module(name):
         return find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+def test_a_dataset_is_one_folder_or_several_with_their_repeats(composed):
+    assert composed("dataset.root=2026", "dataset.repeats=3").dataset.folders == [Folder("2026", 3)]
+    dataset = composed("dataset.root=[a,{root:b,repeats:5},{root:c}]", "dataset.repeats=2").dataset
+    assert dataset.folders == [Folder("a", 2), Folder("b", 5), Folder("c", 2)]
+    with pytest.raises(InputError, match=r"dataset\.root: several folders are for stage=train"):
+        _ = dataset.folder
+    assert composed("dataset.root=[a]").dataset.folder == "a"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("dataset.root=[]", r"name at least one folder"),
+        ("dataset.root=[a,{root:b,repeat:2}]", r"\{root: FOLDER, repeats: 2\}"),
+        ("dataset.root=[{root:b,repeats:0}]", r"repeats must be at least 1"),
+        ("dataset.root=[{root:b,repeats:many}]", r"\{root: FOLDER, repeats: 2\}"),
+        ("dataset.root=[[a]]", r"\['a'\] is no folder"),
+        ("dataset.repeats=0", r"repeats must be at least 1"),
+        ("dataset.crops=1", r"crops must be at least 2"),
+        ("dataset.keep_tokens=-1", r"keep_tokens must be at least 0"),
+        ("dataset.caption_variants=1", r"caption_variants must be at least 2"),
+    ],
+)
+def test_a_dataset_that_makes_no_sense_is_refused(composed, override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        composed(override)

@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from lora_lab.dataset import copy_pictures, read_dataset
+from lora_lab.dataset import copy_pictures, dressed, read_dataset, read_folders
 from lora_lab.errors import InputError
 
 
@@ -22,7 +22,7 @@ def test_pictures_and_captions_are_matched_in_natural_order(tmp_path):
     captions = {"image_10.png": "ten", "image_2.png": "two", "side/image_1.png": "one"}
     dataset(tmp_path, captions, captions)
     samples = read_dataset(tmp_path)
-    assert [(sample.name, sample.caption) for sample in samples] == [
+    assert [(sample.name, *sample.captions) for sample in samples] == [
         ("image_2.png", "two"), ("image_10.png", "ten"), ("side/image_1.png", "one"),
     ]  # fmt: skip
     assert samples[2].path == tmp_path / "side" / "image_1.png"
@@ -32,7 +32,7 @@ def test_a_name_composed_in_the_captions_meets_its_decomposed_file(tmp_path):
     name = "두부_1.png"
     dataset(tmp_path, [unicodedata.normalize("NFD", name)], {unicodedata.normalize("NFC", name): "A HANA_TOFU"})
     (sample,) = read_dataset(tmp_path)
-    assert sample.caption == "A HANA_TOFU" and Image.open(sample.path).size == (8, 8)
+    assert sample.captions == ("A HANA_TOFU",) and Image.open(sample.path).size == (8, 8)
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -81,3 +81,34 @@ def test_copies_never_go_into_a_folder_that_holds_something(tmp_path):
     root = dataset(tmp_path / "TOFU", ["a.png"])
     with pytest.raises(InputError, match="is there already: name a new folder"):
         copy_pictures(root, root)
+
+
+def test_pictures_of_several_folders_are_told_apart_and_know_how_often_they_are_shown(tmp_path):
+    one, two = (dataset(tmp_path / name, ["a.png"], {"a.png": name}) for name in ("one", "two"))
+    samples = read_folders([(one, 1), (two, 3)])
+    assert [(s.name, s.captions, s.repeats) for s in samples] == [
+        ("one/a.png", ("one",), 1), ("two/a.png", ("two",), 3),
+    ]  # fmt: skip
+    assert [(s.name, s.repeats) for s in read_folders([(two, 3)])] == [("a.png", 3)]
+
+
+def test_folders_that_hold_the_same_pictures_or_one_name_are_refused(tmp_path):
+    one, two = (dataset(tmp_path / name / "x", ["a.png"], {"a.png": name}) for name in ("one", "two"))
+    with pytest.raises(InputError, match=r"two folders of dataset\.root are called x"):
+        read_folders([(one, 1), (two, 1)])
+    with pytest.raises(InputError, match=r"x/a\.png is also x/a\.png: name every folder once"):
+        read_folders([(one, 1), (one, 1)])
+    (tmp_path / "one" / "metadata.jsonl").write_text('{"file_name": "x/a.png", "text": "a"}')
+    with pytest.raises(InputError, match=r"one/x/a\.png is also x/a\.png"):
+        read_folders([(tmp_path / "one", 1), (one, 1)])
+
+
+def test_a_picture_may_have_several_captions(tmp_path):
+    dataset(tmp_path, ["a.png", "b.png"], {"a.png": ["one", " two\nlines ", ""], "b.png": "three"})
+    assert [sample.captions for sample in read_dataset(tmp_path)] == [("one", "two lines"), ("three",)]
+
+
+def test_prefix_and_suffix_stand_around_a_caption_that_is_else_left_alone():
+    assert dressed("a {trigger} , smiling", "", "", "X") == "a {trigger} , smiling"
+    assert dressed("a hat", "photo of {trigger},", ", {trigger} style", "X") == "photo of X, a hat, X style"
+    assert dressed("a hat", "", "by X", "X") == "a hat by X"

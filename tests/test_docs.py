@@ -67,10 +67,11 @@ def test_every_key_of_a_stage_is_explained_somewhere(stage):
         assert re.search(rf"\bstage\.{key}\b", said), key
 
 
-def test_every_key_of_the_loss_is_explained_in_the_page_on_training():
+@pytest.mark.parametrize(("group", "schema"), [("loss", config.Loss), ("dataset", config.Dataset)])
+def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, schema):
     said = (HOME / "docs" / "training.md").read_text(encoding="utf-8")
-    for key in config.Loss.__dataclass_fields__:
-        assert f"\n| `loss.{key}` | " in said, key
+    for key in schema.__dataclass_fields__:
+        assert f"\n| `{group}.{key}` | " in said, key
 
 
 def test_the_changelog_has_this_version():

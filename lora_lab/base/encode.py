@@ -1,13 +1,18 @@
 """What the frozen parts make of pictures and captions, computed once: latents, text embeddings, micro-conditioning."""
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_lab.base.cache import Cache, identity_of, key_of, rules_of
+from lora_lab.console import bar
 from lora_lab.errors import RunError
 
 
@@ -19,11 +24,101 @@ class TextEmbedding:
     pooled: Tensor  # (1280,): the second encoder's
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes what `cache` does not have, on `device`; with `offload` each part goes back to the CPU after its turn."""
+
+    pipe: StableDiffusionXLPipeline
+    device: torch.device
+    cache: Cache
+    offload: bool
+
+    def captions(self, captions: Sequence[str]) -> tuple[dict[str, TextEmbedding], int]:
+        """Every caption's embedding, on the CPU, and how many had to be made: one text encoder after the other."""
+        pipe, first, second = self.pipe, self.pipe.text_encoder, self.pipe.text_encoder_2
+        width = first.config.hidden_size + second.config.hidden_size
+        forms = {
+            "tokens": ((pipe.tokenizer.model_max_length, width), second.dtype),
+            "pooled": ((second.config.projection_dim,), second.dtype),
+        }
+        keys, found = dict.fromkeys(captions, ""), {}
+        if self.cache.folder is not None:
+            how = [identity_of(first), identity_of(second), *map(rules_of, (pipe.tokenizer, pipe.tokenizer_2))]
+            keys = {caption: key_of("text embedding", *how, caption) for caption in keys}
+            found = {c: TextEmbedding(**t) for c in keys if (t := self.cache.get("texts", keys[c], forms))}
+        missing = [caption for caption in keys if caption not in found]
+        made = encode_captions(pipe, missing, self.device, self.offload) if missing else []
+        for caption, text in zip(missing, made, strict=True):
+            found[caption] = text
+            self.cache.put("texts", keys[caption], vars(text))
+        return found, len(missing)
+
+    def pictures(self, pictures: Sequence[tuple[str, Image.Image]]) -> tuple[list[Tensor], int]:
+        """The latents of every (name, picture), on the CPU, and how many had to be made."""
+        vae, found, keys = self.pipe.vae, [None] * len(pictures), [""] * len(pictures)
+        if self.cache.folder is not None:
+            vae_identity, factor = identity_of(vae), self.pipe.vae_scale_factor
+            for i, (_, picture) in enumerate(pictures):
+                # The pixels stand for the file, its decoding, bucket, crop and mirroring all at once.
+                pixels = hashlib.sha256(picture.tobytes()).hexdigest()
+                keys[i] = key_of("latents", vae_identity, picture.mode, picture.size, pixels)
+                shape = (vae.config.latent_channels, picture.height // factor, picture.width // factor)
+                kept = self.cache.get("latents", keys[i], {"latents": (shape, torch.float32)})
+                found[i] = kept and kept["latents"]
+        missing = [i for i, latents in enumerate(found) if latents is None]
+        if missing:
+            with in_turn(vae, self.device, self.offload):
+                for i in bar(missing, desc="encode", unit="picture", leave=False):
+                    name, picture = pictures[i]
+                    found[i] = encode_picture(self.pipe, picture, name)
+                    self.cache.put("latents", keys[i], {"latents": found[i]})
+        return found, len(missing)
+
+
+@contextmanager
+def in_turn(part: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
+    """Have `part` on `device` for a while; with `offload` it leaves again."""
+    part.to(device)
+    yield
+    if offload:
+        part.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 @torch.no_grad()
-def encode_caption(pipe: StableDiffusionXLPipeline, caption: str) -> TextEmbedding:
-    """Captions longer than 77 tokens are cut by CLIP (stage=check names them)."""
-    tokens, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
-    return TextEmbedding(tokens[0].cpu(), pooled[0].cpu())
+def encode_captions(
+    pipe: StableDiffusionXLPipeline, captions: Sequence[str], device: torch.device, offload: bool
+) -> list[TextEmbedding]:
+    """What `pipe.encode_prompt` makes of each caption, to the bit; one encoder does all of them before the other.
+
+    Captions longer than 77 tokens are cut by CLIP (stage=check names them). Raises RunError, naming the caption, for
+    numbers that are not finite."""
+    hidden, pooled = [], []
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        with in_turn(encoder, device, offload):
+            outputs = [_read(tokenizer, encoder, caption) for caption in captions]
+        hidden.append([layer for layer, _ in outputs])
+        pooled = [text for _, text in outputs]  # of the last encoder
+    dtype = pipe.text_encoder_2.dtype
+    texts = [
+        TextEmbedding(torch.cat(layers, dim=-1).to(dtype), text)
+        for layers, text in zip(zip(*hidden, strict=True), pooled, strict=True)
+    ]
+    for caption, text in zip(captions, texts, strict=True):
+        if not (text.tokens.isfinite().all() and text.pooled.isfinite().all()):
+            raise RunError(f"{caption!r}: the text encoders gave numbers that are not finite; use model.precision=fp32")
+    return texts
+
+
+def _read(tokenizer, encoder: nn.Module, caption: str) -> tuple[Tensor, Tensor]:
+    """The last hidden layer but one (77, width), and what the encoder says first, which is the pooled text of SDXL's
+    second."""
+    tokens = tokenizer(
+        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    return output.hidden_states[-2][0].cpu(), output[0][0].cpu()
 
 
 @torch.no_grad()
@@ -45,7 +140,7 @@ def encode_picture(pipe: StableDiffusionXLPipeline, picture: Image.Image, name: 
         raise RunError(
             f"{name}: the VAE gave numbers that are not finite; use model.precision=fp32 or another model.vae"
         )
-    return latents.cpu()
+    return latents.cpu().contiguous()
 
 
 def micro_conditioning(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:

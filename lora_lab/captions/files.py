@@ -2,6 +2,7 @@
 
 In memory captions are one plain dict, name -> text, in natural order. A name is the picture's path relative to the
 dataset folder, with "/" and in Unicode NFC; a text is one line. A picture without a caption is not in the dict.
+In .jsonl and .json a picture may have a list of texts, which read_caption_lists() alone takes.
 """
 
 import csv
@@ -19,13 +20,19 @@ FORMS = ("jsonl", "csv", "json", "txt")
 NAME_FIELDS = ("file_name", "image", "file")
 TEXT_FIELDS = ("text", "caption", "prompt")
 
+Texts = tuple[str, ...]  # of one picture
 Row = tuple[str, object, object]  # where it stands (for messages), name, text; not yet checked
 
 
 def read_captions(root: Path) -> dict[str, str]:
     """The captions of a dataset folder, whatever form stands in it; {} if none does.
 
-    Raises InputError for a malformed file, and for two forms that say different things."""
+    Raises InputError for a malformed file, for two forms that say different things, and for a picture with several."""
+    return _singles(read_caption_lists(root), root)
+
+
+def read_caption_lists(root: Path) -> dict[str, Texts]:
+    """`read_captions` where a picture may have several."""
     forms = _standing(Path(root))
     if not forms:
         return {}
@@ -42,7 +49,10 @@ def read_captions(root: Path) -> dict[str, str]:
 
 def read_caption_file(path: Path) -> dict[str, str]:
     """The captions of one .jsonl, .csv or .json file, or of a folder of pictures with a .txt beside each."""
-    path = Path(path)
+    return _singles(_read_file(Path(path)), path)
+
+
+def _read_file(path: Path) -> dict[str, Texts]:
     if path.is_dir():
         captions = _checked(_txt_rows(path), path)
         if not captions:
@@ -64,7 +74,8 @@ def write_captions(root: Path, captions: dict[str, str], form: str | None = None
     another form that now says otherwise is renamed so. metadata.jsonl keeps the fields it has besides name and text.
     """
     root = Path(root)
-    captions = _checked(((f"caption of {name}", name, text) for name, text in captions.items()), root)
+    rows = ((f"caption of {name}", name, text) for name, text in captions.items())
+    captions = _singles(_checked(rows, root), root)
     standing = _standing(root)
     form = form or next(iter(standing), "jsonl")
     if form not in FORMS:
@@ -75,7 +86,7 @@ def write_captions(root: Path, captions: dict[str, str], form: str | None = None
             _free_backup(path).write_bytes(path.read_bytes())
         write_atomically(path, lambda file, content=content: file.write_bytes(content))
     for other, theirs in standing.items():
-        if other != form and theirs != captions:
+        if other != form and theirs != {name: (text,) for name, text in captions.items()}:
             for path in _paths(root, other):
                 path.replace(_free_backup(path))
     if form == "txt":  # a picture that has no caption any more
@@ -95,10 +106,10 @@ def _paths(root: Path, form: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _standing(root: Path) -> dict[str, dict[str, str]]:
+def _standing(root: Path) -> dict[str, dict[str, Texts]]:
     """Form -> captions, for each form that has any."""
     forms = {
-        form: _checked(_txt_rows(root), root) if form == "txt" else read_caption_file(root / f"metadata.{form}")
+        form: _checked(_txt_rows(root), root) if form == "txt" else _read_file(root / f"metadata.{form}")
         for form in FORMS
         if _paths(root, form)
     }
@@ -120,15 +131,24 @@ def _free_backup(path: Path) -> Path:
 # ---- reading
 
 
-def _checked(rows: Iterable[Row], source: Path) -> dict[str, str]:
+def _checked(rows: Iterable[Row], source: Path) -> dict[str, Texts]:
     """Rows -> captions: names and texts in their one form, empty texts dropped, contradictions refused."""
-    captions: dict[str, str] = {}
+    captions: dict[str, Texts] = {}
     for where, raw_name, raw_text in rows:
         name = _name(raw_name, where)
-        text = _text(raw_text, where)
-        if text and captions.setdefault(name, text) != text:
+        texts = tuple(filter(None, (_text(t, where) for t in (raw_text if isinstance(raw_text, list) else [raw_text]))))
+        if texts and captions.setdefault(name, texts) != texts:
             raise InputError(f"{where}: {name} is there twice with different texts in {source}: keep one")
     return {name: captions[name] for name in sorted(captions, key=natural_key)}
+
+
+def _singles(captions: dict[str, Texts], source: Path) -> dict[str, str]:
+    for name, texts in captions.items():
+        if len(texts) > 1:
+            raise InputError(
+                f"{name} in {source} has {len(texts)} captions, which only stage=train and stage=check take: keep one"
+            )
+    return {name: texts[0] for name, texts in captions.items()}
 
 
 def _name(value: object, where: str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from lora_lab.errors import InputError
 
 Size = tuple[int, int]  # (width, height) in pixels, as Pillow has it
+LATENT_PIXEL = 8  # pixels of the picture, in SDXL's VAE; crops that are nearer to each other show the same
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Fitted:
     original_size: tuple[int, int]  # (height, width) of the file
     crop_top_left: tuple[int, int]  # (top, left) of the crop in the resized picture
     target_size: tuple[int, int]  # (height, width) of the bucket
+    mirrored_top_left: tuple[int, int]  # crop_top_left of the mirrored picture
     mask: Image.Image | None = None
 
 
@@ -55,9 +57,36 @@ def enlargement(size: Size, bucket: Size) -> float:
 
 def fit(picture: Image.Image, bucket: Size, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Fitted:
     """Scale the picture to cover `bucket` and cut out the centre; a picture of that size already passes untouched."""
+    return fit_crops(picture, bucket, 1, resample)[0]
+
+
+def fit_crops(
+    picture: Image.Image, bucket: Size, most: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> list[Fitted]:
+    """`fit` at up to `most` places, evenly from edge to edge of what is larger than `bucket`, so that all is seen.
+
+    Places are a latent pixel apart at least; a picture that has no room for two is cut at its centre."""
+    scaled, (left, top) = _cover(picture, bucket, resample)
+    count = min(most, 1 + max(left, top) // LATENT_PIXEL)
+    if count == 1:
+        place = (top // 2, left // 2)
+        # the crop of the mirrored picture may lie one pixel further to the right, which nobody needs to be told
+        return [_cut(picture, scaled, bucket, place, place)]
+    places = [(round(i * top / (count - 1)), round(i * left / (count - 1))) for i in range(count)]
+    return [_cut(picture, scaled, bucket, (y, x), (y, left - x)) for y, x in places]
+
+
+def _cover(picture: Image.Image, bucket: Size, resample: Image.Resampling) -> tuple[Image.Image, Size]:
+    """The picture scaled to cover the bucket, and by how much it is wider and higher."""
     scale = enlargement(picture.size, bucket)
     # rounding may fall a pixel short of the bucket on the side that decides the scale
     covering = tuple(max(goal, round(side * scale)) for goal, side in zip(bucket, picture.size, strict=True))
-    left, top = ((side - goal) // 2 for goal, side in zip(bucket, covering, strict=True))
-    cut = picture.resize(covering, resample).crop((left, top, left + bucket[0], top + bucket[1]))
-    return Fitted(cut, (picture.height, picture.width), (top, left), (bucket[1], bucket[0]))
+    return picture.resize(covering, resample), (covering[0] - bucket[0], covering[1] - bucket[1])
+
+
+def _cut(
+    picture: Image.Image, scaled: Image.Image, bucket: Size, place: tuple[int, int], mirrored: tuple[int, int]
+) -> Fitted:
+    top, left = place
+    cut = scaled.crop((left, top, left + bucket[0], top + bucket[1]))
+    return Fitted(cut, (picture.height, picture.width), place, (bucket[1], bucket[0]), mirrored)

@@ -28,7 +28,7 @@ class CaptionResult:
 def caption(config: Config, folder: Path) -> CaptionResult:
     """Caption what `stage.mode` asks for in dataset.root. Raises InputError before the captioner is loaded."""
     mode = config.stage.mode
-    root = locate_folder("dataset.root", config.dataset.root)
+    root = locate_folder("dataset.root", config.dataset.folder)
     pictures, captions = find_pictures(root), read_captions(root)
     made = machine_made(root)
     wanted = {
@@ -39,7 +39,7 @@ def caption(config: Config, folder: Path) -> CaptionResult:
     if not wanted:
         say(f"all {len(pictures)} pictures of {root} have a caption that stage.mode={mode} leaves alone")
         return CaptionResult("caption", {}, len(pictures), None)
-    writable_folder("dataset.root", config.dataset.root)
+    writable_folder("dataset.root", config.dataset.folder)
     new: dict[str, str] = {}
     written: Path | None = None
     try:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.captions.files import read_captions
+from lora_lab.captions.files import Texts, read_caption_lists
 from lora_lab.config import Config
 from lora_lab.console import say
-from lora_lab.dataset import few, missing_captions, missing_picture, same_name_twice
+from lora_lab.dataset import dressed, few, missing_captions, missing_picture, same_name_twice
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import aspect_buckets, enlargement, nearest_bucket
 from lora_lab.images.masks import Masks, find_masks
@@ -64,7 +64,7 @@ class CheckResult:
 
 def check(config: Config, folder: Path) -> CheckResult:
     """Check dataset.root; raises InputError if training would refuse it, after the whole report is written."""
-    root = locate_folder("dataset.root", config.dataset.root)
+    root = locate_folder("dataset.root", config.dataset.folder)
     model = config.model
     result = inspect(
         root,
@@ -75,6 +75,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         model.bucket_step,
         token_counter(model.base),
         find_masks(config.loss.mask),
+        lambda text: dressed(text, config.dataset.caption_prefix, config.dataset.caption_suffix, config.trigger),
     )
     if result.errors:
         raise InputError(result.errors[0] + (f" (and {len(result.errors) - 1} more)" if result.errors[1:] else ""))
@@ -90,10 +91,12 @@ def inspect(
     bucket_step: int = 64,
     count_tokens: Callable[[str], int] | None = None,
     masks: Masks | None = None,
+    wording: Callable[[str], str] = str,
 ) -> CheckResult:
     """Open every picture and read every caption under `root`; print the report and write it to `folder`/check.json.
 
-    `count_tokens` is the model's tokenizer, start and end markers counted.
+    `count_tokens` is the model's tokenizer, start and end markers counted; `wording` is what training makes of a
+    caption.
     Raises InputError only if there are no pictures."""
     paths = find_pictures(root)
     sizes, thumbnails, unreadable = _open_all(paths)
@@ -101,12 +104,13 @@ def inspect(
     buckets = aspect_buckets(resolution, bucket_step)
     chosen = {name: nearest_bucket(size, buckets) for name, size in sizes.items()}
     scales = {name: enlargement(size, chosen[name]) for name, size in sizes.items()}
-    tokens = {name: count_tokens(caption) for name, caption in captions.items()} if count_tokens else {}
+    words = {name: [wording(text) for text in texts] for name, texts in captions.items()}
+    tokens = {name: max(map(count_tokens, texts)) for name, texts in words.items()} if count_tokens else {}
     named = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
     same_name, same_but_case = same_names(root)
     findings = Findings(
         pictures=len(paths),
-        captions=len(captions),
+        captions=sum(map(len, captions.values())),
         buckets={f"{width}x{height}": n for (width, height), n in Counter(chosen.values()).most_common()},
         unreadable=unreadable,
         unmasked=_unmasked(masks, paths, sizes) if masks else {},
@@ -118,9 +122,9 @@ def inspect(
         unsupported=unsupported(root),
         enlarged={name: round(scale, 2) for name, scale in scales.items() if scale > 1},
         duplicates=find_duplicates(thumbnails),
-        without_trigger=[name for name, caption in captions.items() if not named.search(caption)],
+        without_trigger=[name for name, texts in words.items() if not all(map(named.search, texts))],
         too_long={name: count for name, count in tokens.items() if count > CLIP_WINDOW},
-        in_every_caption=phrases_in_all(list(captions.values()), trigger),
+        in_every_caption=phrases_in_all([text for texts in captions.values() for text in texts], trigger),
     )
     errors = _errors(findings, root, captions_needed)
     result = CheckResult("check", errors, _warnings(findings, trigger, captions_needed), findings)
@@ -169,9 +173,9 @@ def _unmasked(masks: Masks, paths: dict[str, Path], sizes: dict[str, tuple[int, 
     return faults
 
 
-def _read_captions(root: Path) -> tuple[dict[str, str], str]:
+def _read_captions(root: Path) -> tuple[dict[str, Texts], str]:
     try:
-        return read_captions(root), ""
+        return read_caption_lists(root), ""
     except InputError as error:
         return {}, str(error)
 

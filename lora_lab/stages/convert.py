@@ -23,10 +23,10 @@ def convert(config: Config, folder: Path) -> ConvertResult:
     if stage.source is not None:
         captions = read_caption_file(Path(stage.source))
     else:
-        captions = read_captions(locate_folder("dataset.root", config.dataset.root))
+        captions = read_captions(locate_folder("dataset.root", config.dataset.folder))
     if not captions:
         raise InputError(f"no captions in {stage.source or config.dataset.root}: nothing to convert")
-    key, value = ("dataset.root", config.dataset.root) if stage.output is None else ("stage.output", stage.output)
+    key, value = ("dataset.root", config.dataset.folder) if stage.output is None else ("stage.output", stage.output)
     if stage.output is not None:
         Path(stage.output).mkdir(parents=True, exist_ok=True)
     written = write_captions(writable_folder(key, value), captions, stage.form)

@@ -41,7 +41,7 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     if not config.resume:
         refuse_used(folder, "dataset")
     if not copy.exists():  # it does when a killed pipeline goes on
-        copy_dataset(locate_folder("dataset.root", config.dataset.root), copy, config.stage.captions == "keep")
+        copy_dataset(locate_folder("dataset.root", config.dataset.folder), copy, config.stage.captions == "keep")
     config = replace(config, dataset=replace(config.dataset, root=str(copy)))
 
     def do(name: str, what: Stage, where: Path, **changes: object):

@@ -28,7 +28,7 @@ def refine(config: Config, folder: Path) -> RefineResult:
     """Refine every caption of dataset.root in place; the raw ones stay in captions.history.jsonl and a .bak file.
 
     Running it again changes nothing."""
-    root = locate_folder("dataset.root", config.dataset.root)
+    root = locate_folder("dataset.root", config.dataset.folder)
     captions, hints = read_captions(root), read_hints(root)
     if not captions:
         raise InputError(f"no captions in {root}: run stage=caption first")
@@ -41,7 +41,7 @@ def refine(config: Config, folder: Path) -> RefineResult:
     }
     changed = [name for name in captions if refined[name] != captions[name]]
     if changed:
-        writable_folder("dataset.root", config.dataset.root)
+        writable_folder("dataset.root", config.dataset.folder)
         record(root, REFINE, captions, refined)
         write_captions(root, refined)
         Console().print(_table({name: (captions[name], refined[name]) for name in changed}))

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
 from lora_lab.adapters.fused import fuse
 from lora_lab.adapters.wear import MODELS
+from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Encoder
 from lora_lab.base.load import DTYPES, load_base
 from lora_lab.base.prediction import settle
 from lora_lab.config import Config, Loss
@@ -62,12 +64,15 @@ def train(config: Config, folder: Path) -> TrainResult:
     write_manifest(folder, plan.device, plan.hashes)
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
-    pipe = load_base(config.model, plan.device)
+    offload = config.memory.offload
+    pipe = load_base(config.model, torch.device("cpu") if offload else plan.device)
     settle(pipe, config.loss)
-    data = encode_dataset(pipe, plan.samples, plan.pictures, config.dataset.flip, plan.device)
-    measured = data
+    encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
+    data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
     if plan.held_out:
-        measured = encode_dataset(pipe, plan.held_out, plan.held_out_pictures, False, plan.device)
+        cuts, texts = [[fitted] for fitted in plan.held_out_pictures], [[[s.captions[0]]] for s in plan.held_out]
+        measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
+    pipe.unet.to(plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
@@ -233,7 +238,7 @@ def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, st
         batch_size=config.batch_size,
         seed=config.seed,
         resolution=config.model.resolution,
-        captions=[sample.caption for sample in plan.samples],
+        captions=[", ".join(orders[0] for orders in texts) for texts in plan.texts],
         loss=loss,
         dataset_hash=plan.hashes["dataset"],
         base_hash=plan.hashes["base"],

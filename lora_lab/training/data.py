@@ -1,34 +1,42 @@
 """Pictures and captions as tensors, encoded once; and the batch of any step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_lab.base.encode import TextEmbedding, encode_caption, encode_picture, micro_conditioning
-from lora_lab.console import bar
-from lora_lab.dataset import Sample
+from lora_lab.base.encode import Encoder, TextEmbedding, micro_conditioning
+from lora_lab.config import Dataset
+from lora_lab.console import say
+from lora_lab.dataset import Sample, dressed
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import Fitted, aspect_buckets, fit, nearest_bucket
+from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
 from lora_lab.images.masks import Masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.training.loss import Batch, Objective
-from lora_lab.training.randomness import draw, pick
+from lora_lab.training.randomness import chosen, draw, pick, shuffled
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as one sample sees it: cut, perhaps mirrored; on the device."""
+
+    latents: Tensor
+    mask: Tensor | None  # (1, height / 8, width / 8), 0 to 1, of the latents; None learns all of the picture
+    time_ids: Tensor
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture as training sees it: `latents`[0] upright and, if flipping, [1] mirrored; all on the device."""
+    """One picture: its crops, each upright and, if flipping, mirrored; its captions, each in all its orders."""
 
     name: str
-    latents: list[Tensor]
-    masks: list[Tensor]  # (1, height / 8, width / 8), 0 to 1, of the latents; [] learns all of the picture
-    text: TextEmbedding
-    time_ids: Tensor
+    crops: list[list[View]]
+    texts: list[list[TextEmbedding]]
 
 
 @dataclass(frozen=True)
@@ -44,21 +52,24 @@ class TrainingData:
     ) -> Batch:
         """Batch `part` of the `parts` that step `step` accumulates; a function of its arguments alone."""
         pictures = pick(seed, step * parts + part, self.buckets, batch_size)
-        chosen = [self.examples[i] for i in pictures]
-        shape, loss = tuple(chosen[0].latents[0].shape), asked.settings
+        examples = [self.examples[i] for i in pictures]
+        shape, loss = tuple(examples[0].crops[0][0].latents.shape), asked.settings
         draws = [draw(seed, step, part * batch_size + i, shape, loss, caption_dropout) for i in range(batch_size)]
-        latents = [e.latents[-1] if d.flip else e.latents[0] for e, d in zip(chosen, draws, strict=True)]
-        masks = [e.masks[-1] if d.flip else e.masks[0] for e, d in zip(chosen, draws, strict=True) if e.masks]
-        texts = [self.empty if d.drop_caption else e.text for e, d in zip(chosen, draws, strict=True)]
+        views = [chosen(d.crop, e.crops)[-1 if d.flip else 0] for e, d in zip(examples, draws, strict=True)]
+        masks = [view.mask for view in views if view.mask is not None]
+        texts = [
+            self.empty if d.drop_caption else chosen(d.order, chosen(d.caption, e.texts))
+            for e, d in zip(examples, draws, strict=True)
+        ]
         timesteps = torch.tensor([d.timestep for d in draws])
-        device = latents[0].device
+        device = views[0].latents.device
         return Batch(
-            latents=torch.stack(latents),
+            latents=torch.stack([view.latents for view in views]),
             noise=torch.stack([d.noise for d in draws]).to(device),
             timesteps=timesteps.to(device),
             tokens=torch.stack([t.tokens for t in texts]),
             pooled=torch.stack([t.pooled for t in texts]),
-            time_ids=torch.stack([e.time_ids for e in chosen]),
+            time_ids=torch.stack([view.time_ids for view in views]),
             weights=asked.weights[timesteps].to(device),
             huber_c=asked.huber_c[timesteps].to(device),
             mask=loss.unmasked_weight + (1 - loss.unmasked_weight) * torch.stack(masks) if masks else None,
@@ -86,6 +97,37 @@ def fit_pictures(samples: list[Sample], resolution: int, step: int, masks: Masks
     return fitted
 
 
+def crop_pictures(samples: list[Sample], pictures: list[Fitted], masks: Masks | None, most: int) -> list[list[Fitted]]:
+    """Of every picture of `fit_pictures` up to `most` crops, its mask cut as each."""
+    if most == 1:
+        return [[fitted] for fitted in pictures]
+    crops = []
+    for sample, fitted in zip(samples, pictures, strict=True):
+        picture, bucket = open_picture(sample.path), fitted.picture.size
+        cuts = fit_crops(picture, bucket, most)
+        if masks:
+            mask = masks.open(sample.name, sample.path, picture.size)
+            same = fit_crops(mask, bucket, most, Image.Resampling.BOX)
+            cuts = [replace(cut, mask=other.picture) for cut, other in zip(cuts, same, strict=True)]
+        crops.append(cuts)
+    return crops
+
+
+def caption_texts(captions: Sequence[str], settings: Dataset, trigger: str) -> list[list[str]]:
+    """Every text that a picture of these captions is trained with: of each caption its orders."""
+    return [
+        [
+            dressed(order, settings.caption_prefix, settings.caption_suffix, trigger)
+            for order in (
+                shuffled(caption, settings.keep_tokens, settings.caption_variants)
+                if settings.shuffle_captions
+                else [caption]
+            )
+        ]
+        for caption in captions
+    ]
+
+
 def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
     """A mask (L) as weights (1, height, width) of the latent pixels: the mean of what each stands for, 0 to 1."""
     pixels = torch.from_numpy(np.array(mask)).float() / 255
@@ -93,22 +135,37 @@ def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
 
 
 def encode_dataset(
-    pipe: StableDiffusionXLPipeline, samples: list[Sample], pictures: list[Fitted], flip: bool, device: torch.device
+    samples: list[Sample], crops: list[list[Fitted]], texts: list[list[list[str]]], flip: bool, encoder: Encoder
 ) -> TrainingData:
-    """Latents and text embeddings of the whole dataset (SDXL at 1024 px: 0.6 MB a picture in all)."""
-    texts: dict[str, TextEmbedding] = {}
+    """Latents and text embeddings of the whole dataset on the encoder's device (SDXL at 1024 px: 0.6 MB a picture).
+
+    All texts come first, then all pictures, so that no more than one frozen part has to be on the device."""
+    embedded, new_texts = encoder.captions([*(text for t in texts for orders in t for text in orders), ""])
+    views = [
+        (s.name, v) for s, cuts in zip(samples, crops, strict=True) for cut in cuts for v in _views(cut.picture, flip)
+    ]
+    latents, new_views = encoder.pictures(views)
+    if folder := encoder.cache.folder:
+        made = f"{new_texts} of {len(embedded)} texts and {new_views} of {len(latents)} views of pictures"
+        say(f"encoded {made}, the rest was in {folder}")
+    device, every = encoder.device, iter(latents)
+    on_device = {text: _on(embedding, device) for text, embedding in embedded.items()}
     examples, buckets = [], {}
-    for i, (sample, fitted) in enumerate(
-        zip(bar(samples, desc="encode", unit="picture", leave=False), pictures, strict=True)
-    ):
-        if sample.caption not in texts:
-            texts[sample.caption] = _on(encode_caption(pipe, sample.caption), device)
-        latents = [encode_picture(pipe, view, sample.name).to(device) for view in _views(fitted.picture, flip)]
-        masks = [latent_mask(view, *latents[0].shape[1:]).to(device) for view in _views(fitted.mask, flip)]
-        time_ids = micro_conditioning(fitted.original_size, fitted.crop_top_left, fitted.target_size).to(device)
-        examples.append(Example(sample.name, latents, masks, texts[sample.caption], time_ids))
-        buckets.setdefault(fitted.picture.size, []).append(i)
-    return TrainingData(examples, _on(_empty(pipe), device), [buckets[size] for size in sorted(buckets)])
+    for i, (sample, cuts, its_texts) in enumerate(zip(samples, crops, texts, strict=True)):
+        seen = [_seen(cut, [next(every).to(device) for _ in _views(cut.picture, flip)]) for cut in cuts]
+        examples.append(Example(sample.name, seen, [[on_device[text] for text in orders] for orders in its_texts]))
+        buckets.setdefault(cuts[0].picture.size, []).extend([i] * sample.repeats)
+    empty = _on(_empty(embedded[""], encoder.pipe.config.force_zeros_for_empty_prompt), device)
+    return TrainingData(examples, empty, [buckets[size] for size in sorted(buckets)])
+
+
+def _seen(cut: Fitted, latents: list[Tensor]) -> list[View]:
+    """The views of one crop, whose latents are upright and, if flipping, mirrored."""
+    device, size = latents[0].device, latents[0].shape[1:]
+    masks = [latent_mask(view, *size).to(device) for view in _views(cut.mask, True)] or [None, None]
+    places = [cut.crop_top_left, cut.mirrored_top_left]
+    time_ids = [micro_conditioning(cut.original_size, place, cut.target_size).to(device) for place in places]
+    return [View(*view) for view in zip(latents, masks, time_ids, strict=False)]  # no second one without flipping
 
 
 def _views(picture: Image.Image | None, flip: bool) -> list[Image.Image]:
@@ -126,21 +183,18 @@ def count_buckets(pictures: list[Fitted]) -> dict[tuple[int, int], int]:
     return dict(sorted(counts.items()))
 
 
-def check_trigger(samples: list[Sample], trigger: str) -> None:
+def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
     """A trigger that no caption has would be learnt by nothing."""
-    if not any(trigger in sample.caption for sample in samples):
+    if not any(trigger in text for its_texts in texts for orders in its_texts for text in orders):
         raise InputError(
-            f"no caption of the {len(samples)} pictures has the trigger {trigger}: "
+            f"no caption of the {len(texts)} pictures has the trigger {trigger}: "
             f"run stage=refine to put it in, or name yours with trigger="
         )
 
 
-def _empty(pipe: StableDiffusionXLPipeline) -> TextEmbedding:
+def _empty(text: TextEmbedding, zeros: bool) -> TextEmbedding:
     """What inference takes for no prompt: zeros for SDXL, the embedding of "" for bases that say so."""
-    text = encode_caption(pipe, "")
-    if pipe.config.force_zeros_for_empty_prompt:
-        return TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled))
-    return text
+    return TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)) if zeros else text
 
 
 def _on(text: TextEmbedding, device: torch.device) -> TextEmbedding:

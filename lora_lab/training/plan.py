@@ -15,12 +15,12 @@ from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit
 from lora_lab.config import Config
-from lora_lab.dataset import Sample, read_dataset
+from lora_lab.dataset import Sample, read_dataset, read_folders
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted
 from lora_lab.images.masks import find_masks
-from lora_lab.runs import hash_files, hash_text
-from lora_lab.training.data import check_trigger, count_buckets, fit_pictures
+from lora_lab.runs import hash_files, hash_text, refuse_unwritable
+from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe
 
@@ -30,7 +30,9 @@ EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_opt
 @dataclass(frozen=True)
 class Plan:
     samples: list[Sample]
-    pictures: list[Fitted]  # of the samples, in their order
+    pictures: list[Fitted]  # of the samples, in their order, cut at the centre
+    crops: list[list[Fitted]]  # what is trained on of each
+    texts: list[list[list[str]]]  # of each sample, of each of its captions: the orders of its phrases
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
     elementwise: bool  # whether that may be given all that learns as one tensor
     held_out: list[Sample]  # of stage.validation_root; [] without one
@@ -47,13 +49,15 @@ def make_plan(config: Config, folder: Path) -> Plan:
     """Read everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError."""
     base = locate_model("model.base", config.model.base)
     refuse_unfit(config.model.base, config.loss)
-    samples = read_dataset(locate_folder("dataset.root", config.dataset.root))
-    check_trigger(samples, config.trigger)
+    dataset = config.dataset
+    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
+    texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
+    check_trigger(texts, config.trigger)
     device = pick_device(config.device)
     hashes = {
         "base": hash_files(Path(base)) if Path(base).exists() else f"hub:{base}",
         "dataset": hash_files(*(s.path for s in samples)),
-        "captions": hash_text("\n".join(f"{s.name}\t{s.caption}" for s in samples)),
+        "captions": hash_text("\n".join("\t".join([s.name, *s.captions]) for s in samples)),
     }
     masks = find_masks(config.loss.mask)
     if config.loss.masks == "folder":
@@ -71,11 +75,17 @@ def make_plan(config: Config, folder: Path) -> Plan:
         refuse_other_recipe(goes_on, recipe)
     if held_out:  # not in the recipe: what is measured decides nothing
         hashes["validation"] = hash_files(*(s.path for s in held_out))
+    if config.cache is not None:
+        refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
+    resolution, step = config.model.resolution, config.model.bucket_step
+    pictures = fit_pictures(samples, resolution, step, masks)
     return Plan(
         samples=samples,
-        pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),
+        pictures=pictures,
+        crops=crop_pictures(samples, pictures, masks, dataset.crops if dataset.random_crop else 1),
+        texts=texts,
         held_out=held_out,
-        held_out_pictures=fit_pictures(held_out, config.model.resolution, config.model.bucket_step, None),
+        held_out_pictures=fit_pictures(held_out, resolution, step, None),
         make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
         elementwise=config.optimizer["elementwise"],
         adapter=adapter,
@@ -111,11 +121,17 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     """The plan as a person reads it before the run."""
     settings, sizes = config.stage, count_buckets(plan.pictures)
     batch = config.batch_size * settings.gradient_accumulation
-    batches = batches_per_epoch([[0] * count for count in sizes.values()], config.batch_size)
+    shown: dict[tuple[int, int], int] = {}  # in an epoch, by size
+    for sample, fitted in zip(plan.samples, plan.pictures, strict=True):
+        shown[fitted.picture.size] = shown.get(fitted.picture.size, 0) + sample.repeats
+    batches = batches_per_epoch([[0] * count for count in shown.values()], config.batch_size)
+    folders = ", ".join(
+        f"{f.root}" + (f" ({f.repeats} times)" if f.repeats > 1 else "") for f in config.dataset.folders
+    )
     epochs = config.steps * settings.gradient_accumulation / batches
     every = f"every {settings.validate_every} steps and " if settings.validate_every else ""
     lines = {
-        "character": f"{config.trigger}, {len(plan.samples)} pictures in {config.dataset.root}",
+        "character": f"{config.trigger}, {len(plan.samples)} pictures in {folders}",
         "sizes": ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.items()),
         "base": f"{config.model.base} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
         "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.rate:g}",
@@ -134,6 +150,11 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if config.rate != config.lr:
         name = config.optimizer["_target_"].rpartition(".")[2]
         lines["optimizer"] = f"{name} with an lr of its own, {config.rate:g}; lr={config.lr:g} is not used"
+    crops, texts = sum(map(len, plan.crops)), len({t for its in plan.texts for orders in its for t in orders})
+    if config.dataset.random_crop:
+        lines["crops"] = f"{crops} of {len(plan.samples)} pictures"
+    if config.dataset.shuffle_captions:
+        lines["captions"] = f"{texts} orders"
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
@@ -166,7 +187,8 @@ def _recipe(config: Config) -> dict:
         "schedule": vars(config.schedule),
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "dataset.flip": config.dataset.flip,
+        **{f"dataset.{key}": value for key, value in vars(config.dataset).items() if key != "root"},
+        "dataset.repeats": [folder.repeats for folder in config.dataset.folders],
         "model.resolution": model.resolution,
         "model.precision": model.precision,
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},

@@ -4,7 +4,10 @@ Nothing has to be saved to go on with a run, and neither batch companions nor th
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +29,17 @@ def generator(*key: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one sample of one step needs: `timestep`, `noise` of the latents' shape, two coins."""
+    """What one sample of one step needs: `timestep`, `noise` of the latents' shape, two coins, three choices.
+
+    A choice is a share, 0 to 1 without 1: of the picture's crops, its captions, and that caption's orders."""
 
     timestep: int
     noise: Tensor
     flip: bool
     drop_caption: bool
+    crop: float
+    caption: float
+    order: float
 
 
 def draw(seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Loss, caption_dropout: float) -> Draw:
@@ -52,7 +60,32 @@ def draw(seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Lo
     if loss.pyramid_iterations:
         source = generator(seed, "pyramid noise", step, index)
         noise = pyramid_noise(noise, loss.pyramid_iterations, loss.pyramid_discount, source)
-    return Draw(timestep, noise, flip < 0.5, drop < caption_dropout)
+    choices = torch.rand(3, generator=generator(seed, "choices", step, index)).tolist()
+    return Draw(timestep, noise, flip < 0.5, drop < caption_dropout, *choices)
+
+
+T = TypeVar("T")
+
+
+def chosen(share: float, among: Sequence[T]) -> T:
+    """What lies at `share`, 0 to 1 without 1; every one of a kind is as likely."""
+    return among[int(share * len(among))]
+
+
+def shuffled(caption: str, kept: int, most: int) -> list[str]:
+    """`most` different orders of the phrases that commas part, or all if there are no more; the first `kept` stay.
+
+    They depend on the caption alone: runs of any seed share what is encoded, and differ in which they draw when."""
+    phrases = [phrase.strip() for phrase in caption.split(",") if phrase.strip()]
+    front, rest = phrases[:kept], phrases[kept:]
+    if math.factorial(len(rest)) <= most:
+        orders = list(permutations(range(len(rest))))
+    else:
+        source, seen = generator("shuffled caption", caption), {}
+        while len(seen) < most:
+            seen[tuple(torch.randperm(len(rest), generator=source).tolist())] = None
+        orders = list(seen)
+    return [", ".join([*front, *(rest[i] for i in order)]) for order in orders]
 
 
 def timestep_at(share: float, first: int, end: int) -> int:

@@ -29,16 +29,17 @@ def validation_loss(job: Job, data: TrainingData, timesteps: Sequence[int]) -> f
 
 
 def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
-    latents, count = example.latents[0], len(timesteps)
+    view, text, count = example.crops[0][0], example.texts[0][0], len(timesteps)
+    latents = view.latents
     noise = [torch.randn(latents.shape, generator=generator("validation", example.name, t)) for t in timesteps]
     ones = torch.ones(count, device=latents.device)
     return Batch(
         latents=latents.expand(count, *latents.shape),
         noise=torch.stack(noise).to(latents.device),
         timesteps=torch.tensor(timesteps, device=latents.device),
-        tokens=example.text.tokens.expand(count, *example.text.tokens.shape),
-        pooled=example.text.pooled.expand(count, *example.text.pooled.shape),
-        time_ids=example.time_ids.expand(count, *example.time_ids.shape),
+        tokens=text.tokens.expand(count, *text.tokens.shape),
+        pooled=text.pooled.expand(count, *text.pooled.shape),
+        time_ids=view.time_ids.expand(count, *view.time_ids.shape),
         weights=ones,
         huber_c=ones,  # of no meaning to squares
         mask=None,

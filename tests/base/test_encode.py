@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.encode import encode_caption, encode_picture, micro_conditioning
+from lora_lab.base.encode import encode_captions, encode_picture, micro_conditioning
 from lora_lab.errors import RunError
 
 
@@ -50,7 +50,7 @@ def test_numbers_that_are_not_finite_name_the_picture(pipe):
 
 def test_a_caption_is_what_the_pipeline_makes_of_a_prompt(pipe):
     for caption in ("A HANA_TOFU, smiling", "", "한국어 두부", "many words " * 99):
-        ours = encode_caption(pipe, caption)
+        (ours,) = encode_captions(pipe, [caption], torch.device("cpu"), offload=False)
         tokens, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
         assert ours.tokens.shape == (77, 16 + 24) and ours.pooled.shape == (24,)
         assert torch.equal(ours.tokens, tokens[0]) and torch.equal(ours.pooled, pooled[0])

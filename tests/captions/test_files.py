@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from lora_lab.captions.files import natural_key, read_caption_file, read_captions, write_captions
+from lora_lab.captions.files import natural_key, read_caption_file, read_caption_lists, read_captions, write_captions
 from lora_lab.errors import InputError
 
 HARD = {
@@ -208,3 +208,27 @@ def test_pictures_that_would_share_one_txt_are_refused_before_anything_is_writte
     with pytest.raises(InputError, match=r"unknown form of captions 'xml'"):
         write_captions(tmp_path, {"1.png": "a"}, "xml")
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_several_captions_are_read_as_such_and_never_lost(tmp_path, form):
+    content = {
+        "jsonl": '{"file_name": "1.png", "text": ["a cat", "a dog"]}\n{"file_name": "2.png", "text": "a cow"}\n',
+        "json": '{"1.png": ["a cat", "a dog"], "2.png": "a cow"}',
+    }[form]
+    file = tmp_path / f"metadata.{form}"
+    file.write_text(content)
+    assert read_caption_lists(tmp_path) == {"1.png": ("a cat", "a dog"), "2.png": ("a cow",)}
+    for read in (read_captions, lambda _: read_caption_file(file)):
+        with pytest.raises(
+            InputError, match=r"1\.png in .* has 2 captions, which only stage=train and stage=check take"
+        ):
+            read(tmp_path)
+    write_captions(tmp_path, {"1.png": "a pig"}, form)
+    assert (tmp_path / f"metadata.1.{form}.bak").read_text() == content
+
+
+def test_a_list_of_something_else_than_texts_is_refused(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": ["a cat", 3]}')
+    with pytest.raises(InputError, match=r"line 1: the caption is 3"):
+        read_caption_lists(tmp_path)

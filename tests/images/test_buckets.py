@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import aspect_buckets, enlargement, fit, nearest_bucket
+from lora_lab.images.buckets import aspect_buckets, enlargement, fit, fit_crops, nearest_bucket
 
 GRIDS = [(128, 16), (128, 64), (512, 64), (768, 64), (1000, 64), (1024, 32), (1024, 64), (100, 64)]
 
@@ -75,3 +75,27 @@ def test_the_crop_is_the_centre_and_is_told_as_top_then_left_in_scaled_pixels():
 def test_a_picture_of_the_buckets_size_is_not_resampled():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(fit(Image.fromarray(pixels), (96, 64)).picture), pixels)
+
+
+def test_crops_go_from_edge_to_edge_and_say_where_they_lie():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 164, 3), dtype=np.uint8)
+    wide = Image.fromarray(pixels)
+    for picture, turned in ((wide, False), (wide.transpose(Image.Transpose.ROTATE_90), True)):
+        crops = fit_crops(picture, (64, 64), 5)
+        places = [crop.crop_top_left for crop in crops]
+        assert places == [(x, 0) if turned else (0, x) for x in (0, 25, 50, 75, 100)]
+        for crop, (top, left) in zip(crops, places, strict=True):
+            cut = (left, top, left + 64, top + 64)
+            assert np.array_equal(np.asarray(crop.picture), np.asarray(picture.crop(cut)))
+            mirrored, (top, left) = ImageOps.mirror(picture), crop.mirrored_top_left
+            cut = (left, top, left + 64, top + 64)
+            assert np.array_equal(np.asarray(ImageOps.mirror(crop.picture)), np.asarray(mirrored.crop(cut)))
+            assert crop.original_size == picture.size[::-1] and crop.target_size == (64, 64)
+
+
+@pytest.mark.parametrize(("width", "count"), [(64, 1), (71, 1), (72, 2), (80, 3), (88, 4), (300, 4)])
+def test_there_are_no_more_crops_than_differ_by_a_latent_pixel(width, count):
+    crops = fit_crops(Image.new("RGB", (width, 64)), (64, 64), 4)
+    assert len(crops) == count
+    if count == 1:
+        assert crops[0].crop_top_left == fit(Image.new("RGB", (width, 64)), (64, 64)).crop_top_left

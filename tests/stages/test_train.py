@@ -13,15 +13,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lora_lab.adapters.wear import worn
+from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Encoder, encode_picture
+from lora_lab.base.load import load_base
 from lora_lab.config import compose
 from lora_lab.demo import BASE, TOFU
 from lora_lab.errors import InputError, RunError
 from lora_lab.stages import run
 from lora_lab.training import loop, step
+from lora_lab.training.data import TrainingData, encode_dataset, latent_mask
+from lora_lab.training.loss import objective, sample_losses
+from lora_lab.training.plan import Plan, make_plan
 from lora_lab.training.state import checkpoints
 
 # Six of the tofu pictures: encoding all 24 would be half of the time.
@@ -104,6 +111,9 @@ def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
 NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"
 
 
+DATA = "dataset.flip=true dataset.shuffle_captions=true dataset.keep_tokens=0 dataset.repeats=2"
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -112,6 +122,7 @@ NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=
         "optimizer=schedule_free",
         "stage.ema_decay=0.9",
         f"adapter.lora_dropout=0.5 {NOISE}",
+        DATA,
     ],
 )
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
@@ -149,6 +160,10 @@ def test_a_resumed_run_refuses_to_become_another_one():
         ("loss=plain", "loss.weighting"),
         ("stage.ema_decay=0.5", "stage.ema_decay"),
         ("schedule.warmup=1", "schedule"),
+        ("dataset.repeats=2", r"dataset\.repeats=\[1\], not \[2\]"),
+        ("dataset.random_crop=true", r"dataset\.random_crop"),
+        ("dataset.shuffle_captions=true", r"dataset\.shuffle_captions"),
+        ("dataset.caption_suffix=x", r"dataset\.caption_suffix"),
     ):
         with pytest.raises(InputError, match=named):
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
@@ -218,12 +233,12 @@ def test_a_run_leaves_what_is_promised(uninterrupted):
     assert notes["ss_num_train_images"] == "6" and notes["ss_steps"] == "20"
 
 
-def test_nothing_is_written_outside_the_run_folder_but_the_published_lora(uninterrupted):
+def test_nothing_is_written_outside_the_run_folder_but_the_published_lora_and_the_cache(uninterrupted):
     root = Path(uninterrupted).parent
     assert {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and "run" not in p.parts[-4:]} >= {
         "models/lora/HANA_TOFU.safetensors"
     }
-    assert sorted(p.name for p in root.iterdir()) == ["models", "run"]
+    assert sorted(p.name for p in root.iterdir()) == ["cache", "models", "run"]
 
 
 def test_an_older_lora_of_the_same_name_is_kept():
@@ -250,17 +265,8 @@ def test_a_second_run_into_the_same_folder_is_refused():
 
 def test_the_loss_of_known_noise_falls(uninterrupted):
     """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
-    from lora_lab.adapters.wear import worn
-    from lora_lab.base.load import load_base
-    from lora_lab.training.data import encode_dataset
-    from lora_lab.training.loss import objective, sample_losses
-    from lora_lab.training.plan import make_plan
-
-    config = compose(*FAST)
-    plan = make_plan(config, Path("none"))
-    pipe = load_base(config.model, plan.device)
-    data = encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device)
-    asked = objective(config.loss, pipe.scheduler.config)
+    _, data, pipe = encoded()
+    asked = objective(compose(*FAST).loss, pipe.scheduler.config)
 
     def loss() -> float:
         batches = (
@@ -288,6 +294,114 @@ def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
     whole, halves = lora("whole"), lora("halves")
     for key in whole:
         assert torch.allclose(whole[key], halves[key], atol=2e-5), key
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(compose(*FAST, *overrides), Path("none").absolute())
+
+
+def encoded(*overrides: str) -> tuple[Plan, TrainingData, StableDiffusionXLPipeline]:
+    """The plan, the data that `overrides` give, and the base that encoded them."""
+    config, plan = compose(*FAST, *overrides), planned(*overrides)
+    pipe = load_base(config.model, plan.device)
+    encoder = Encoder(pipe, plan.device, Cache(None), False)
+    return plan, encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder), pipe
+
+
+def texts_of(*overrides: str) -> set[str]:
+    """Everything that the six pictures are trained with."""
+    return {text for texts in planned(*overrides).texts for orders in texts for text in orders}
+
+
+def test_captions_are_shuffled_within_bounds_and_dressed():
+    plain = texts_of()
+    assert len(plain) == 6 and not any("{" in text for text in plain)
+    shuffled = texts_of("dataset.shuffle_captions=true", "dataset.keep_tokens=0")
+    assert len(shuffled) > len(texts_of("dataset.shuffle_captions=true", "dataset.keep_tokens=0",
+                                        "dataset.caption_variants=2")) > 6  # fmt: skip
+    fronts = {text.split(", ")[0] for text in plain}
+    kept = texts_of("dataset.shuffle_captions=true")
+    assert {text.split(", ")[0] for text in kept} == fronts != {text.split(", ")[0] for text in shuffled}
+    dressed = texts_of("dataset.caption_prefix='this is {trigger}:'", "dataset.caption_suffix=', flat'")
+    assert dressed == {f"this is HANA_TOFU: {text}, flat" for text in plain}
+
+
+def test_the_trigger_may_stand_in_the_prefix(own_pictures):
+    reworded(own_pictures, "HANA_TOFU", "tofu", count=-1)
+    with pytest.raises(InputError, match="no caption of the 6 pictures has the trigger HANA_TOFU"):
+        planned(f"dataset.root={own_pictures}")
+    planned(f"dataset.root={own_pictures}", "dataset.caption_prefix='{trigger},'")
+
+
+def wide_pictures(root: Path) -> Path:
+    """Two pictures of 400x120, which cover 160x96 with 160 px to spare, and one that fits."""
+    root.mkdir()
+    for i, size in enumerate([(400, 120), (400, 120), (128, 128)]):
+        Image.effect_noise(size, 90).convert("RGB").save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"a HANA_TOFU, {i}")
+    return root
+
+
+def test_random_crops_are_encoded_as_they_are_told(tmp_path):
+    root = wide_pictures(tmp_path / "wide")
+    masks = wide_pictures(tmp_path / "masks")
+    crop = (f"dataset.root={root}", f"loss.mask={masks}", "dataset.random_crop=true", "dataset.flip=true")
+    plan, data, pipe = encoded(*crop, "dataset.crops=3")
+    assert [len(example.crops) for example in data.examples] == [3, 3, 1]
+    for example, cuts in zip(data.examples, plan.crops, strict=True):
+        scaled_width = cuts[-1].crop_top_left[1] + cuts[-1].picture.width
+        for cut, (upright, mirrored) in zip(cuts, example.crops, strict=True):
+            top, left = cut.crop_top_left
+            other = scaled_width - cut.picture.width - left
+            told = (*cut.original_size, top, left, *cut.target_size)
+            assert tuple(upright.time_ids.tolist()) == told
+            assert tuple(mirrored.time_ids.tolist()) == (*told[:3], other, *told[4:])
+            assert torch.equal(upright.latents, encode_picture(pipe, cut.picture, ""))
+            assert torch.equal(mirrored.latents, encode_picture(pipe, ImageOps.mirror(cut.picture), ""))
+            assert torch.equal(upright.mask, latent_mask(cut.mask, *upright.latents.shape[1:]))
+            assert torch.allclose(mirrored.mask, upright.mask.flip(-1))
+    assert not torch.equal(data.examples[0].crops[0][0].mask, data.examples[0].crops[1][0].mask)
+    assert [len(cuts) for cuts in planned(*crop).crops] == [4, 4, 1], "dataset.crops is 4 if nothing else is said"
+
+
+def test_random_crops_change_what_is_learnt_where_there_is_room_for_them(tmp_path, capsys):
+    root = f"dataset.root={wide_pictures(tmp_path / 'wide')}"
+    train("centre", root, "steps=3")
+    train("random", root, "steps=3", "dataset.random_crop=true", "name=random")
+    assert "9 of 3 pictures" in capsys.readouterr().out
+    centre, random = lora("centre"), load_file("random/lora/random.safetensors")
+    assert any(not torch.equal(centre[key], random[key]) for key in centre)
+
+
+def test_folders_are_shown_as_often_as_they_say(tmp_path, pictures, capsys):
+    one, two = wide_pictures(tmp_path / "one"), tmp_path / "tofu"
+    _, data, _ = encoded(f"dataset.root=[{{root: {one}, repeats: 4}}, {two}]", "dataset.repeats=2")
+    shown = [data.examples[i].name for bucket in data.buckets for i in bucket]
+    assert {name: shown.count(name) for name in shown} == {
+        **{f"one/{i}.png": 4 for i in range(3)}, **{f"{two.resolve().name}/{i:02d}.png": 2 for i in range(6)}
+    }  # fmt: skip
+    train("run", f"dataset.root=[{{root: {one}, repeats: 4}}, {two}]", "steps=9")
+    printed = capsys.readouterr().out
+    # 8 and 4 + 6 pictures an epoch, two a batch
+    assert "9 pictures in" in printed and "one (4 times), " in printed and "9 steps of 2 (1.0 epochs)" in printed
+
+
+def test_one_of_several_captions_is_read_at_a_time(own_pictures, three_steps):
+    lines = [json.loads(line) for line in (own_pictures / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] = [line["text"], line["text"]]
+    (own_pictures / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train("same", "steps=3", f"dataset.root={own_pictures}")
+    assert_same(lora("same"), three_steps)
+    for line in lines:
+        line["text"][1] = "HANA_TOFU"
+    (own_pictures / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train("two", "steps=3", f"dataset.root={own_pictures}", "name=two")
+    two = load_file("two/lora/two.safetensors")
+    assert any(not torch.equal(two[key], three_steps[key]) for key in two)
+    with safe_open("two/lora/two.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["ss_tag_frequency"])["HANA_TOFU"]["HANA_TOFU"] == 6
+        assert file.metadata()["ss_num_train_images"] == "6"
 
 
 def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:
@@ -352,7 +466,9 @@ def three_steps(uninterrupted):
 @pytest.mark.parametrize(
     "change",
     ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
-     "stage.caption_dropout=1.0", "dataset.flip=true", "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
+     "stage.caption_dropout=1.0", "dataset.flip=true", "dataset.shuffle_captions=true",
+     "dataset.caption_prefix='a drawing of'", "dataset.caption_suffix=', flat'",
+     "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
      "adapter.use_rslora=true", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
      "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free", "schedule=cosine"],
 )  # fmt: skip
@@ -484,6 +600,58 @@ def test_gradient_checkpointing_and_offload_change_nothing():
     fast, balanced = lora("fast"), lora("balanced")
     for key in fast:
         assert torch.allclose(fast[key], balanced[key], atol=1e-6), key
+
+
+def test_with_offload_the_unet_goes_to_the_device_when_all_is_encoded(monkeypatch):
+    arrived, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
+
+    def watched(self, *arguments, **settings):
+        if device in arguments:
+            arrived.append(type(self).__name__)
+        return to(self, *arguments, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    train("run", "steps=1", "memory=balanced", "device='cpu:0'")
+    turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel"]
+    assert [name for name in arrived if name in turns][:4] == turns
+
+
+@pytest.fixture
+def own_pictures(pictures, tmp_path):
+    """A copy of the six pictures that a test may change."""
+    return Path(shutil.copytree(pictures, tmp_path / "own"))
+
+
+def reworded(root: Path, old: str, new: str, count: int = 1) -> None:
+    file = root / "metadata.jsonl"
+    file.write_text(file.read_text().replace(old, new, count))
+
+
+def test_a_second_run_encodes_only_what_changed_and_learns_the_same(own_pictures, three_steps, capsys):
+    data = ("steps=3", f"dataset.root={own_pictures}")
+    train("first", *data)
+    assert "encoded 7 of 7 texts and 6 of 6 views of pictures, the rest was in cache\n" in capsys.readouterr().out
+    train("second", *data, "seed=0", "rank=4", "name=second")
+    assert "encoded 0 of 7 texts and 0 of 6 views of pictures" in capsys.readouterr().out
+    assert_same(lora("first"), three_steps)
+    assert_same(load_file("second/lora/second.safetensors"), three_steps)
+    reworded(own_pictures, "HANA_TOFU", "tiny HANA_TOFU")
+    shutil.copy(TOFU / "07.png", own_pictures / "03.png")
+    train("changed", *data)
+    assert "encoded 1 of 7 texts and 1 of 6 views of pictures" in capsys.readouterr().out
+
+
+def test_without_a_cache_nothing_is_kept_and_the_same_is_learnt(three_steps, capsys):
+    train("run", "steps=3", "cache=null")
+    assert_same(lora("run"), three_steps)
+    assert not Path("cache").exists() and "encoded" not in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_base_is_loaded(monkeypatch):
+    monkeypatch.setattr("lora_lab.stages.train.load_base", None)
+    Path("file").write_text("")
+    with pytest.raises(InputError, match=r"file: cannot be written to .*cache=null"):
+        train("run", "cache=file")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):

@@ -117,7 +117,7 @@ def test_lessons_are_a_dataset_that_lora_lab_reads(name, tmp_path):
     write(character, tmp_path)
     dataset = read_dataset(tmp_path)
     assert len(dataset) == 24
-    for caption in (example.caption for example in dataset):
+    for caption in (caption for example in dataset for caption in example.captions):
         assert caption.startswith(f"A {character.trigger} with a") and f"{character.background} background" in caption
         assert "hair" not in caption and "shirt" not in caption
     pixels = np.asarray(Image.open(tmp_path / "00.png")).reshape(-1, 3)

@@ -9,7 +9,7 @@ from lora_lab.base.encode import TextEmbedding
 from lora_lab.config import compose
 from lora_lab.dataset import Sample
 from lora_lab.images.masks import find_masks
-from lora_lab.training.data import Example, TrainingData, fit_pictures, latent_mask
+from lora_lab.training.data import Example, TrainingData, View, fit_pictures, latent_mask
 from lora_lab.training.loss import objective
 
 TEXT = TextEmbedding(torch.zeros(77, 8), torch.zeros(8))
@@ -17,8 +17,8 @@ TEXT = TextEmbedding(torch.zeros(77, 8), torch.zeros(8))
 
 def batches(masks, *overrides, count=8):
     """Batches of two of four examples, whose latents are 0 upright and 1 mirrored."""
-    views = [torch.zeros(4, 2, 2), torch.ones(4, 2, 2)]
-    data = TrainingData([Example("0.png", views, masks, TEXT, torch.zeros(6))] * 4, TEXT, [[0, 1, 2, 3]])
+    views = [View(torch.full((4, 2, 2), float(i)), mask, torch.zeros(6)) for i, mask in enumerate(masks)]
+    data = TrainingData([Example("0.png", [views], [[TEXT]])] * 4, TEXT, [[0, 1, 2, 3]])
     asked = objective(compose(*overrides).loss, {})
     return [
         data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
@@ -34,7 +34,7 @@ def test_a_mask_is_cut_and_scaled_as_its_picture(tmp_path):
         drawing.paste(255, white)
         drawing.save(tmp_path / "masks" / f"{i}.png")
         drawing.convert("RGB").save(tmp_path / f"{i}.png")
-        samples.append(Sample(f"{i}.png", tmp_path / f"{i}.png", ""))
+        samples.append(Sample(f"{i}.png", tmp_path / f"{i}.png", ("",)))
     for fitted in fit_pictures(samples, 128, 16, find_masks(str(tmp_path / "masks"))):
         picture, mask = np.asarray(fitted.picture.convert("L")), np.asarray(fitted.mask)
         assert picture.shape == mask.shape and 0.05 < mask.mean() / 255 < 0.95
@@ -66,12 +66,34 @@ def test_where_nothing_is_to_be_learnt_the_unmasked_weight_is_left():
     for weight, expected in ((0.0, mask), (0.2, torch.tensor([[[1.0, 0.2], [0.6, 0.2]]])), (1.0, torch.ones(1, 2, 2))):
         (batch,) = batches([mask, mask], f"loss.unmasked_weight={weight}", count=1)
         assert torch.allclose(batch.mask, expected.expand(2, 1, 2, 2))
-    assert batches([], count=1)[0].mask is None
+    assert batches([None, None], count=1)[0].mask is None
 
 
 @pytest.mark.parametrize("override", ["loss=plain", "loss=debiased", "loss.huber_c=0.5", "loss=zero_snr"])
 def test_a_sample_brings_the_figures_of_its_timestep(override):
     asked = objective(compose(override).loss, {})
-    for batch in batches([], override):
+    for batch in batches([None, None], override):
         assert torch.equal(batch.weights, asked.weights[batch.timesteps])
         assert torch.equal(batch.huber_c, asked.huber_c[batch.timesteps])
+
+
+def test_a_sample_sees_one_crop_and_reads_one_order_of_one_caption():
+    """Latents, mask and coordinates of the same crop; in time every crop with every text."""
+    crops = [
+        [View(torch.full((4, 2, 2), n), torch.full((1, 2, 2), n / 10), torch.full((6,), n)) for n in (i, i + 0.5)]
+        for i in (0.0, 1.0, 2.0)
+    ]
+    texts = [
+        [TextEmbedding(torch.full((77, 8), n), torch.full((8,), n)) for n in orders] for orders in ([1.0, 2.0], [3.0])
+    ]
+    data = TrainingData([Example("0.png", crops, texts)], TEXT, [[0]])
+    asked, seen = objective(compose().loss, {}), []
+    for step in range(150):
+        batch = data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
+        for i in range(2):
+            latents, text = batch.latents[i].mean().item(), batch.tokens[i].mean().item()
+            assert batch.mask[i].mean().item() == pytest.approx(latents / 10)
+            assert batch.time_ids[i].mean().item() == latents and batch.pooled[i].mean().item() == text
+            seen.append((latents, text))
+    assert len(set(seen)) == 18
+    assert abs([text for _, text in seen].count(3.0) - 150) < 30, "a caption of few orders is read as often as others"

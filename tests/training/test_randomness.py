@@ -4,12 +4,14 @@ import torch
 from lora_lab.config import compose
 from lora_lab.training.randomness import (
     batches_per_epoch,
+    chosen,
     draw,
     generator,
     offset_noise,
     pick,
     pyramid_noise,
     seed_of,
+    shuffled,
     timestep_at,
 )
 
@@ -169,3 +171,36 @@ def test_a_batch_holds_one_size_and_a_short_bucket_is_filled_from_itself():
         assert len(batch) == 4
         assert any(set(batch) <= set(bucket) for bucket in buckets)
     assert {i for batch in batches for i in batch} == set(range(8))
+
+
+def test_choices_are_even_and_drawn_apart():
+    draws = [draw(0, step, 0, (1, 1, 1), LOSS, 0.0) for step in range(3000)]
+    for key in ("crop", "caption", "order"):
+        picked = [chosen(vars(d)[key], "abc") for d in draws]
+        assert all(abs(picked.count(one) - 1000) < 100 for one in "abc")
+    pairs = {(chosen(d.crop, "abc"), chosen(d.caption, "abc"), chosen(d.order, "abc"), d.flip) for d in draws}
+    assert len(pairs) == 54, "every crop meets every caption, order and flip"
+    assert draws[5].crop == draw(0, 5, 0, (4, 8, 8), ALL_ON, 0.5).crop
+    assert len({d.crop for d in (draw(0, 5, i, (1, 1, 1), LOSS, 0) for i in range(9))}) == 9
+
+
+def test_phrases_are_shuffled_behind_those_that_stay():
+    caption = "A HANA_TOFU, with a hat,winking, waving , in the snow"
+    orders = shuffled(caption, 1, 8)
+    assert len(set(orders)) == 8 and all(order.startswith("A HANA_TOFU, ") for order in orders)
+    phrases = ["A HANA_TOFU", "in the snow", "waving", "winking", "with a hat"]
+    assert all(sorted(order.split(", ")) == phrases for order in orders)
+    assert {order.split(", ")[0] for order in shuffled(caption, 0, 40)} == set(phrases)
+    assert orders == shuffled(caption, 1, 8) != shuffled(caption + "!", 1, 8)
+    assert shuffled(caption, 3, 8) == [
+        "A HANA_TOFU, with a hat, winking, waving, in the snow",
+        "A HANA_TOFU, with a hat, winking, in the snow, waving",
+    ]
+    assert shuffled("A HANA_TOFU", 1, 8) == shuffled("A HANA_TOFU", 5, 8) == ["A HANA_TOFU"]
+
+
+def test_a_repeated_picture_comes_as_often_as_it_is_repeated_in_every_epoch():
+    buckets = [[0, 0, 0, 1, 2]]
+    for epoch in range(4):
+        seen = [i for batch in range(5) for i in pick(0, epoch * 5 + batch, buckets, 1)]
+        assert sorted(seen) == buckets[0]
