@@ -8,7 +8,7 @@ from PIL import Image
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
 from lora_lab.images.scan import find_pictures
-from lora_lab.stages.check import inspect, phrases_in_all
+from lora_lab.stages.check import check, inspect, phrases_in_all
 
 TRIGGER = "HANA_TOFU"
 
@@ -186,3 +186,15 @@ def test_only_a_folder_without_pictures_stops_the_check(root):
 )
 def test_words_in_every_caption_are_found_as_phrases(captions, phrases):
     assert phrases_in_all(captions, "T") == phrases
+
+
+def test_every_caption_of_a_picture_is_checked_as_training_dresses_it(root, composed):
+    for i in range(2):
+        drawing(i).save(root / f"{i}.png")
+    write(root, {"0.png": ["HANA_TOFU", "a block"], "1.png": "a HANA_TOFU " + "x " * 66})
+    asked = ("stage=check", f"dataset.root={root}")
+    found = check(composed(*asked), root.parent / "run").findings
+    assert (found.captions, found.without_trigger, found.too_long) == (3, ["0.png"], {})
+    dressed = ("dataset.caption_prefix='{trigger},'", "dataset.caption_suffix='by somebody with a long, long name'")
+    found = check(composed(*asked, *dressed), root.parent / "run").findings
+    assert found.without_trigger == [] and found.too_long["1.png"] > 77
