@@ -573,6 +573,8 @@ def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(m
 
 def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
     """Computed again from the base's files, for one picture at a time and at one timestep at a time."""
+    from lora_lab.base.cache import Cache
+    from lora_lab.base.encode import Encoder
     from lora_lab.base.load import load_base
     from lora_lab.training.data import encode_dataset
     from lora_lab.training.plan import make_plan
@@ -582,14 +584,16 @@ def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
     plan = make_plan(config, Path("none"))
     pipe = load_base(config.model, plan.device)
     errors = []
-    for example in encode_dataset(pipe, plan.samples, plan.pictures, False, plan.device).examples:
+    encoder = Encoder(pipe, plan.device, Cache(None), offload=False)
+    for example in encode_dataset(plan.samples, plan.crops, plan.texts, False, encoder).examples:
+        view, text = example.crops[0][0], example.texts[0][0]
         for t in (300, 600, 900):
-            noise = torch.randn(example.latents[0].shape, generator=generator("validation", example.name, t))
+            noise = torch.randn(view.latents.shape, generator=generator("validation", example.name, t))
             kept = pipe.scheduler.alphas_cumprod[t]
-            noisy = kept.sqrt() * example.latents[0] + (1 - kept).sqrt() * noise
-            conditions = {"text_embeds": example.text.pooled[None], "time_ids": example.time_ids[None]}
+            noisy = kept.sqrt() * view.latents + (1 - kept).sqrt() * noise
+            conditions = {"text_embeds": text.pooled[None], "time_ids": view.time_ids[None]}
             with torch.no_grad():
-                predicted = pipe.unet(noisy[None], t, example.text.tokens[None], added_cond_kwargs=conditions).sample
+                predicted = pipe.unet(noisy[None], t, text.tokens[None], added_cond_kwargs=conditions).sample
             errors.append((predicted[0] - noise).square().mean().item())
     assert validation(measured)[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
