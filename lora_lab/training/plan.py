@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from peft import LoraConfig
+from peft import PeftConfig
 
-from lora_lab.adapters.wear import MODELS
+from lora_lab.adapters import fresh
+from lora_lab.adapters.wear import MODELS, find_lora
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit
@@ -29,7 +30,8 @@ class Plan:
     samples: list[Sample]
     pictures: list[Fitted]  # of the samples, in their order
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-    adapter: LoraConfig
+    adapter: PeftConfig
+    start: Path | None  # the LoRA file that the adapter begins with
     device: torch.device
     dtype: torch.dtype  # of the frozen base
     goes_on: Path | None  # the checkpoint to go on from
@@ -52,9 +54,12 @@ def make_plan(config: Config, folder: Path) -> Plan:
     masks = find_masks(config.loss.mask)
     if config.loss.masks == "folder":
         hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
-    adapter = from_library("adapter", config.adapter)
-    if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
-        raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
+    # Without patterns peft wants an empty dict, which Hydra would let nobody add to.
+    adapter = from_library("adapter", {key: {} if value is None else value for key, value in config.adapter.items()})
+    start = find_lora(config.stage.start_from, "stage.start_from") if config.stage.start_from else None
+    fresh.refuse_unfit(adapter, config.adapter, config.stage.lora_plus_ratio, start)
+    if start:
+        hashes["start"] = hash_files(start)
     recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
@@ -63,6 +68,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
         pictures=fit_pictures(samples, config.model.resolution, config.model.bucket_step, masks),
         make_optimizer=from_library("optimizer", config.optimizer),
         adapter=adapter,
+        start=start,
         device=device,
         dtype=pick_dtype(config.model.precision, device),
         goes_on=goes_on,
@@ -102,6 +108,8 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
         "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
         "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
     }
+    if plan.start:
+        lines["starts"] = f"with {plan.start}"
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
     if plan.goes_on:
@@ -134,6 +142,7 @@ def _recipe(config: Config) -> dict:
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
         **{
-            f"stage.{key}": getattr(stage, key) for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout")
+            f"stage.{key}": getattr(stage, key)
+            for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout", "lora_plus_ratio")
         },
     }
