@@ -131,6 +131,7 @@ def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
 def _recipe(config: Config) -> dict:
     stage, model = config.stage, config.model
     return {
+        "start": None,  # the hash of the file that training began with takes its place
         "adapter": config.adapter,
         "optimizer": config.optimizer,
         "schedule": vars(config.schedule),

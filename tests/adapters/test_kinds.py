@@ -13,7 +13,7 @@ from sdxl_structure import NARROW, outputs, pipeline
 from lora_lab.adapters import fresh
 from lora_lab.adapters.files import describe, kohya_state, network_notes, save_lora
 from lora_lab.adapters.wear import worn
-from lora_lab.config import compose
+from lora_lab.config import CONF, compose
 from lora_lab.errors import InputError
 from lora_lab.training.plan import from_library
 
@@ -225,6 +225,23 @@ def refuse(*overrides, start=None, **more):
 def test_an_adapter_that_no_file_can_hold_is_refused_before_anything_is_loaded(overrides, more, named):
     with pytest.raises(InputError, match=named):
         refuse(*overrides, **more)
+
+
+@pytest.mark.parametrize("option", sorted(file.stem for file in CONF.glob("adapter/*.yaml")))
+def test_every_key_of_an_option_reaches_peft(option):
+    before = compose(f"adapter={option}").adapter
+    shares = [f"adapter.{key}=0.3" for key in before if key.endswith("dropout")]
+    flags = [f"adapter.{key}={str(not value).lower()}" for key, value in before.items() if isinstance(value, bool)]
+    patterns = ["adapter.rank_pattern={attn2.to_q: 3}", "adapter.alpha_pattern={.*to_k: 5}"]
+    asked = [f"adapter={option}", "adapter.r=7", "adapter.target_modules=.*to_q", *shares, *flags, *patterns]
+    settings = compose(*asked).adapter
+    made = from_library("adapter", settings)
+    assert {key: getattr(made, key) for key in settings if key != "_target_"} | {
+        "_target_": f"peft.{type(made).__name__}"
+    } == settings
+    assert settings["rank_pattern"] == {"attn2.to_q": 3} and settings["r"] == 7
+    if option != "pissa":  # which asks for DoRA here
+        fresh.refuse_unfit(made, settings, 1.0, None)
 
 
 def test_pissa_says_what_it_cannot_begin_with():
