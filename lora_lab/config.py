@@ -287,9 +287,11 @@ class Convert(Stage):
 
 @dataclass
 class Train(Stage):
+    start_from: str | None
     gradient_accumulation: int
     capture: bool
     max_grad_norm: float | None
+    lora_plus_ratio: float
     caption_dropout: float
     ema_decay: float
     checkpoint_every: int
@@ -305,6 +307,7 @@ class Train(Stage):
     def __post_init__(self) -> None:
         _at_least(self, "stage.", gradient_accumulation=1, max_grad_norm=0)
         _at_least(self, "stage.", checkpoint_every=0, keep_checkpoints=1, validate_every=0, validation_loss_every=0)
+        _above(self, "stage.", lora_plus_ratio=0)
         _one_of("stage.save_dtype", self.save_dtype, ("fp32", "fp16", "bf16"))
         _share("stage.caption_dropout", self.caption_dropout)
         if self.validation_root and not self.validation_loss_every:
@@ -397,6 +400,7 @@ class Config:
 
 
 OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/
+PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
 
 STAGES: dict[str, type[Stage]] = {
     "check": Check,
@@ -449,7 +453,7 @@ def composed(overrides: list[str]) -> DictConfig:
     if all(choices.get(group) for group in OPEN):
         known = _keys_of_options((*(f"{group}={choices[group]}" for group in OPEN), *search))
         for key in keys_of(OmegaConf.to_container(cfg)):
-            if key.partition(".")[0] in OPEN and key not in known:
+            if key.partition(".")[0] in OPEN and key not in known and not key.startswith(PATTERNS):
                 where = f"in experiment/{choices.experiment}.yaml: " if choices.get("experiment") else ""
                 raise InputError(where + unknown_key(key, known, KEYS_OF_STAGES))
     return cfg

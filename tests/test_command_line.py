@@ -64,7 +64,7 @@ def refused(answer, *words):
         ("+optimizer.foo=1", ["+optimizer.foo=1: no such key; optimizer has", "betas"]),
         ("++optimizer.foo=1", ["no such key; optimizer has"]),
         ("~optimizer.eps", ["optimizer.eps is part of every run"]),
-        ("adapter={rnk:3}", ["adapter={rnk:3}", "lora_ff"]),
+        ("adapter={rnk:3}", ["adapter={rnk:3}", "lokr"]),
         ("sampler.scheduler={x:3}", ["sampler.scheduler.x: no such key"]),
         ("hydra.foo=1", ["hydra.foo: no such key"]),
         # options

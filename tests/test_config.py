@@ -39,8 +39,11 @@ def test_every_option_composes_and_is_what_its_file_says(composed, group, option
         assert type(config.stage) is STAGES[option]
     said = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8"))
     said = {key: value for key, value in said.items() if key != "defaults"}
-    if (CONF / group / f"{option}.yaml").read_text(encoding="utf-8").startswith("# @package _global_"):
+    package = re.match(r"# @package (\w+)", (CONF / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    if package and package[1] == "_global_":
         got = {key: getattr(config, key) for key in said}
+    elif package:
+        got = getattr(config, package[1])
     else:
         got = {group: getattr(config, group)}
         said = {group: said}

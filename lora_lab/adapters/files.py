@@ -1,11 +1,14 @@
-"""The LoRA file: kohya's keys, which diffusers, ComfyUI, AUTOMATIC1111, Forge and kohya's tools all load."""
+"""The LoRA file: kohya's keys, which diffusers, ComfyUI, AUTOMATIC1111, Forge and kohya's tools all load.
+
+LoHa and LoKr have LyCORIS's keys in it, and DoRA its magnitudes: docs/lora-file.md says who reads those."""
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,42 +18,199 @@ from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
 
 PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-SUFFIX = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+LEAVES |= {leaf: leaf for leaf in (*HADAMARD, *KRONECKER)}
+SCALED = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the tensor of a layer that takes a change of scale
+START = "start"  # the frozen adapter that takes away what a PiSSA adapter began with: adapters/fresh.py
 
 
 def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[str, Tensor]:
-    """The LoRA of `parts` ("unet", "text_encoder", "text_encoder_2" -> module with a peft adapter) in kohya's keys.
+    """The adapter of `parts` ("unet", "text_encoder", "text_encoder_2" -> module with it) in kohya's keys.
 
     alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r.
-    Each part has one alpha, since diffusers drops differing ones; where a pattern sets more, the up matrices take it.
-    transformers 5 dropped "text_model." from the first encoder's names; every other program expects it.
-    Raises InputError for what the format does not know (DoRA's magnitudes, biases)."""
+    Each LoRA part has one alpha, since diffusers drops differing ones; where a pattern sets more, the up matrices take
+    it. transformers 5 dropped "text_model." from the first encoder's names; every other program expects it.
+    Raises InputError for what the format does not know (biases)."""
     state = {}
     for part, model in parts.items():
         common = None
-        for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
-            suffix = next((s for s in SUFFIX if key.endswith(s)), None)
-            if suffix is None:
-                raise InputError(f"adapter: {key} has no place in a LoRA file, only LoRA matrices do: see conf/adapter")
-            module = key.removesuffix(suffix)
+        for module, leaves in _layers(model, adapter).items():
             layer = model.get_submodule(module)
-            alpha = float(layer.scaling[adapter] * layer.r[adapter])
-            common = common or alpha
-            if suffix == ".lora_B.weight":
-                value = value * (alpha / common)
+            scaling, rank = layer.scaling[adapter], layer.r[adapter]
+            if "lora_up.weight" in leaves:
+                if START in layer.r and adapter == "default":
+                    leaves, rank = _since_start(leaves, layer), 2 * rank
+                common = common or float(scaling * rank)
+                alpha, left = common, scaling * rank / common
+            elif {"lokr_w1", "lokr_w2"} <= leaves.keys():
+                alpha, left = float(rank), scaling  # readers take two whole factors without a scale
+            else:
+                alpha, left = float(scaling * rank), 1.0
             if part != "unet" and not module.startswith("text_model."):
                 module = "text_model." + module
             name = f"{PREFIX[part]}_{module.replace('.', '_')}"
-            state[name + SUFFIX[suffix]] = value.detach().cpu().contiguous()
-            state[name + ".alpha"] = torch.tensor(common)
+            for leaf, value in leaves.items():
+                value = value * left if leaf in SCALED and left != 1 else value
+                state[f"{name}.{leaf}"] = value.detach().cpu().contiguous()
+            state[f"{name}.alpha"] = torch.tensor(alpha)
     return state
 
 
+def _layers(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
+    """Module name to its adapter's tensors, by their names in the file."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
+        leaf = next((leaf for leaf in LEAVES if key.endswith(f".{leaf}")), None)
+        if leaf is None:
+            raise InputError(f"adapter: {key} has no place in a LoRA file, only an adapter's matrices do: conf/adapter")
+        if leaf == "lora_magnitude_vector":  # one number an output, beside the axes of the weight as LyCORIS has it
+            value = value.reshape(-1, *[1] * (model.get_submodule(key.removesuffix(f".{leaf}")).weight.ndim - 1))
+        layers.setdefault(key.removesuffix(f".{leaf}"), {})[LEAVES[leaf]] = value
+    return layers
+
+
+def _since_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
+    """B A - B0 A0 as one LoRA of twice the rank: (B - B0) A + B0 (A - A0). In either product one factor is small, so
+    that rounding to half precision costs the difference no more than it costs any LoRA."""
+    down, up = leaves["lora_down.weight"].float(), leaves["lora_up.weight"].float()
+    first_down, first_up = layer.lora_A[START].weight.float(), -layer.lora_B[START].weight.float()
+    return {
+        "lora_down.weight": torch.cat([down, down - first_down]),
+        "lora_up.weight": torch.cat([up - first_up, first_up], dim=1),
+    }
+
+
+def peft_state(model: nn.Module, state: dict[str, Tensor], adapter: str = "default") -> dict[str, Tensor]:
+    """kohya_state backwards: what set_peft_model_state_dict puts into `adapter` of the UNet `model`.
+
+    The adapter may have another alpha than the file: the product stays what the file says."""
+    theirs = {leaf: ours for ours, leaf in LEAVES.items()}
+    tensors = {}
+    for module, leaves in layers_of(model, state).items():
+        layer, alpha = model.get_submodule(module), leaves.pop("alpha")
+        rank = rank_of(leaves)
+        left = (alpha.item() / rank if rank else 1.0) / layer.scaling[adapter]
+        for leaf, value in leaves.items():
+            value = value * left if leaf in SCALED and left != 1 else value
+            if leaf == "dora_scale":
+                value = value.reshape(layer.lora_magnitude_vector[adapter].weight.shape)
+            tensors[f"{module}.{theirs[leaf]}"] = value
+    return tensors
+
+
+def layers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module name in the UNet `model` to its tensors in a file. Raises ValueError for one that `model` has not."""
+    names = {f"{PREFIX['unet']}_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        stem, _, leaf = key.partition(".")
+        if stem not in names or leaf not in (*LEAVES.values(), "alpha"):
+            raise ValueError(f"the UNet of this base has no place for {key}")
+        layers.setdefault(names[stem], {})[leaf] = value
+    for leaves in layers.values():
+        rank = rank_of(leaves)
+        leaves.setdefault("alpha", torch.tensor(float(rank or 1)))
+    return layers
+
+
+def rank_of(leaves: dict[str, Tensor]) -> int | None:
+    """The inner dimension of a layer's tensors; None where LoKr's factors are whole."""
+    inner = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    return next((leaves[leaf].shape[0] for leaf in inner if leaf in leaves), None)
+
+
+def config_of(model: nn.Module, state: dict[str, Tensor], factor: int) -> PeftConfig:
+    """The peft configuration whose adapter of `model` has the shapes and scales of `state`: DoRA, LoHa or LoKr.
+
+    `factor` is the one number that LoKr's shapes do not tell (decompose_factor)."""
+    layers = layers_of(model, state)
+    whole = {m: max(t["lokr_w1"].shape + t["lokr_w2"].shape) for m, t in layers.items() if not rank_of(t)}
+    ranks = {module: whole.get(module) or rank_of(tensors) for module, tensors in layers.items()}
+    alphas = {module: whole.get(module) or tensors["alpha"].item() for module, tensors in layers.items()}
+    leaves = {leaf for tensors in layers.values() for leaf in tensors}
+    common = {
+        "target_modules": "|".join(map(re.escape, layers)),
+        "rank_pattern": _pattern(ranks),
+        "alpha_pattern": _pattern(alphas),
+    }
+    if "dora_scale" in leaves:
+        return LoraConfig(use_dora=True, **common)
+    if leaves & set(HADAMARD):
+        return LoHaConfig(use_effective_conv2d="hada_t1" in leaves, **common)
+    return LoKrConfig(
+        use_effective_conv2d="lokr_t2" in leaves,
+        decompose_both="lokr_w1_a" in leaves,
+        decompose_factor=factor,
+        **common,
+    )
+
+
+def _pattern(values: dict[str, float]) -> dict[str, float]:
+    """One regular expression for all modules of a value: peft tries every pattern on every module."""
+    modules: dict[float, list[str]] = {}
+    for module, value in values.items():
+        modules.setdefault(value, []).append(re.escape(module))
+    return {"|".join(names): value for value, names in modules.items()}
+
+
+def kind_of(keys: Iterable[str]) -> str:
+    """What a file with these keys holds: LoRA, DoRA, LoHa or LoKr."""
+    leaves = {key.partition(".")[2] for key in keys}
+    if leaves & set(HADAMARD):
+        return "LoHa"
+    return "LoKr" if leaves & set(KRONECKER) else "DoRA" if "dora_scale" in leaves else "LoRA"
+
+
+def describe(state: dict[str, Tensor]) -> str:
+    """'LoRA of rank 4 in 32 layers'."""
+    layers = _by_layer(state)
+    ranks = sorted({rank for leaves in layers if (rank := rank_of(leaves))})
+    rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+    return f"{kind_of(state)}{rank} in {len(layers)} layers"
+
+
+def network_notes(config: PeftConfig, state: dict[str, Tensor], lora_plus_ratio: float) -> dict[str, str]:
+    """The metadata that says what kind of adapter `state` is, in the words of kohya's scripts and of LyCORIS."""
+    kind, layers = kind_of(state), _by_layer(state)
+    ranked = [leaves for leaves in layers if rank_of(leaves)]
+    ranks = {rank_of(leaves) for leaves in ranked} or {config.r}
+    alphas = {leaves["alpha"].item() for leaves in ranked} or {float(config.r)}
+    dim, alpha = (str(found.pop()) if len(found) == 1 else "Dynamic" for found in (ranks, alphas))
+    args: dict[str, object] = {}
+    if kind == "DoRA":
+        args = {"algo": "lora", "dora_wd": True, "wd_on_output": True}
+    elif kind != "LoRA":
+        args = {"algo": kind.lower(), "use_tucker": config.use_effective_conv2d}
+    if kind == "LoKr":
+        args |= {"factor": config.decompose_factor, "decompose_both": config.decompose_both}
+    if any(value.ndim == 4 for value in state.values()):
+        args |= {"conv_dim": dim, "conv_alpha": alpha}
+    if lora_plus_ratio != 1:
+        args["loraplus_lr_ratio"] = lora_plus_ratio
+    notes = {
+        "ss_network_module": "networks.lora" if kind == "LoRA" else "lycoris.kohya",
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
+    }
+    return notes | ({"ss_network_args": json.dumps({k: str(v) for k, v in args.items()})} if args else {})
+
+
+def _by_layer(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        stem, _, leaf = key.partition(".")
+        layers.setdefault(stem, {})[leaf] = value
+    return list(layers.values())
+
+
 def metadata(
-    *, name: str, base: str, trigger: str, rank: int, alpha: float, lr: float, steps: int, batch_size: int, seed: int,
+    *, name: str, base: str, trigger: str, network: dict[str, str], lr: float, steps: int, batch_size: int, seed: int,
     resolution: int, captions: list[str], loss: Loss, dataset_hash: str, base_hash: str,
 ) -> dict[str, str]:  # fmt: skip
-    """What other programs show of the file; every value is a string, as safetensors asks. `loss` is settled.
+    """What other programs show of the file; every value is a string, as safetensors asks. `loss` is settled, and
+    `network` is what network_notes says of the adapter.
 
     `ss_*` are kohya's keys: Forge lists a file for SDXL only if ss_base_model_version starts with "sdxl_", and offers
     the words of ss_tag_frequency. `modelspec.*` is Stability's specification 1.0.0."""
@@ -67,9 +227,7 @@ def metadata(
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_sd_model_name": base,
         "ss_sd_model_hash": base_hash,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
+        **network,
         "ss_learning_rate": str(lr),
         "ss_steps": str(steps),
         "ss_max_train_steps": str(steps),

@@ -7,14 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
+from peft import set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
+from lora_lab.adapters.files import config_of, kind_of, peft_state
 from lora_lab.errors import InputError
 
 MODELS = Path("models") / "lora"  # beside where the user works
 
 
-def find_lora(value: str) -> Path:
-    """The file that `lora=` means: a file, a name in models/lora, or a run folder. Raises InputError."""
+def find_lora(value: str, key: str = "lora") -> Path:
+    """The file that `key`=`value` means: a file, a name in models/lora, or a run folder. Raises InputError."""
     path = Path(value)
     if path.is_file():
         return path
@@ -28,14 +33,16 @@ def find_lora(value: str) -> Path:
         for file in inside:
             if file.is_file():
                 return file
-        raise InputError(f"lora={value}: this folder has no finished LoRA (neither result.json nor lora/*.safetensors)")
+        raise InputError(
+            f"{key}={value}: this folder has no finished LoRA (neither result.json nor lora/*.safetensors)"
+        )
     named = MODELS / f"{value}.safetensors"
     if named.is_file():
         return named
     names = sorted(f.stem for f in MODELS.glob("*.safetensors"))
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{MODELS} has {', '.join(names) or 'none yet: train one'}"
-    raise InputError(f"lora={value}: no such file, run folder or name; {hint}")
+    raise InputError(f"{key}={value}: no such file, run folder or name; {hint}")
 
 
 @contextmanager
@@ -56,7 +63,8 @@ def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0
         if training:
             pipe.delete_adapters("worn")
             pipe.unet.enable_adapters()
-            pipe.unet.set_adapter(active)
+            pipe.unet.set_adapter(active)  # asks for gradients of all of these
+            pipe.unet.requires_grad_(False)
             for parameter in training:
                 parameter.requires_grad_(True)
         elif lora is not None and weight:
@@ -65,11 +73,23 @@ def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0
 
 def _put_on(pipe: StableDiffusionXLPipeline, lora: Path, weight: float) -> None:
     try:
-        # Without use_safetensors a damaged file would be tried as a pickle.
-        pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="worn", use_safetensors=True)
+        with safe_open(str(lora), "pt") as file:
+            kind, notes = kind_of(file.keys()), file.metadata() or {}
+        if kind == "LoRA":
+            # Without use_safetensors a damaged file would be tried as a pickle.
+            pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="worn", use_safetensors=True)
+        else:  # diffusers refuses LoHa and LoKr, and reads DoRA without its magnitudes
+            _put_in(pipe, load_file(str(lora)), notes)
         pipe.set_adapters(["worn"], [weight])
     except Exception as error:  # a file that does not fit makes diffusers and peft raise nearly anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{lora}: does not fit this base as a LoRA ({' '.join(lines[:2])[:200]})") from error
     if "worn" in pipe.get_list_adapters().get("unet", []):  # a file may be about the text encoders alone
         pipe.unet.enable_adapters()
+
+
+def _put_in(pipe: StableDiffusionXLPipeline, state: dict[str, Tensor], notes: dict[str, str]) -> None:
+    factor = int(json.loads(notes.get("ss_network_args", "{}")).get("factor", -1))
+    pipe.unet.add_adapter(config_of(pipe.unet, state, factor), "worn")
+    pipe.unet.requires_grad_(False)
+    set_peft_model_state_dict(pipe.unet, peft_state(pipe.unet, state, "worn"), "worn")

@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from lora_lab.adapters.files import keep_older, kohya_state, metadata, same_tensors, save_lora
+from lora_lab.adapters.files import keep_older, kohya_state, metadata, network_notes, same_tensors, save_lora
+from lora_lab.adapters.fresh import DROPOUTS, begin, begin_with
 from lora_lab.adapters.fused import fuse
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.cache import Cache
@@ -21,7 +22,6 @@ from lora_lab.base.prediction import settle
 from lora_lab.config import Config, Loss
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
-from lora_lab.errors import InputError
 from lora_lab.runs import refuse_used, write_atomically, write_manifest
 from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, encode_dataset
@@ -79,9 +79,13 @@ def train(config: Config, folder: Path) -> TrainResult:
     asked = objective(config.loss, pipe.scheduler.config)
     job = start_job(pipe.unet, asked, config, plan)
     done = load_checkpoint(plan.goes_on, job) if plan.goes_on else 0
-    shown = (
-        f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"  # tells the jobs of a sweep apart
-    )
+    if plan.start and not plan.goes_on:
+        with job.learnt.exact():
+            begin_with(pipe, plan.start)
+        if job.average is not None:
+            job.average.copy_(job.learnt.master.detach())
+    # Tells the jobs of a sweep apart.
+    shown = f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
         lora = learn(job, data, measured, done, Keep(job, config, plan, folder), look, track)
@@ -107,22 +111,15 @@ def train(config: Config, folder: Path) -> TrainResult:
 def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan: Plan) -> Job:
     """Put a fresh adapter into `unet`, and make what trains it."""
     torch.manual_seed(seed_of(config.seed, "adapter"))
-    try:
-        unet.add_adapter(plan.adapter)
-    except ValueError as error:
-        raise InputError(f"adapter: {str(error).splitlines()[0][:200]}") from error
+    begin(unet, plan.adapter)
     # Only dropout draws in a step. Its state is kept for recomputing at the price of a wait a block, which also
     # rules out a graph.
-    dropout = bool(config.adapter.get("lora_dropout"))
+    dropout = any(config.adapter.get(key) for key in DROPOUTS)
     if config.memory.gradient_checkpointing:
         unet.enable_gradient_checkpointing(
             lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
-    # All lora_A, then all lora_B: so those of q, k and v are neighbours.
-    trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-    learnt = Flat([p for _, p in sorted(trained, key=lambda each: ".lora_B." in each[0])], plan.dtype)
-    fuse(unet, learnt)
-    optimizer = plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
+    learnt, optimizer = learner(unet, plan, config.stage.lora_plus_ratio)
     if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
         optimizer.train()
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
@@ -143,6 +140,28 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
     )
 
 
+def learner(unet: UNet2DConditionModel, plan: Plan, ratio: float) -> tuple[Flat, torch.optim.Optimizer]:
+    """What of `unet` learns, and its optimizer.
+
+    Where `ratio` is not 1 the B matrices have a learning rate of their own: `ratio` times the others' (LoRA+, Hayou et
+    al. 2024)."""
+    named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    # The B matrices behind all others: so those of q, k and v are neighbours.
+    first, second = ([p for name, p in named if (".lora_B." in name) == is_b] for is_b in (False, True))
+    learnt = Flat([*first, *second], plan.dtype)
+    fuse(unet, learnt)
+    if ratio == 1:
+        return learnt, plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
+    if plan.elementwise:
+        groups = [[piece] for piece in learnt.pieces(len(first))]
+    else:
+        matrices = learnt.matrices()
+        groups = [matrices[: len(first)], matrices[len(first) :]]
+    optimizer = plan.make_optimizer([{"params": group} for group in groups])
+    optimizer.param_groups[1]["lr"] *= ratio
+    return learnt, optimizer
+
+
 @dataclass(frozen=True)
 class Keep:
     """What a run leaves behind as it goes: LoRA files and checkpoints."""
@@ -158,7 +177,8 @@ class Keep:
         file = self.folder / "lora" / f"{name}.safetensors"
         with self.job.finished(), self.job.learnt.exact():
             state = kohya_state({"unet": self.job.unet})
-        return save_lora(file, state, dtype, notes_for(self.config, self.plan, self.job.asked.settings, step))
+        network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
+        return save_lora(file, state, dtype, notes_for(self.config, self.plan, self.job.asked.settings, step, network))
 
     def checkpoint(self, step: int) -> None:
         save_checkpoint(self.folder, step, self.job, self.plan.recipe)
@@ -225,14 +245,13 @@ def learn(
     return lora
 
 
-def notes_for(config: Config, plan: Plan, loss: Loss, step: int) -> dict[str, str]:
+def notes_for(config: Config, plan: Plan, loss: Loss, step: int, network: dict[str, str]) -> dict[str, str]:
     """The metadata of the LoRA file after `step` steps of the settled `loss`."""
     return metadata(
         name=config.name,
         base=config.model.base,
         trigger=config.trigger,
-        rank=config.rank,
-        alpha=config.adapter.get("lora_alpha") or config.rank,
+        network=network,
         lr=config.rate,
         steps=step,
         batch_size=config.batch_size,

@@ -44,6 +44,14 @@ class Flat:
         leaf.grad = self._gradient[start:end].view(shape)
         return leaf
 
+    def pieces(self, count: int) -> list[nn.Parameter]:
+        """The master of the first `count` parameters and that of the others, for an optimizer with two groups."""
+        end = sum(p.numel() for p in self.parameters[:count])
+        halves = [nn.Parameter(half) for half in (self.master.detach()[:end], self.master.detach()[end:])]
+        for half, gradient in zip(halves, (self.master.grad[:end], self.master.grad[end:]), strict=True):
+            half.grad = gradient
+        return halves
+
     def collect(self) -> None:
         """After a backward pass: add its gradients to the master's, and make room for the next."""
         if not self._alike:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from peft import LoraConfig
+from peft import PeftConfig
 
-from lora_lab.adapters.wear import MODELS
+from lora_lab.adapters import fresh
+from lora_lab.adapters.wear import MODELS, find_lora
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit
@@ -37,7 +38,8 @@ class Plan:
     elementwise: bool  # whether that may be given all that learns as one tensor
     held_out: list[Sample]  # of stage.validation_root; [] without one
     held_out_pictures: list[Fitted]  # of those, in their order
-    adapter: LoraConfig
+    adapter: PeftConfig
+    start: Path | None  # the LoRA file that the adapter begins with
     device: torch.device
     dtype: torch.dtype  # of the frozen base
     goes_on: Path | None  # the checkpoint to go on from
@@ -62,9 +64,12 @@ def make_plan(config: Config, folder: Path) -> Plan:
     masks = find_masks(config.loss.mask)
     if config.loss.masks == "folder":
         hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
-    adapter = from_library("adapter", config.adapter)
-    if not isinstance(adapter, LoraConfig) or adapter.use_dora or adapter.bias != "none" or adapter.r < 1:
-        raise InputError("adapter: only plain LoRA with adapter.r of at least 1 fits the file that loads everywhere")
+    # Without patterns peft wants an empty dict, which Hydra would let nobody add to.
+    adapter = from_library("adapter", {key: {} if value is None else value for key, value in config.adapter.items()})
+    start = find_lora(config.stage.start_from, "stage.start_from") if config.stage.start_from else None
+    fresh.refuse_unfit(adapter, config.adapter, config.stage.lora_plus_ratio, start)
+    if start:
+        hashes["start"] = hash_files(start)
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
     held_out = []
@@ -89,6 +94,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
         make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
         elementwise=config.optimizer["elementwise"],
         adapter=adapter,
+        start=start,
         device=device,
         dtype=pick_dtype(config.model.precision, device),
         goes_on=goes_on,
@@ -138,6 +144,8 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
         "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
         "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
     }
+    if plan.start:
+        lines["starts"] = f"with {plan.start}"
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
     if settings.validation_loss_every:
@@ -182,6 +190,7 @@ def settled_optimizer(settings: dict, device: torch.device) -> dict:
 def _recipe(config: Config) -> dict:
     stage, model = config.stage, config.model
     return {
+        "start": None,  # the hash of the file that training began with takes its place
         "adapter": config.adapter,
         "optimizer": config.optimizer,
         "schedule": vars(config.schedule),
@@ -195,6 +204,12 @@ def _recipe(config: Config) -> dict:
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
         **{
             f"stage.{key}": getattr(stage, key)
-            for key in ("gradient_accumulation", "max_grad_norm", "caption_dropout", "ema_decay")
+            for key in (
+                "gradient_accumulation",
+                "max_grad_norm",
+                "caption_dropout",
+                "ema_decay",
+                "lora_plus_ratio",
+            )
         },
     }

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from lora_lab.adapters.files import START
 from lora_lab.errors import InputError
 from lora_lab.training.step import Job
 
@@ -30,6 +31,9 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
     with job.learnt.exact():
         adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(job.unet).items()}
     save_file(adapter, str(temporary / "adapter.safetensors"))
+    if START in job.unet.peft_config:
+        start = get_peft_model_state_dict(job.unet, adapter_name=START)
+        save_file({k: v.detach().cpu().contiguous() for k, v in start.items()}, str(temporary / "start.safetensors"))
     state = {part: getattr(job, part).state_dict() for part in STATEFUL} | {"average": job.average}
     torch.save(state, temporary / "optimizer.pt")
     (temporary / "training.json").write_text(json.dumps({"step": step, "recipe": recipe}, indent=2), encoding="utf-8")
@@ -55,6 +59,8 @@ def load_checkpoint(checkpoint: Path, job: Job) -> int:
     """Restore what learns; returns the number of steps done."""
     with job.learnt.exact():
         set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "adapter.safetensors")))
+    if START in job.unet.peft_config:  # another machine may have found other singular vectors
+        set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "start.safetensors")), START)
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     for part in STATEFUL:
         getattr(job, part).load_state_dict(state[part])

@@ -117,12 +117,14 @@ DATA = "dataset.flip=true dataset.shuffle_captions=true dataset.keep_tokens=0 da
 @pytest.mark.parametrize(
     "how",
     [
-        "schedule=cosine",
+        "schedule=cosine stage.lora_plus_ratio=16",
         "optimizer=adamw8bit",
         "optimizer=schedule_free",
         "stage.ema_decay=0.9",
         f"adapter.lora_dropout=0.5 {NOISE}",
         DATA,
+        "adapter=pissa",
+        "adapter=lokr adapter.module_dropout=0.5",
     ],
 )
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
@@ -467,10 +469,12 @@ def three_steps(uninterrupted):
     "change",
     ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
      "stage.caption_dropout=1.0", "dataset.flip=true", "dataset.shuffle_captions=true",
-     "dataset.caption_prefix='a drawing of'", "dataset.caption_suffix=', flat'",
-     "schedule.warmup=2", "adapter=lora_ff", "adapter.lora_alpha=2",
-     "adapter.use_rslora=true", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
-     "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free", "schedule=cosine"],
+     "dataset.caption_prefix='a drawing of'", "dataset.caption_suffix=', flat'", "schedule.warmup=2",
+     "adapter.lora_alpha=2", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
+     "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free", "schedule=cosine",
+     "targets=ff", "targets=all", "adapter.target_modules=.*attn2.*to_q", "adapter.rank_pattern={to_q: 2}",
+     "adapter.alpha_pattern={to_q: 1}", "adapter.lora_dropout=0.5", "adapter=rslora", "adapter=dora", "adapter=pissa",
+     "adapter=loha", "adapter=lokr", "stage.lora_plus_ratio=16"],
 )  # fmt: skip
 def test_an_option_changes_what_is_learnt(change, three_steps):
     train("changed", "steps=3", change)
@@ -596,6 +600,71 @@ def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
                 predicted = pipe.unet(noisy[None], t, text.tokens[None], added_cond_kwargs=conditions).sample
             errors.append((predicted[0] - noise).square().mean().item())
     assert validation(measured)[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["dora", "pissa", "loha", "lokr"])
+def test_an_option_of_an_adapter_changes_what_is_learnt(adapter):
+    asked = ("steps=1", f"adapter={adapter}", "targets=ff" if adapter == "pissa" else "targets=all")
+    train("plain", *asked)
+    changes = {
+        "dora": ["adapter.use_rslora=true", "adapter.alpha_pattern={to_q: 1}"],
+        "pissa": ["adapter.init_lora_weights=pissa_niter_1", "adapter.lora_dropout=0.5"],
+        "loha": ["adapter.alpha=2", "adapter.rank_dropout=0.5", "adapter.use_effective_conv2d=true"],
+        "lokr": ["adapter.decompose_factor=2", "adapter.decompose_both=true", "adapter.init_weights=lycoris"],
+    }
+    for i, change in enumerate(changes[adapter]):
+        train(f"{i}", *asked, change)
+        plain, changed = lora("plain"), lora(f"{i}")
+        same = plain.keys() == changed.keys() and all(
+            plain[key].shape == changed[key].shape and torch.equal(plain[key], changed[key]) for key in plain
+        )
+        assert not same, change
+
+
+def test_lora_plus_lets_b_learn_faster_and_leaves_a(three_steps):
+    """A's gradient is zero in the first step, since B is; after it A stands still, and B is 16 times as far."""
+    train("one", "steps=1", "optimizer.weight_decay=0")
+    train("plus", "steps=1", "optimizer.weight_decay=0", "stage.lora_plus_ratio=16")
+    one, plus = lora("one"), lora("plus")
+    for key in one:
+        times = 16 if key.endswith("lora_up.weight") else 1
+        assert torch.allclose(plus[key], times * one[key], rtol=1e-4), key
+    notes = metadata_of("plus")
+    assert json.loads(notes["ss_network_args"]) == {"loraplus_lr_ratio": "16.0"}
+    with pytest.raises(InputError, match="only LoRA and DoRA"):
+        train("loha", "steps=1", "adapter=loha", "stage.lora_plus_ratio=16")
+
+
+def metadata_of(folder):
+    with safe_open(f"{folder}/lora/HANA_TOFU.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def test_training_starts_from_a_lora_file_and_goes_on_only_with_that(three_steps, uninterrupted):
+    """One step with a learning rate of next to nothing leaves what the file holds."""
+    file = Path(uninterrupted, "lora", "HANA_TOFU.safetensors")
+    train("run", "steps=1", "lr=1e-12", f"stage.start_from={file}", "optimizer.weight_decay=0")
+    for key, value in lora(uninterrupted).items():
+        assert torch.allclose(lora("run")[key], value, atol=1e-9), key
+    train("more", "steps=2", f"stage.start_from={file}")
+    whole = lora("more")
+    train("cut", "steps=1", f"stage.start_from={file}")
+    goes_on = ("steps=2", f"resume={Path('cut').absolute()}")
+    with pytest.raises(InputError, match="start"):
+        train("cut", *goes_on, f"stage.start_from={Path(uninterrupted, 'lora', 'HANA_TOFU-000010.safetensors')}")
+    with pytest.raises(InputError, match="start"):
+        train("cut", *goes_on)
+    train("cut", *goes_on, f"stage.start_from={file}")
+    assert_same(lora("cut"), whole)
+
+
+def test_a_file_that_training_cannot_start_from_is_refused(uninterrupted):
+    with pytest.raises(InputError, match=r"stage\.start_from=nothing: no such file"):
+        train("run", "steps=1", "stage.start_from=nothing")
+    with pytest.raises(InputError, match=r"holds LoRA of rank 4 in \d+ layers, but this run trains LoRA of rank 8 in"):
+        train("rank", "steps=1", "rank=8", f"stage.start_from={uninterrupted}")
+    with pytest.raises(InputError, match="PiSSA begins with the base's weights"):
+        train("pissa", "steps=1", "adapter=pissa", f"stage.start_from={uninterrupted}")
 
 
 def test_gradient_checkpointing_and_offload_change_nothing():
