@@ -175,10 +175,11 @@ class Keep:
         """The LoRA after `step` steps as lora/NAME.safetensors."""
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
-        with self.job.finished(), self.job.learnt.exact():
+        with self.job.finished(), self.job.learnt.exact():  # until it is written, for the state is no copy
             state = kohya_state({"unet": self.job.unet})
-        network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
-        return save_lora(file, state, dtype, notes_for(self.config, self.plan, self.job.asked.settings, step, network))
+            network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
+            notes = notes_for(self.config, self.plan, self.job.asked.settings, step, network)
+            return save_lora(file, state, dtype, notes)
 
     def checkpoint(self, step: int) -> None:
         save_checkpoint(self.folder, step, self.job, self.plan.recipe)
