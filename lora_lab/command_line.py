@@ -20,7 +20,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from lora_lab import config
+from lora_lab import config, schema
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.errors import InputError
 from lora_lab.keys import keys_of, nearest, unknown_key
@@ -131,7 +131,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, MissingMandatoryValue):
         return f"{_key(cause)} is missing: say {_key(cause)}=..."
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and not isinstance(cause, InterpolationKeyError):
-        return prefix + unknown_key(_key(cause), known_keys(overrides), config.KEYS_OF_STAGES)
+        return prefix + unknown_key(_key(cause), known_keys(overrides), schema.KEYS_OF_STAGES)
     if isinstance(cause, ValidationError):
         return prefix + _wrong_value(_key(cause), _first_line(cause))
     ambiguous = re.match("Ambiguous value for argument '(.*)'", str(cause))
@@ -182,7 +182,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def check(overrides: list[str], multirun: bool) -> list[config.Config]:
+def check(overrides: list[str], multirun: bool) -> list[schema.Config]:
     """Compose and type every point that `overrides` ask for, before Hydra makes a folder. Raises InputError."""
     for override in overrides:
         if not _parses(override):
@@ -199,26 +199,26 @@ def check(overrides: list[str], multirun: bool) -> list[config.Config]:
         raise InputError(explain(error, overrides)) from error
 
 
-def refuse_missing(run: config.Config) -> None:
+def refuse_missing(run: schema.Config) -> None:
     """Raise InputError for a picture, folder or model that is not there. Stages do so too, but import torch first."""
     stage = run.stage
-    draws = isinstance(stage, (config.Img2img, config.Pipeline))
-    if not isinstance(stage, (config.Img2img, config.Convert)):
-        trains = isinstance(stage, config.Train)
+    draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
+    if not isinstance(stage, (schema.Img2img, schema.Convert)):
+        trains = isinstance(stage, schema.Train)
         for root in [f.root for f in run.dataset.folders] if trains else [run.dataset.folder]:
             locate_folder("dataset.root", root)
     if draws:
-        photo = stage.photo if isinstance(stage, config.Img2img) else stage.img2img.photo
+        photo = stage.photo if isinstance(stage, schema.Img2img) else stage.img2img.photo
         for item in photo if isinstance(photo, list) else [photo]:
             locate_folder("stage.photo", str(item))
-    if draws or isinstance(stage, config.Train):
+    if draws or isinstance(stage, schema.Train):
         locate_model("model.base", run.model.base)
-    trains = stage.train if isinstance(stage, config.Pipeline) else stage
-    if isinstance(trains, config.Train) and trains.validation_root:
+    trains = stage.train if isinstance(stage, schema.Pipeline) else stage
+    if isinstance(trains, schema.Train) and trains.validation_root:
         locate_folder("stage.validation_root", trains.validation_root)
-    if isinstance(stage, (config.Check, config.Train, config.Pipeline)) and run.loss.masks == "folder":
+    if isinstance(stage, (schema.Check, schema.Train, schema.Pipeline)) and run.loss.masks == "folder":
         locate_folder("loss.mask", run.loss.mask)
-    if isinstance(stage, (config.Caption, config.Pipeline)):
+    if isinstance(stage, (schema.Caption, schema.Pipeline)):
         locate_model("captioner.base", run.captioner.base)
 
 
@@ -230,7 +230,7 @@ def _refuse_additions(override: Override, overrides: list[str]) -> None:
     known = known_keys(overrides)
     if key in known or key == "experiment":
         raise InputError(f"{text}: {key} is part of every run, leave out the {text[: -len(text.lstrip('+~'))]}")
-    raise InputError(f"{text}: {unknown_key(key, known, config.KEYS_OF_STAGES).partition(': ')[2]}")
+    raise InputError(f"{text}: {unknown_key(key, known, schema.KEYS_OF_STAGES).partition(': ')[2]}")
 
 
 def _refuse_no_option(override: Override) -> None:

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from hydra.utils import instantiate
 from PIL import Image
 
-from lora_lab.config import Sampler
 from lora_lab.console import bar
 from lora_lab.errors import InputError
+from lora_lab.schema import Sampler
 
 
 @dataclass(frozen=True)

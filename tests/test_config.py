@@ -9,8 +9,9 @@ import pytest
 import yaml
 from omegaconf import Container
 
-from lora_lab.config import CONF, HOME, STAGES, Config, Folder, Rule, Train
+from lora_lab.config import CONF, HOME
 from lora_lab.errors import InputError
+from lora_lab.schema import STAGES, Config, Folder, Rule, Train
 
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
 RECIPES = sorted(file.stem for file in (HOME / "experiments").glob("*.yaml"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import lora_lab
-from lora_lab import config
+from lora_lab import config, schema
 
 HOME = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md")), HOME / "multirun" / "README.md"]
@@ -60,17 +60,17 @@ def test_the_tree_names_every_group_of_options():
     assert {p.name for p in config.CONF.iterdir() if p.is_dir()} == shown - {"conf", "experiments"}
 
 
-@pytest.mark.parametrize("stage", sorted(config.STAGES))
+@pytest.mark.parametrize("stage", sorted(schema.STAGES))
 def test_every_key_of_a_stage_is_explained_somewhere(stage):
     said = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for key in config.STAGES[stage].__dataclass_fields__:
+    for key in schema.STAGES[stage].__dataclass_fields__:
         assert re.search(rf"\bstage\.{key}\b", said), key
 
 
-@pytest.mark.parametrize(("group", "schema"), [("loss", config.Loss), ("dataset", config.Dataset)])
-def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, schema):
+@pytest.mark.parametrize(("group", "keys"), [("loss", schema.Loss), ("dataset", schema.Dataset)])
+def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, keys):
     said = (HOME / "docs" / "training.md").read_text(encoding="utf-8")
-    for key in schema.__dataclass_fields__:
+    for key in keys.__dataclass_fields__:
         assert f"\n| `{group}.{key}` | " in said, key
 
 

@@ -7,9 +7,9 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import nn
 
 from lora_lab.base.locate import locate_model
-from lora_lab.config import Model
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
+from lora_lab.schema import Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,8 +8,8 @@ from typing import Any
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from lora_lab.base.locate import locate_model
-from lora_lab.config import Loss
 from lora_lab.errors import InputError
+from lora_lab.schema import Loss
 
 
 def settled(loss: Loss, scheduler: Mapping[str, Any]) -> Loss:

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-from lora_lab.config import STAGES, Config
 from lora_lab.console import quiet_libraries
 from lora_lab.runs import refuse_unwritable, write_json
+from lora_lab.schema import STAGES, Config
 
 NAMES = {schema: name for name, schema in STAGES.items()}
 

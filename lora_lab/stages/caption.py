@@ -10,11 +10,11 @@ from lora_lab.base.locate import locate_folder, locate_model, writable_folder
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.captions.history import machine_made, record
-from lora_lab.config import Captioner, Config
 from lora_lab.console import bar, say
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
+from lora_lab.schema import Captioner, Config
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from PIL import Image
 
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.files import Texts, read_caption_lists
-from lora_lab.config import Config
 from lora_lab.console import say
 from lora_lab.dataset import dressed, few, missing_captions, missing_picture, same_name_twice
 from lora_lab.errors import InputError
@@ -20,6 +19,7 @@ from lora_lab.images.masks import Masks, find_masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures, same_names, unsupported
 from lora_lab.runs import write_json
+from lora_lab.schema import Config
 
 CLIP_WINDOW = 77  # tokens, with the start and end markers
 

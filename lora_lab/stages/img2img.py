@@ -13,7 +13,6 @@ from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit, settle
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
-from lora_lab.config import Config, Loss
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.generate import Request, check_strength, generate
@@ -22,6 +21,7 @@ from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, save_picture, write_atomically, write_manifest, write_text
+from lora_lab.schema import Config, Loss
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.captions.history import REFINE, record
 from lora_lab.captions.rules import Rules, read_hints
 from lora_lab.captions.rules import refine as refine_caption
-from lora_lab.config import Config
 from lora_lab.console import say
 from lora_lab.errors import InputError
+from lora_lab.schema import Config
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import DTYPES, load_base
 from lora_lab.base.prediction import settle
-from lora_lab.config import Config, Loss
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.runs import refuse_used, write_atomically, write_manifest
+from lora_lab.schema import Config, Loss
 from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, encode_dataset
 from lora_lab.training.flat import Flat

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lora_lab.base.encode import Encoder, TextEmbedding, micro_conditioning
-from lora_lab.config import Dataset
 from lora_lab.console import say
 from lora_lab.dataset import Sample, dressed
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
 from lora_lab.images.masks import Masks
 from lora_lab.images.pixels import open_picture
+from lora_lab.schema import Dataset
 from lora_lab.training.loss import Batch, Objective
 from lora_lab.training.randomness import chosen, draw, pick, shuffled
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from lora_lab.adapters.wear import worn
 from lora_lab.base.locate import locate_folder
-from lora_lab.config import Config
 from lora_lab.generate import Request, generate
 from lora_lab.runs import save_picture
+from lora_lab.schema import Config
 from lora_lab.scoring import IDENTITY_PROMPTS, embed_pictures, identity
 
 

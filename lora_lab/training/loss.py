@@ -10,8 +10,8 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from lora_lab.base.prediction import settled
-from lora_lab.config import Loss
 from lora_lab.errors import InputError
+from lora_lab.schema import Loss
 
 
 @dataclass(frozen=True)

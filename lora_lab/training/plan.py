@@ -15,12 +15,12 @@ from lora_lab.adapters.wear import MODELS, find_lora
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit
-from lora_lab.config import Config
 from lora_lab.dataset import Sample, read_dataset, read_folders
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
+from lora_lab.schema import Config
 from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_lab.config import Loss
+from lora_lab.schema import Loss
 
 
 def seed_of(*key: int | str) -> int:

@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_lab.config import Schedule, Train
+from lora_lab.schema import Schedule, Train
 from lora_lab.training.capture import Captured, Tensors
 from lora_lab.training.flat import Flat
 from lora_lab.training.loss import Batch, Objective, sample_losses
