@@ -14,6 +14,7 @@ from benchmarks.work import training_flops
 HOME = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_a_step_of_sdxl_is_the_14_teraflops_of_the_published_sizes():
     assert training_flops(FULL, 1024) == pytest.approx(14.19e12, rel=1e-3)
 

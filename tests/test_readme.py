@@ -95,6 +95,7 @@ def run(argv: list[str], monkeypatch) -> int:
     return left.value.code or 0
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works_in_the_order_it_is_read(desk, monkeypatch, capsys):
     before = results(desk)
     for number, command in enumerate(commands(README)):

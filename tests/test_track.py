@@ -135,8 +135,9 @@ def test_an_exception_marks_the_run_as_failed(story):
 
 
 def test_wandb_writes_nothing_outside_the_run_folder(story):
-    strays = [path for path in story.root.rglob("*") if not path.is_dir() and story.folder not in path.parents]
-    assert strays == []
+    # A socket holds nothing; on a busy machine W&B's monitor may end before it has removed its own.
+    files = [path for path in story.root.rglob("*") if not path.is_dir() and not path.is_socket()]
+    assert [path for path in files if story.folder not in path.parents] == []
 
 
 def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path):

@@ -38,6 +38,7 @@ def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, c
     assert "overview.png" in last[1] and "python -m lora_lab stage=img2img lora=HANA_TOFU" in last[2]
 
 
+@pytest.mark.slow
 def test_a_pipeline_killed_before_its_first_checkpoint_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write = loop.MetricsFile.write

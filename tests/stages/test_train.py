@@ -120,11 +120,11 @@ DATA = "dataset.flip=true dataset.shuffle_captions=true dataset.keep_tokens=0 da
         "schedule=cosine stage.lora_plus_ratio=16",
         "optimizer=adamw8bit",
         "optimizer=schedule_free",
-        "stage.ema_decay=0.9",
+        pytest.param("stage.ema_decay=0.9", marks=pytest.mark.slow),
         f"adapter.lora_dropout=0.5 {NOISE}",
-        DATA,
-        "adapter=pissa",
-        "adapter=lokr adapter.module_dropout=0.5",
+        pytest.param(DATA, marks=pytest.mark.slow),
+        pytest.param("adapter=pissa", marks=pytest.mark.slow),
+        pytest.param("adapter=lokr adapter.module_dropout=0.5", marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
@@ -416,6 +416,7 @@ def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_masks_decide_what_of_the_pictures_is_learnt(three_steps, tmp_path, capsys):
     white, left = cut_out(tmp_path / "white", (0, 0, 128, 128)), cut_out(tmp_path / "left", (0, 0, 64, 128))
     train("white", "steps=3", f"loss.mask={white}")
@@ -429,6 +430,7 @@ def test_masks_decide_what_of_the_pictures_is_learnt(three_steps, tmp_path, caps
     assert_same(lora("lenient"), three_steps)
 
 
+@pytest.mark.slow
 def test_a_masked_run_goes_on_with_the_same_masks_wherever_they_are(tmp_path):
     left, other = cut_out(tmp_path / "left", (0, 0, 64, 128)), cut_out(tmp_path / "other", (0, 0, 99, 128))
     train("whole", "steps=4", f"loss.mask={left}", "dataset.flip=true")
@@ -555,6 +557,7 @@ def test_the_validation_loss_falls_and_is_taken_up_again_by_a_resumed_run(measur
     assert validation("cut") == whole
 
 
+@pytest.mark.slow
 def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(measured, tmp_path, capsys):
     """Before the first step, when every LoRA is still nothing, they are one number: that of the base."""
     start = validation(measured)[0]
@@ -602,6 +605,7 @@ def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
     assert validation(measured)[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["dora", "pissa", "loha", "lokr"])
 def test_an_option_of_an_adapter_changes_what_is_learnt(adapter):
     asked = ("steps=1", f"adapter={adapter}", "targets=ff" if adapter == "pissa" else "targets=all")
