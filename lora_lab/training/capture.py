@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_lab.console import say
+
 WARM_UP = 3  # calls of a shape before it is recorded: libraries choose their kernels and workspaces in the first ones
 
 Tensors = dict[str, Tensor]
@@ -33,15 +35,16 @@ class Captured:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[tuple, _Recorded] = {}
+        self._refused = False  # the function does what no graph can hold, so it stays eager
 
     def __call__(self, inputs: Tensors) -> Tensor:
         shapes = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
         known = self._recorded.setdefault(shapes, _Recorded())
         known.calls += 1
-        if known.calls <= WARM_UP:
+        if known.calls <= WARM_UP or self._refused:
             return self._eagerly(inputs)
-        if known.graph is None:
-            self._record(known, inputs)
+        if known.graph is None and not self._record(known, inputs):
+            return self._eagerly(inputs)
         for name, value in inputs.items():
             known.inputs[name].copy_(value, non_blocking=True)
         known.graph.replay()
@@ -56,9 +59,17 @@ class Captured:
         here.wait_stream(self._stream)
         return output
 
-    def _record(self, known: _Recorded, inputs: Tensors) -> None:
+    def _record(self, known: _Recorded, inputs: Tensors) -> bool:
+        """Recording runs nothing, so a failed one has changed nothing either."""
         known.inputs = {name: value.clone() for name, value in inputs.items()}
-        known.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(known.graph, pool=self._pool, stream=self._stream):
-            known.output = self._function(known.inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                known.output = self._function(known.inputs)
+        except RuntimeError as error:
+            self._refused = True
+            say(f"a step can't be recorded and is launched kernel by kernel: {str(error).splitlines()[0]}")
+            return False
+        known.graph = graph
+        return True

@@ -37,6 +37,19 @@ def test_every_call_of_every_shape_counts_once():
     assert torch.equal(total.cpu(), expected)
 
 
+def test_what_no_graph_can_hold_goes_on_eagerly_and_says_so_once(capsys):
+    total = torch.zeros((), device="cuda")
+
+    def waits(inputs):
+        total.add_(inputs["x"].sum().item())  # a wait for the device
+        return total
+
+    captured = Captured(waits, torch.device("cuda"))
+    for i in range(2 * WARM_UP):
+        assert captured({"x": torch.ones(2, device="cuda")}).item() == 2 * (i + 1)
+    assert capsys.readouterr().out.count("can't be recorded") == 1
+
+
 def train(folder: str, *overrides: str) -> dict[str, torch.Tensor]:
     config = compose(
         "stage=train", "tracker=off", "model.judge=null", "steps=40", "sampler.steps=2", "stage.save_dtype=fp32",
