@@ -24,7 +24,7 @@ from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.runs import refuse_used, write_atomically, write_manifest
 from lora_lab.schema import Config, Loss
 from lora_lab.track import Track, tracking
-from lora_lab.training.data import TrainingData, encode_dataset
+from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
 from lora_lab.training.flat import Flat
 from lora_lab.training.look import Look
 from lora_lab.training.loop import MetricsFile, train_steps
@@ -70,7 +70,8 @@ def train(config: Config, folder: Path) -> TrainResult:
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
     if plan.held_out:
-        cuts, texts = [[fitted] for fitted in plan.held_out_pictures], [[[s.captions[0]]] for s in plan.held_out]
+        cuts = [[fitted] for fitted in plan.held_out_pictures]
+        texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
     pipe.unet.to(plan.device)
     references = [fitted.picture for fitted in plan.pictures]
