@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -33,6 +34,17 @@ class Encoder:
     cache: Cache
     offload: bool
 
+    @cached_property
+    def _texts_by(self) -> list[str]:
+        """What decides an embedding beside its caption; hashing the encoders takes seconds, so it is done once."""
+        pipe = self.pipe
+        encoders = map(identity_of, (pipe.text_encoder, pipe.text_encoder_2))
+        return [*encoders, *map(rules_of, (pipe.tokenizer, pipe.tokenizer_2))]
+
+    @cached_property
+    def _latents_by(self) -> str:
+        return identity_of(self.pipe.vae)
+
     def captions(self, captions: Sequence[str]) -> tuple[dict[str, TextEmbedding], int]:
         """Every caption's embedding, on the CPU, and how many had to be made: one text encoder after the other."""
         pipe, first, second = self.pipe, self.pipe.text_encoder, self.pipe.text_encoder_2
@@ -43,8 +55,7 @@ class Encoder:
         }
         keys, found = dict.fromkeys(captions, ""), {}
         if self.cache.folder is not None:
-            how = [identity_of(first), identity_of(second), *map(rules_of, (pipe.tokenizer, pipe.tokenizer_2))]
-            keys = {caption: key_of("text embedding", *how, caption) for caption in keys}
+            keys = {caption: key_of("text embedding", *self._texts_by, caption) for caption in keys}
             found = {c: TextEmbedding(**t) for c in keys if (t := self.cache.get("texts", keys[c], forms))}
         missing = [caption for caption in keys if caption not in found]
         made = encode_captions(pipe, missing, self.device, self.offload) if missing else []
@@ -57,11 +68,11 @@ class Encoder:
         """The latents of every (name, picture), on the CPU, and how many had to be made."""
         vae, found, keys = self.pipe.vae, [None] * len(pictures), [""] * len(pictures)
         if self.cache.folder is not None:
-            vae_identity, factor = identity_of(vae), self.pipe.vae_scale_factor
+            factor = self.pipe.vae_scale_factor
             for i, (_, picture) in enumerate(pictures):
                 # The pixels stand for the file, its decoding, bucket, crop and mirroring all at once.
                 pixels = hashlib.sha256(picture.tobytes()).hexdigest()
-                keys[i] = key_of("latents", vae_identity, picture.mode, picture.size, pixels)
+                keys[i] = key_of("latents", self._latents_by, picture.mode, picture.size, pixels)
                 shape = (vae.config.latent_channels, picture.height // factor, picture.width // factor)
                 kept = self.cache.get("latents", keys[i], {"latents": (shape, torch.float32)})
                 found[i] = kept and kept["latents"]

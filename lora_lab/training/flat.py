@@ -31,26 +31,19 @@ class Flat:
 
     def matrices(self) -> list[nn.Parameter]:
         """The master one by one, for an optimizer that must know shapes."""
-        learnt = [nn.Parameter(view) for view in self.views(self.master)]
-        for parameter, gradient in zip(learnt, self.views(self.master.grad), strict=True):
-            parameter.grad = gradient
-        return learnt
+        return list(map(_learning, self.views(self.master), self.views(self.master.grad)))
 
     def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
         """Numbers from `start` on as another parameter of that shape: neighbours seen as one. What it is given as
         gradient is theirs."""
         end = start + math.prod(shape)
-        leaf = nn.Parameter(self.working[start:end].view(shape))
-        leaf.grad = self._gradient[start:end].view(shape)
-        return leaf
+        return _learning(self.working[start:end].view(shape), self._gradient[start:end].view(shape))
 
     def pieces(self, count: int) -> list[nn.Parameter]:
         """The master of the first `count` parameters and that of the others, for an optimizer with two groups."""
         end = sum(p.numel() for p in self.parameters[:count])
-        halves = [nn.Parameter(half) for half in (self.master.detach()[:end], self.master.detach()[end:])]
-        for half, gradient in zip(halves, (self.master.grad[:end], self.master.grad[end:]), strict=True):
-            half.grad = gradient
-        return halves
+        numbers, gradient = self.master.detach(), self.master.grad
+        return [_learning(numbers[:end], gradient[:end]), _learning(numbers[end:], gradient[end:])]
 
     def collect(self) -> None:
         """After a backward pass: add its gradients to the master's, and make room for the next."""
@@ -99,3 +92,10 @@ class Flat:
             parameter.grad = None  # of another precision than what comes
             parameter.data = view
             parameter.grad = grad
+
+
+def _learning(numbers: Tensor, gradient: Tensor) -> nn.Parameter:
+    """A parameter in the memory of `numbers` with its gradient in that of `gradient`."""
+    parameter = nn.Parameter(numbers)
+    parameter.grad = gradient
+    return parameter

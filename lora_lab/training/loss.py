@@ -26,7 +26,7 @@ class Batch:
     time_ids: Tensor  # (B, 6) micro-conditioning
     weights: Tensor  # (B,) of the samples' losses
     huber_c: Tensor  # (B,) where large errors begin
-    mask: Tensor | None  # (B, 1, height / 8, width / 8) of the latent pixels' errors; None weighs all alike
+    mask: Tensor | None = None  # (B, 1, height / 8, width / 8) of the latent pixels' errors; None weighs all alike
 
 
 @dataclass(frozen=True)

@@ -158,11 +158,11 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if config.rate != config.lr:
         name = config.optimizer["_target_"].rpartition(".")[2]
         lines["optimizer"] = f"{name} with an lr of its own, {config.rate:g}; lr={config.lr:g} is not used"
-    crops, texts = sum(map(len, plan.crops)), len({t for its in plan.texts for orders in its for t in orders})
     if config.dataset.random_crop:
-        lines["crops"] = f"{crops} of {len(plan.samples)} pictures"
+        lines["crops"] = f"{sum(map(len, plan.crops))} of {len(plan.samples)} pictures"
     if config.dataset.shuffle_captions:
-        lines["captions"] = f"{texts} orders"
+        texts = {text for its in plan.texts for orders in its for text in orders}
+        lines["captions"] = f"{len(texts)} orders"
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())

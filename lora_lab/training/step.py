@@ -98,7 +98,7 @@ def backward_pass(
     """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch."""
 
     def run(inputs: Tensors) -> Tensor:
-        loss = sample_losses(unet, asked, Batch(**{"mask": None} | inputs)).mean() / parts
+        loss = sample_losses(unet, asked, Batch(**inputs)).mean() / parts
         scaler.scale(loss).backward()
         learnt.collect()
         return loss.detach()

@@ -42,5 +42,4 @@ def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
         time_ids=view.time_ids.expand(count, *view.time_ids.shape),
         weights=ones,
         huber_c=ones,  # of no meaning to squares
-        mask=None,
     )

@@ -43,7 +43,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def taught(config):
+def taught(config, by=0.1):
     """A pipeline with the adapter in training, after an update of random numbers."""
     pipe = copy.deepcopy(BASE)
     torch.manual_seed(1)
@@ -51,7 +51,7 @@ def taught(config):
     with torch.no_grad():
         for parameter in pipe.unet.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(by * torch.randn_like(parameter))
     return pipe
 
 
@@ -116,13 +116,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_weight_between_gives_less(kind, t
 def test_half_precision_costs_pissa_no_more_than_lora(tmp_path):
     """Its start is as large as the base: rounded as it is, it would drown what was learnt."""
     config = KINDS["PiSSA"]
-    pipe = copy.deepcopy(BASE)
-    torch.manual_seed(1)
-    fresh.begin(pipe.unet, copy.deepcopy(config))
-    with torch.no_grad():
-        for parameter in pipe.unet.parameters():
-            if parameter.requires_grad:
-                parameter.add_(1e-3 * torch.randn_like(parameter))
+    pipe = taught(config, by=1e-3)
     state = kohya_state({"unet": pipe.unet})
 
     def products(state):
