@@ -1,6 +1,7 @@
 """What training costs at SDXL's size, preset by preset: one row a run of the program itself, as JSON and as Markdown.
 
-python -m benchmarks OUT [--memory fast balanced] [--batch 1 4] [--steps 30] [--also stage.capture=false ...] [--dry]
+python -m benchmarks OUT [--memory fast balanced] [--batch 1 4] [--steps 30] [--also stage.capture=false ...] [--kernels]
+    [--dry]
 
 The base has SDXL's published sizes and random weights, since speed and memory do not depend on the values; OUT keeps it
 for the next time. A row is a whole run with data, logging and checkpoint, in a process of its own, without pictures.
@@ -10,7 +11,9 @@ import argparse
 import json
 import platform
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.row import Row, measure
+from benchmarks.row import Row, kernels, measure
 from benchmarks.work import training_flops
 from lora_lab import demo
 from tests.sdxl_structure import FULL, NARROW, Shape, pipeline
@@ -34,6 +37,7 @@ def main() -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--also", nargs="*", default=[], help="further overrides of every run")
+    parser.add_argument("--kernels", action="store_true", help="a second run for each row counts the GPU's own time")
     parser.add_argument("--dry", action="store_true", help="a few numbers wide, on a CPU")
     asked = parser.parse_args()
     if not asked.dry and not torch.cuda.is_available():
@@ -51,7 +55,10 @@ def main() -> int:
                 f"model.resolution={side}", f"memory={memory}", f"batch_size={batch}", "tracker=off",
                 "sampler.steps=1", "stage.prompts=['A {trigger}']", *asked.also,
             ]  # fmt: skip
-            rows.append(measure(out / "runs" / f"{memory}-{batch}", overrides, asked.steps, flops * batch, peak))
+            folder = out / "runs" / f"{memory}-{batch}"
+            rows.append(measure(folder, overrides, asked.steps, flops * batch, peak))
+            if asked.kernels:
+                rows[-1] = replace(rows[-1], kernels=kernels(folder.with_name(f"{folder.name}-kernels"), overrides))
             report(out, rows, peak, asked)
     return 0
 
@@ -107,7 +114,7 @@ def report(out: Path, rows: list[Row], peak: float | None, asked: argparse.Names
 
 
 HEAD = (
-    "run", "step ms, median (least to most)", "images/s", "TFLOP/s", "MFU", "allocated MiB", "process MiB",
+    "run", "step ms, median (least to most)", "of it kernels", "images/s", "TFLOP/s", "MFU", "allocated MiB", "process MiB",
     "to the first step",
 )  # fmt: skip
 
@@ -118,6 +125,7 @@ def markdown(rows: list[Row]) -> list[str]:
         share = "" if row.mfu is None else f"{row.mfu:.0%}"
         cells = [
             row.name, f"{row.median_ms:.1f} ({row.least_ms:.1f} to {row.most_ms:.1f}), {row.steps}",
+            f"{row.kernels['kernel_ms']:.1f} in {row.kernels['kernels']}" if row.kernels else "",
             f"{row.images_per_second:.2f}", f"{row.tflops:.0f}", share, f"{row.allocated_mib:.0f}",
             "" if row.process_mib is None else f"{row.process_mib}", f"{row.seconds_to_first_step:.1f} s",
         ]  # fmt: skip
@@ -126,4 +134,7 @@ def markdown(rows: list[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as error:  # a run failed: its own words say why
+        sys.exit(f"{error.output}\n{error}")

@@ -26,6 +26,7 @@ class Row:
     allocated_mib: float  # by torch in training, at its peak
     process_mib: int | None  # of the whole run, as nvidia-smi sees it; None on a CPU
     seconds_to_first_step: float  # since the start of the process
+    kernels: dict | None = None  # of one step: what benchmarks.kernels says; None unless asked for
 
 
 def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: float | None) -> Row:
@@ -62,6 +63,18 @@ def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: 
         process_mib=seen.most_mib,
         seconds_to_first_step=seen.first_step or float("nan"),
     )
+
+
+def kernels(folder: Path, overrides: list[str]) -> dict:
+    """What the GPU computes in one step, from a second run: a profiler would disturb what `measure` measures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    out = folder / "kernels.json"
+    command = [sys.executable, "-m", "benchmarks.kernels", str(out), "8", *overrides, "steps=20"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command, (run.stdout + run.stderr)[-3000:])
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 @dataclass

@@ -1,0 +1,76 @@
+"""A run of the program that stops after a few steps and says what the GPU computed in the last of them.
+
+python -m benchmarks.kernels FOLDER/NAME.json STEP override ..."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lora_lab.config import compose
+from lora_lab.stages import run
+from lora_lab.training.step import Job
+
+KINDS = {  # by words in a kernel's name; the first that fits
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "convolution": ("conv", "fprop", "dgrad", "wgrad", "nchwto", "nhwcto", "winograd", "implicit"),
+    "product": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "compiled": ("triton",),
+    "norm": ("norm", "rowwisemoments"),
+    "copy": ("memcpy", "memset", "copy"),
+}
+
+
+def kind_of(kernel: str) -> str:
+    name = kernel.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "elementwise")
+
+
+def watch(out: Path, at: int) -> None:
+    """Let the step number `at` be measured, and end the process after it."""
+    update, steps = Job.update, []
+    on_gpu = torch.cuda.is_available()
+    measured = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+
+    def counted(job: Job) -> torch.Tensor:
+        norm = update(job)
+        steps.append(len(steps))
+        if on_gpu:
+            torch.cuda.synchronize()
+        if len(steps) == at - 1:
+            measured.start()
+        elif len(steps) == at:
+            measured.stop()
+            out.write_text(json.dumps(summary(measured)) + "\n", encoding="utf-8")
+            os._exit(0)  # what comes after training is not asked for
+        return norm
+
+    Job.update = counted
+
+
+def summary(measured: profile) -> dict[str, object]:
+    """Milliseconds and number of kernels, in all, by kind, and of those that took longest."""
+    events = measured.key_averages()
+    found = [(e.key[:100], e.self_device_time_total / 1000, e.count) for e in events if str(e.device_type).endswith("CUDA")]
+    if not torch.cuda.is_available():  # a dry run: operators instead of kernels
+        found = [(e.key, e.self_cpu_time_total / 1000, e.count) for e in events]
+    rows = sorted(found, key=lambda row: -row[1])
+    kinds: dict[str, list[float]] = {}
+    for name, ms, count in rows:
+        kind = kinds.setdefault(kind_of(name), [0.0, 0])
+        kind[0], kind[1] = kind[0] + ms, kind[1] + count
+    return {
+        "kernel_ms": sum(row[1] for row in rows),
+        "kernels": sum(row[2] for row in rows),
+        "by_kind": dict(sorted(kinds.items(), key=lambda item: -item[1][0])),
+        "longest": rows[:20],
+    }
+
+
+if __name__ == "__main__":
+    place, step = Path(sys.argv[1]), int(sys.argv[2])
+    watch(place, step)
+    run(compose(*sys.argv[3:]), place.parent)
