@@ -1,7 +1,7 @@
 """What training costs at SDXL's size, preset by preset: one row a run of the program itself, as JSON and as Markdown.
 
-python -m benchmarks OUT [--memory fast balanced] [--batch 1 4] [--steps 30] [--also stage.capture=false ...] [--kernels]
-    [--dry]
+python -m benchmarks OUT [--memory fast balanced] [--batch 1 4] [--steps 30] [--kernels] [--dry]
+    [--also stage.capture=false ...]
 
 The base has SDXL's published sizes and random weights, since speed and memory do not depend on the values; OUT keeps it
 for the next time. A row is a whole run with data, logging and checkpoint, in a process of its own, without pictures.
@@ -114,8 +114,8 @@ def report(out: Path, rows: list[Row], peak: float | None, asked: argparse.Names
 
 
 HEAD = (
-    "run", "step ms, median (least to most)", "of it kernels", "images/s", "TFLOP/s", "MFU", "allocated MiB", "process MiB",
-    "to the first step",
+    "run", "step ms, median (least to most)", "of it kernels", "images/s", "TFLOP/s", "MFU", "allocated MiB",
+    "process MiB", "to the first step",
 )  # fmt: skip
 
 

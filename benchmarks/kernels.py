@@ -54,7 +54,8 @@ def watch(out: Path, at: int) -> None:
 def summary(measured: profile) -> dict[str, object]:
     """Milliseconds and number of kernels, in all, by kind, and of those that took longest."""
     events = measured.key_averages()
-    found = [(e.key[:100], e.self_device_time_total / 1000, e.count) for e in events if str(e.device_type).endswith("CUDA")]
+    on_gpu = (e for e in events if str(e.device_type).endswith("CUDA"))
+    found = [(e.key[:100], e.self_device_time_total / 1000, e.count) for e in on_gpu]
     if not torch.cuda.is_available():  # a dry run: operators instead of kernels
         found = [(e.key, e.self_cpu_time_total / 1000, e.count) for e in events]
     rows = sorted(found, key=lambda row: -row[1])

@@ -37,8 +37,10 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "mps" else torch.float32
 
 
-def load_base(model: Model, device: torch.device) -> StableDiffusionXLPipeline:
-    """The frozen pipeline on `device`. Raises InputError when the base cannot be read."""
+def load_base(model: Model, device: torch.device, waiting: bool = False) -> StableDiffusionXLPipeline:
+    """The frozen pipeline on `device`, in the precision for that also while it is `waiting` for its turn on the CPU.
+
+    Raises InputError when the base cannot be read."""
     quiet_loading()
     dtype = pick_dtype(model.precision, device)
     base = locate_model("model.base", model.base)
@@ -52,7 +54,7 @@ def load_base(model: Model, device: torch.device) -> StableDiffusionXLPipeline:
         part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     pipe.watermark = None  # changes the pixels of what is learnt from and compared
-    return pipe.to(device)
+    return pipe if waiting else pipe.to(device)
 
 
 def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:

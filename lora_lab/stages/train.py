@@ -1,6 +1,5 @@
 """Train a LoRA: plan, load, learn, save, and only then look."""
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -8,31 +7,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch.utils.checkpoint import checkpoint as recompute
 
-from lora_lab.adapters.files import keep_older, kohya_state, metadata, network_notes, same_tensors, save_lora
-from lora_lab.adapters.fresh import DROPOUTS, begin, begin_with
-from lora_lab.adapters.fused import fuse
-from lora_lab.adapters.wear import MODELS
+from lora_lab.adapters.fresh import begin_with
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import DTYPES, load_base
+from lora_lab.base.load import load_base
 from lora_lab.base.prediction import settle
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
-from lora_lab.runs import refuse_used, write_atomically, write_manifest
-from lora_lab.schema import Config, Loss
+from lora_lab.runs import refuse_used, write_manifest
+from lora_lab.schema import Config
 from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
-from lora_lab.training.flat import Flat
+from lora_lab.training.keep import Keep, publish
 from lora_lab.training.look import Look
 from lora_lab.training.loop import MetricsFile, train_steps
-from lora_lab.training.loss import Objective, objective
-from lora_lab.training.plan import Plan, describe, make_plan
-from lora_lab.training.randomness import seed_of
-from lora_lab.training.state import load_checkpoint, save_checkpoint
-from lora_lab.training.step import Job, backward_pass, learning_rates
+from lora_lab.training.loss import objective
+from lora_lab.training.plan import describe, make_plan
+from lora_lab.training.start import start_job
+from lora_lab.training.state import load_checkpoint
+from lora_lab.training.step import Job
 from lora_lab.training.validation import validation_loss
 
 VALIDATION = "validation.jsonl"  # beside metrics.jsonl, whose lines are steps
@@ -65,7 +59,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     offload = config.memory.offload
-    pipe = load_base(config.model, torch.device("cpu") if offload else plan.device)
+    pipe = load_base(config.model, plan.device, waiting=offload)
     settle(pipe, config.loss)
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
@@ -107,83 +101,6 @@ def train(config: Config, folder: Path) -> TrainResult:
         identity=identity,
         samples=look.samples(),
     )
-
-
-def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan: Plan) -> Job:
-    """Put a fresh adapter into `unet`, and make what trains it."""
-    torch.manual_seed(seed_of(config.seed, "adapter"))
-    begin(unet, plan.adapter)
-    # Only dropout draws in a step. Its state is kept for recomputing at the price of a wait a block, which also
-    # rules out a graph.
-    dropout = any(config.adapter.get(key) for key in DROPOUTS)
-    if config.memory.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(
-            lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
-        )
-    learnt, optimizer = learner(unet, plan, config.stage.lora_plus_ratio)
-    if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
-        optimizer.train()
-    scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
-    capture = config.stage.capture and plan.device.type == "cuda" and not dropout
-    return Job(
-        unet=unet,
-        learnt=learnt,
-        optimizer=optimizer,
-        schedule=learning_rates(optimizer, config.schedule, config.steps),
-        scaler=scaler,
-        settings=config.stage,
-        asked=asked,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        average=learnt.master.detach().clone() if config.stage.ema_decay else None,
-        backward=backward_pass(unet, learnt, scaler, asked, config.stage.gradient_accumulation, capture),
-    )
-
-
-def learner(unet: UNet2DConditionModel, plan: Plan, ratio: float) -> tuple[Flat, torch.optim.Optimizer]:
-    """What of `unet` learns, and its optimizer.
-
-    Where `ratio` is not 1 the B matrices have a learning rate of their own: `ratio` times the others' (LoRA+, Hayou et
-    al. 2024)."""
-    named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-    # The B matrices behind all others: so those of q, k and v are neighbours.
-    first, second = ([p for name, p in named if (".lora_B." in name) == is_b] for is_b in (False, True))
-    learnt = Flat([*first, *second], plan.dtype)
-    fuse(unet, learnt)
-    if ratio == 1:
-        return learnt, plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
-    if plan.elementwise:
-        groups = [[piece] for piece in learnt.pieces(len(first))]
-    else:
-        matrices = learnt.matrices()
-        groups = [matrices[: len(first)], matrices[len(first) :]]
-    optimizer = plan.make_optimizer([{"params": group} for group in groups])
-    optimizer.param_groups[1]["lr"] *= ratio
-    return learnt, optimizer
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What a run leaves behind as it goes: LoRA files and checkpoints."""
-
-    job: Job
-    config: Config
-    plan: Plan
-    folder: Path
-
-    def lora(self, step: int, name: str) -> Path:
-        """The LoRA after `step` steps as lora/NAME.safetensors."""
-        dtype = DTYPES[self.job.settings.save_dtype]
-        file = self.folder / "lora" / f"{name}.safetensors"
-        with self.job.finished(), self.job.learnt.exact():  # until it is written, for the state is no copy
-            state = kohya_state({"unet": self.job.unet})
-            network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
-            notes = notes_for(self.config, self.plan, self.job.asked.settings, step, network)
-            return save_lora(file, state, dtype, notes)
-
-    def checkpoint(self, step: int) -> None:
-        save_checkpoint(self.folder, step, self.job, self.plan.recipe)
 
 
 def learn(
@@ -245,33 +162,3 @@ def learn(
     lora = keep.lora(reached, name)
     track.images(reached, look.validate(lora, reached))
     return lora
-
-
-def notes_for(config: Config, plan: Plan, loss: Loss, step: int, network: dict[str, str]) -> dict[str, str]:
-    """The metadata of the LoRA file after `step` steps of the settled `loss`."""
-    return metadata(
-        name=config.name,
-        base=config.model.base,
-        trigger=config.trigger,
-        network=network,
-        lr=config.rate,
-        steps=step,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        resolution=config.model.resolution,
-        captions=[", ".join(orders[0] for orders in texts) for texts in plan.texts],
-        loss=loss,
-        dataset_hash=plan.hashes["dataset"],
-        base_hash=plan.hashes["base"],
-    )
-
-
-def publish(lora: Path, name: str) -> Path:
-    """Copy the finished file to models/lora/NAME.safetensors; another one that stands there is given a number."""
-    target = MODELS / f"{name}.safetensors"
-    if target.is_file() and same_tensors(target, lora):  # a finished run was resumed
-        return target
-    older = keep_older(target)
-    if older:
-        say(f"{target} was there already; it is now {older}")
-    return write_atomically(target, lambda file: shutil.copyfile(lora, file))

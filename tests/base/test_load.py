@@ -151,3 +151,10 @@ def test_auto_precision_follows_the_device(monkeypatch):
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"model\.precision=fp16: .*bf16 or fp32"):
         pick_dtype("fp16", CPU)
+
+
+def test_a_base_that_waits_for_its_turn_on_a_gpu_has_that_gpus_precision(model, folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    pipe = load_base(replace(model, base=str(folder), precision="auto"), torch.device("cuda"), waiting=True)
+    assert {p.dtype for part in PARTS for p in getattr(pipe, part).parameters()} == {torch.bfloat16}
+    assert pipe.device.type == "cpu"
