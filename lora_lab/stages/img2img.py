@@ -11,6 +11,7 @@ from lora_lab.adapters.wear import find_lora, worn
 from lora_lab.base.load import load_base, pick_device
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit, settle
+from lora_lab.base.stored import store
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
@@ -68,6 +69,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
     pipe = load_base(model, device)
     settle(pipe, loss)
+    store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, device)
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []
     with worn(pipe, lora, stage.lora_weight):

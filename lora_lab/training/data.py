@@ -1,5 +1,6 @@
 """Pictures and captions as tensors, encoded once; and the batch of any step."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -140,6 +141,7 @@ def encode_dataset(
     """Latents and text embeddings of the whole dataset on the encoder's device (SDXL at 1024 px: 0.6 MB a picture).
 
     All texts come first, then all pictures, so that no more than one frozen part has to be on the device."""
+    began = time.perf_counter()
     embedded, new_texts = encoder.captions([*(text for t in texts for orders in t for text in orders), ""])
     views = [
         (s.name, v) for s, cuts in zip(samples, crops, strict=True) for cut in cuts for v in _views(cut.picture, flip)
@@ -147,7 +149,7 @@ def encode_dataset(
     latents, new_views = encoder.pictures(views)
     if folder := encoder.cache.folder:
         made = f"{new_texts} of {len(embedded)} texts and {new_views} of {len(latents)} views of pictures"
-        say(f"encoded {made}, the rest was in {folder}")
+        say(f"encoded {made} in {time.perf_counter() - began:.1f} s, the rest was in {folder}")
     device, every = encoder.device, iter(latents)
     on_device = {text: _on(embedding, device) for text, embedding in embedded.items()}
     examples, buckets = [], {}
