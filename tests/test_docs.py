@@ -11,7 +11,7 @@ from lora_lab import config, schema
 HOME = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md")), HOME / "multirun" / "README.md"]
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
-# What a page calls by its place in the repository: `conf/optimizer`, `tests/stages/test_train.py`, ...
+# What a page calls by its place in the repository: `conf/optimizer`, `tests/stages/test_check.py`, ...
 PLACE = re.compile(r"`((?:lora_lab|conf|tests|docs|multirun)/[\w./-]+)`")
 
 
