@@ -24,6 +24,7 @@ from lora_lab.training.look import Look
 from lora_lab.training.loop import MetricsFile, train_steps
 from lora_lab.training.loss import objective
 from lora_lab.training.plan import describe, make_plan
+from lora_lab.training.prior import PriorData, prior_data
 from lora_lab.training.start import start_job
 from lora_lab.training.state import load_checkpoint
 from lora_lab.training.step import Job
@@ -63,6 +64,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     settle(pipe, config.loss)
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
+    prior = prior_data(pipe, config, plan, data, encoder)
     if plan.held_out:
         cuts = [[fitted] for fitted in plan.held_out_pictures]
         texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
@@ -83,7 +85,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     shown = f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, measured, done, Keep(job, config, plan, folder), look, track)
+        lora = learn(job, data, prior, measured, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
@@ -106,6 +108,7 @@ def train(config: Config, folder: Path) -> TrainResult:
 def learn(
     job: Job,
     data: TrainingData,
+    prior: PriorData | None,
     measured: TrainingData,
     done: int,
     keep: Keep,
@@ -147,7 +150,7 @@ def learn(
     try:
         if done == 0:
             measure(0)
-        reached = train_steps(job, data, done, report, after_step)
+        reached = train_steps(job, data, prior, done, report, after_step)
         keep.checkpoint(reached)
         if reached == job.steps:
             measure(reached)

@@ -16,7 +16,8 @@ BEHIND = 2  # steps that a GPU may have been given and not finished
 class _Pending:
     step: int
     lr: float
-    values: Tensor  # loss and norm of the gradient, on the CPU once `ready`
+    names: tuple[str, ...]  # of the values
+    values: Tensor  # losses and the norm of the gradient, on the CPU once `ready`
     ready: torch.cuda.Event | None
 
 
@@ -33,14 +34,15 @@ class Readings:
         if not self._pending:
             self._since = time.perf_counter()
 
-    def put(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
-        """`step` steps are done, by now or soon."""
-        values, ready = torch.stack([loss, norm]), None
+    def put(self, step: int, loss: Tensor, norm: Tensor, lr: float, **others: Tensor) -> None:
+        """`step` steps are done, by now or soon; `others` are losses beside the `loss`, by name."""
+        named = {"loss": loss, **others, "grad_norm": norm}
+        values, ready = torch.stack(list(named.values())), None
         if values.is_cuda:
-            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(len(named), pin_memory=True).copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending.append(_Pending(step, lr, values, ready))
+        self._pending.append(_Pending(step, lr, tuple(named), values, ready))
         while len(self._pending) > (BEHIND if ready else 0):
             self._read()
 
@@ -53,9 +55,9 @@ class Readings:
         pending = self._pending.popleft()
         if pending.ready:
             pending.ready.synchronize()
-        loss, norm = pending.values.tolist()
+        numbers = dict(zip(pending.names, pending.values.tolist(), strict=True))
         now = time.perf_counter()
-        numbers = {"loss": loss, "lr": pending.lr, "grad_norm": norm}
+        numbers |= {"lr": pending.lr, "grad_norm": numbers.pop("grad_norm")}  # in the order that is read: loss, lr
         numbers |= {"images_per_second": self._images / (now - self._since), "memory_mib": memory_mib()}
         self._since = now
         self._report(pending.step, numbers)
