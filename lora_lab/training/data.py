@@ -65,13 +65,13 @@ class TrainingData:
         device = views[0].latents.device
         return Batch(
             latents=torch.stack([view.latents for view in views]),
-            noise=torch.stack([d.noise for d in draws]).to(device),
-            timesteps=timesteps.to(device),
+            noise=_sent(torch.stack([d.noise for d in draws]), device),
+            timesteps=_sent(timesteps, device),
             tokens=torch.stack([t.tokens for t in texts]),
             pooled=torch.stack([t.pooled for t in texts]),
             time_ids=torch.stack([view.time_ids for view in views]),
-            weights=asked.weights[timesteps].to(device),
-            huber_c=asked.huber_c[timesteps].to(device),
+            weights=_sent(asked.weights[timesteps], device),
+            huber_c=_sent(asked.huber_c[timesteps], device),
             mask=loss.unmasked_weight + (1 - loss.unmasked_weight) * torch.stack(masks) if masks else None,
         )
 
@@ -195,6 +195,11 @@ def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
 def _empty(text: TextEmbedding, zeros: bool) -> TextEmbedding:
     """What inference takes for no prompt: zeros for SDXL, the embedding of "" for bases that say so."""
     return TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)) if zeros else text
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting for the steps that it has not done yet: it fetches the numbers itself."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def on_device(text: TextEmbedding, device: torch.device) -> TextEmbedding:
