@@ -55,7 +55,7 @@ def help_text() -> str:
     options = {g.name: [f.stem for f in g.glob("*.yaml")] for g in sorted(config.CONF.iterdir()) if g.is_dir()}
     groups = []
     for group, names in (options | {"experiment": recipes}).items():
-        default = re.search(rf"^  - {group}: (\S+)", main, re.M)[1]
+        default = re.search(rf"^  - {group}: (\S+)", main, re.M)[1].strip('"')
         marked = (f"{name}*" if name == default else name for name in sorted(names))
         groups.append(f"  {group:<12} {'  '.join(marked)}")
     tiny = (config.CONF / "model" / "tiny.yaml").read_text(encoding="utf-8")
@@ -218,6 +218,8 @@ def refuse_missing(run: schema.Config) -> None:
         locate_folder("stage.validation_root", trains.validation_root)
     if isinstance(stage, (schema.Check, schema.Train, schema.Pipeline)) and run.loss.masks == "folder":
         locate_folder("loss.mask", run.loss.mask)
+    if isinstance(trains, schema.Train) and run.prior.root is not None:
+        locate_folder("prior.root", run.prior.root)
     if isinstance(stage, (schema.Caption, schema.Pipeline)):
         locate_model("captioner.base", run.captioner.base)
 

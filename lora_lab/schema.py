@@ -212,6 +212,38 @@ class Loss:
         return self.mask if self.mask in ("none", "alpha") else "folder"
 
 
+KEYS_OF_PRIORS = {
+    "none": (),
+    "pictures": ("weight", "root", "prompt"),
+    "generated": ("weight", "prompt", "number", "seed"),
+    "prediction": ("weight", "class_noun"),
+}
+
+
+@dataclass
+class Prior:
+    kind: str
+    weight: float | None
+    root: str | None
+    prompt: str | None
+    number: int | None
+    seed: int | None
+    class_noun: str | None
+
+    def __post_init__(self) -> None:
+        _one_of("prior.kind", self.kind, tuple(KEYS_OF_PRIORS))
+        mine = KEYS_OF_PRIORS[self.kind]
+        for key in ("weight", "root", "prompt", "number", "seed", "class_noun"):
+            value = getattr(self, key)
+            missing = value is None or (isinstance(value, str) and not value.strip())
+            if key in mine and missing and (self.kind, key, value) != ("pictures", "prompt", None):
+                raise InputError(f"prior.{key} is missing: prior={self.kind} needs it, name one with prior.{key}=")
+            if key not in mine and value is not None:
+                owners = " or ".join(f"prior={kind}" for kind, keys in KEYS_OF_PRIORS.items() if key in keys)
+                raise InputError(f"prior.{key}={value}: {key} is of {owners}, say that too")
+        _at_least(self, "prior.", weight=0, number=1, seed=0)
+
+
 @dataclass
 class Sampler:
     scheduler: dict[str, Any]
@@ -355,6 +387,7 @@ class Config:
     optimizer: dict[str, Any]
     schedule: Schedule
     loss: Loss
+    prior: Prior
     sampler: Sampler
     memory: Memory
     tracker: Tracker

@@ -19,7 +19,9 @@ RECIPES = sorted(file.stem for file in (HOME / "experiments").glob("*.yaml"))
 
 def needs(group, option):
     """What an option can't be composed without."""
-    return ["stage.photo=me.jpg"] if (group, option) == ("stage", "img2img") else []
+    missing = {("stage", "img2img"): "stage.photo=me.jpg", ("prior", "pictures"): "prior.root=data/CARTOONS",
+               ("prior", "generated"): "prior.prompt='a cartoon character'"}  # fmt: skip
+    return [missing[group, option]] if (group, option) in missing else []
 
 
 def leaves(value, path="config"):

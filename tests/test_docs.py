@@ -11,7 +11,7 @@ from lora_lab import config, schema
 HOME = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md")), HOME / "multirun" / "README.md"]
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
-# What a page calls by its place in the repository: `conf/optimizer`, `tests/stages/test_train.py`, ...
+# What a page calls by its place in the repository: `conf/optimizer`, `tests/stages/test_check.py`, ...
 PLACE = re.compile(r"`((?:lora_lab|conf|tests|docs|multirun)/[\w./-]+)`")
 
 
@@ -67,7 +67,9 @@ def test_every_key_of_a_stage_is_explained_somewhere(stage):
         assert re.search(rf"\bstage\.{key}\b", said), key
 
 
-@pytest.mark.parametrize(("group", "keys"), [("loss", schema.Loss), ("dataset", schema.Dataset)])
+@pytest.mark.parametrize(
+    ("group", "keys"), [("loss", schema.Loss), ("dataset", schema.Dataset), ("prior", schema.Prior)]
+)
 def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, keys):
     said = (HOME / "docs" / "training.md").read_text(encoding="utf-8")
     for key in keys.__dataclass_fields__:

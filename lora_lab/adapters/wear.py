@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -69,6 +70,22 @@ def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0
                 parameter.requires_grad_(True)
         elif lora is not None and weight:
             pipe.unload_lora_weights()  # leaves no wrapped layers behind
+
+
+@contextmanager
+def taken_off(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Within the context `unet` computes what the base alone would, in the middle of a training step.
+
+    peft's and diffusers' own switches also set what asks for gradients: they would freeze what learns, and let learn
+    what PiSSA keeps."""
+    layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _put_on(pipe: StableDiffusionXLPipeline, lora: Path, weight: float) -> None:

@@ -26,6 +26,7 @@ from lora_lab.training.loop import MetricsFile, train_steps
 from lora_lab.training.loss import objective
 from lora_lab.training.memory import explained
 from lora_lab.training.plan import Plan, describe, make_plan
+from lora_lab.training.prior import PriorData, prior_data
 from lora_lab.training.start import start_job
 from lora_lab.training.state import load_checkpoint
 from lora_lab.training.step import Job
@@ -76,6 +77,7 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
         texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
     store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
+    prior = prior_data(pipe, config, plan, data, encoder)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
@@ -91,7 +93,7 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
     shown = f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
-        lora = learn(job, data, measured, done, Keep(job, config, plan, folder), look, track)
+        lora = learn(job, data, prior, measured, done, Keep(job, config, plan, folder), look, track)
         identity = look.identity(lora, references)
         if identity is not None:
             track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
@@ -114,6 +116,7 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
 def learn(
     job: Job,
     data: TrainingData,
+    prior: PriorData | None,
     measured: TrainingData,
     done: int,
     keep: Keep,
@@ -159,7 +162,7 @@ def learn(
     try:
         if done == 0:
             measure(0)
-        reached = train_steps(job, data, done, report, after_step)
+        reached = train_steps(job, data, prior, done, report, after_step)
         keep.checkpoint(reached)
         if reached == job.steps:
             measure(reached)

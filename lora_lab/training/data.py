@@ -151,13 +151,13 @@ def encode_dataset(
         made = f"{new_texts} of {len(embedded)} texts and {new_views} of {len(latents)} views of pictures"
         say(f"encoded {made} in {time.perf_counter() - began:.1f} s, the rest was in {folder}")
     device, every = encoder.device, iter(latents)
-    on_device = {text: _on(embedding, device) for text, embedding in embedded.items()}
+    here = {text: on_device(embedding, device) for text, embedding in embedded.items()}
     examples, buckets = [], {}
     for i, (sample, cuts, its_texts) in enumerate(zip(samples, crops, texts, strict=True)):
         seen = [_seen(cut, [next(every).to(device) for _ in _views(cut.picture, flip)]) for cut in cuts]
-        examples.append(Example(sample.name, seen, [[on_device[text] for text in orders] for orders in its_texts]))
+        examples.append(Example(sample.name, seen, [[here[text] for text in orders] for orders in its_texts]))
         buckets.setdefault(cuts[0].picture.size, []).extend([i] * sample.repeats)
-    empty = _on(_empty(embedded[""], encoder.pipe.config.force_zeros_for_empty_prompt), device)
+    empty = on_device(_empty(embedded[""], encoder.pipe.config.force_zeros_for_empty_prompt), device)
     return TrainingData(examples, empty, [buckets[size] for size in sorted(buckets)])
 
 
@@ -204,5 +204,5 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _on(text: TextEmbedding, device: torch.device) -> TextEmbedding:
+def on_device(text: TextEmbedding, device: torch.device) -> TextEmbedding:
     return TextEmbedding(text.tokens.to(device), text.pooled.to(device))

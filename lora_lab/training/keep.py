@@ -40,7 +40,8 @@ class Keep:
 
 def notes_for(config: Config, plan: Plan, loss: Loss, step: int, network: dict[str, str]) -> dict[str, str]:
     """The metadata of the LoRA file after `step` steps of the settled `loss`."""
-    return metadata(
+    prior = {"ss_prior_loss_weight": str(config.prior.weight), "ss_num_reg_images": str(len(plan.class_samples))}
+    return ({} if config.prior.kind == "none" else prior) | metadata(
         name=config.name,
         base=config.model.base,
         trigger=config.trigger,

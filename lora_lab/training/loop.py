@@ -5,13 +5,17 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_lab.console import bar, say
 from lora_lab.errors import RunError
 from lora_lab.training.data import TrainingData
+from lora_lab.training.loss import Batch
+from lora_lab.training.prior import PriorData
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.readings import Readings
 from lora_lab.training.step import Job
@@ -20,6 +24,7 @@ from lora_lab.training.step import Job
 def train_steps(
     job: Job,
     data: TrainingData,
+    prior: PriorData | None,
     start: int,
     report: Callable[[int, dict[str, float]], None],
     after_step: Callable[[int, Callable[[], None]], None],
@@ -31,12 +36,14 @@ def train_steps(
     settings, parts = job.settings, job.settings.gradient_accumulation
 
     # The scaler of float16 expects gradients that overflow: it leaves the update out and scales less.
-    finite = {"loss": "loss"} if job.scaler.is_enabled() else {"loss": "loss", "grad_norm": "gradient's norm"}
+    finite = {"loss": "loss"} | ({"prior_loss": "prior's loss"} if prior else {})
+    finite |= {} if job.scaler.is_enabled() else {"grad_norm": "gradient's norm"}
 
     def seen(step: int, numbers: dict[str, float]) -> None:
         for key, what in finite.items():
             if not math.isfinite(numbers[key]):
-                names = ", ".join(data.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
+                source = prior if key == "prior_loss" else data
+                names = ", ".join(source.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
                 raise RunError(
                     f"the {what} of step {step} is {numbers[key]}, at {names}: lower lr, or look at these pictures; "
                     f"the last checkpoint is from before it"
@@ -52,20 +59,26 @@ def train_steps(
             if not job.unet.training:  # a measurement left it in evaluation mode; to ask all modules takes 10 ms
                 job.unet.train()
             torch.manual_seed(seed_of(job.seed, "dropout", step))  # only an adapter's dropout draws from it
-            loss = torch.zeros((), device=job.learnt.master.device)
-            for part in range(parts):
-                batch = data.batch(
-                    seed=job.seed, step=step, part=part, parts=parts, batch_size=job.batch_size,
-                    asked=job.asked, caption_dropout=settings.caption_dropout,
-                )  # fmt: skip
-                loss += job.backward(batch)
+            loss = _backward(job, partial(data.batch, caption_dropout=settings.caption_dropout), step)
+            # The prior comes after all of the character's batches, whose dropout is then what it is without.
+            others = {"prior_loss": _backward(job, prior.batch, step)} if prior else {}
             lr = job.rate()
-            readings.put(step + 1, loss, job.update(), lr)
+            readings.put(step + 1, loss, job.update(), lr, **others)
             after_step(step + 1, readings.settle)
             if stopped():
                 break
         readings.settle()
         return step + 1 if start < job.steps else job.steps
+
+
+def _backward(job: Job, batch: Callable[..., Batch], step: int) -> Tensor:
+    """Add to the gradient what the batches of step `step` give; returns their loss."""
+    loss, parts = torch.zeros((), device=job.learnt.master.device), job.settings.gradient_accumulation
+    for part in range(parts):
+        loss += job.backward(
+            batch(seed=job.seed, step=step, part=part, parts=parts, batch_size=job.batch_size, asked=job.asked)
+        )
+    return loss
 
 
 class MetricsFile:

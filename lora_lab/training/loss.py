@@ -27,6 +27,7 @@ class Batch:
     weights: Tensor  # (B,) of the samples' losses
     huber_c: Tensor  # (B,) where large errors begin
     mask: Tensor | None = None  # (B, 1, height / 8, width / 8) of the latent pixels' errors; None weighs all alike
+    prior_weight: Tensor | None = None  # () of the whole loss of a batch of the prior; None is one of the character
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,24 @@ def pixel_errors(kind: str, predicted: Tensor, target: Tensor, c: Tensor) -> Ten
     return 2 * c * excess if kind == "huber" else 2 * excess
 
 
-def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch) -> Tensor:
-    """The weighed mean error (B,) of the UNet's prediction, in float32.
-
-    Masked pixels count as pixels, so that one pixel weighs as much in a small figure as in a large one."""
-    schedule = asked.schedule
-    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+def predict(unet: UNet2DConditionModel, asked: Objective, batch: Batch) -> Tensor:
+    """What the UNet predicts of the noisy latents, of their shape and in the base's own precision."""
+    noisy = asked.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
     noisy = noisy.to(batch.tokens.dtype)  # the base's own, in which everything but the loss is computed
-    predicted = unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
-    velocity = asked.settings.prediction == "v_prediction"
-    target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
+    return unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch, target: Tensor | None = None) -> Tensor:
+    """The weighed mean error (B,) of the UNet's prediction, in float32.
+
+    `target`, of the latents' shape, stands in for the noise or velocity that is there to be predicted.
+    Masked pixels count as pixels, so that one pixel weighs as much in a small figure as in a large one."""
+    predicted = predict(unet, asked, batch)
+    if target is None:
+        velocity = asked.settings.prediction == "v_prediction"
+        schedule = asked.schedule
+        target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
     errors = pixel_errors(asked.settings.type, predicted.float(), target.float(), batch.huber_c)
     if batch.mask is not None:
         errors = errors * batch.mask

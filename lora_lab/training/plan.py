@@ -21,6 +21,7 @@ from lora_lab.images.buckets import Fitted
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
 from lora_lab.schema import Config
+from lora_lab.training import class_pictures
 from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
 from lora_lab.training.memory import memory_line
 from lora_lab.training.randomness import batches_per_epoch
@@ -39,6 +40,8 @@ class Plan:
     elementwise: bool  # whether that may be given all that learns as one tensor
     held_out: list[Sample]  # of stage.validation_root; [] without one
     held_out_pictures: list[Fitted]  # of those, in their order
+    class_samples: list[Sample]  # of the prior; [] without class pictures
+    class_pictures: list[Fitted]  # of those that are on disk, in their order; prior=generated draws the others
     adapter: PeftConfig
     start: Path | None  # the LoRA file that the adapter begins with
     device: torch.device
@@ -73,6 +76,10 @@ def make_plan(config: Config, folder: Path) -> Plan:
         hashes["start"] = hash_files(start)
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
+    dtype = pick_dtype(config.model.precision, device)
+    of_class = class_pictures.class_samples(config, folder, hashes["base"], dtype, samples)
+    if of_class:
+        hashes["prior"] = class_pictures.hash_of(of_class, config)
     held_out = []
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
@@ -92,12 +99,14 @@ def make_plan(config: Config, folder: Path) -> Plan:
         texts=texts,
         held_out=held_out,
         held_out_pictures=fit_pictures(held_out, resolution, step, None),
+        class_samples=of_class,
+        class_pictures=fit_pictures([s for s in of_class if s.path.is_file()], resolution, step, None),
         make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
         elementwise=config.optimizer["elementwise"],
         adapter=adapter,
         start=start,
         device=device,
-        dtype=pick_dtype(config.model.precision, device),
+        dtype=dtype,
         goes_on=goes_on,
         recipe=recipe,
         hashes=hashes,
@@ -147,6 +156,8 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     }
     if plan.start:
         lines["starts"] = f"with {plan.start}"
+    if config.prior.kind != "none":
+        lines["prior"] = describe_prior(plan, config)
     if config.loss.mask != "none":
         lines["masks"] = f"{config.loss.mask}; what is not white weighs {config.loss.unmasked_weight:g}"
     if settings.validation_loss_every:
@@ -169,6 +180,18 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+
+
+def describe_prior(plan: Plan, config: Config) -> str:
+    prior, count = config.prior, len(plan.class_samples)
+    of = f" of {prior.prompt!r}" if prior.prompt else ""
+    if prior.kind == "prediction":
+        what = f"what the base predicts where captions say {prior.class_noun} for {config.trigger}"
+    elif prior.kind == "pictures":
+        what = f"{count} class pictures{of} in {prior.root}"
+    else:
+        what = f"{count} class pictures{of}, {count - len(plan.class_pictures)} of them still to be drawn"
+    return f"{what}; it weighs {prior.weight:g}"
 
 
 def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
@@ -205,6 +228,10 @@ def _recipe(config: Config) -> dict:
         "model.precision": model.precision,
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
+        **{f"prior.{key}": value for key, value in vars(config.prior).items() if key != "root"},
+        "prior.kind": None
+        if config.prior.kind == "none"
+        else config.prior.kind,  # as in runs from before there was one
         **{
             f"stage.{key}": getattr(stage, key)
             for key in (

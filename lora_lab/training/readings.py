@@ -16,7 +16,8 @@ BEHIND = 2  # steps that a GPU may have been given and not finished
 class _Pending:
     step: int
     lr: float
-    values: Tensor  # loss and norm of the gradient, on the CPU once `done`
+    names: tuple[str, ...]  # of the values
+    values: Tensor  # losses and the norm of the gradient, on the CPU once `done`
     done: torch.cuda.Event | float  # on a CPU the second that it is
 
 
@@ -35,12 +36,13 @@ class Readings:
         if not self._pending:
             self._since = self._now()
 
-    def put(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
-        """`step` steps are done, by now or soon."""
-        values = torch.stack([loss, norm])
+    def put(self, step: int, loss: Tensor, norm: Tensor, lr: float, **others: Tensor) -> None:
+        """`step` steps are done, by now or soon; `others` are losses beside the `loss`, by name."""
+        named = {"loss": loss, **others, "grad_norm": norm}
+        values = torch.stack(list(named.values()))
         if self._on_gpu:
-            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-        self._pending.append(_Pending(step, lr, values, self._now()))
+            values = torch.empty(len(named), pin_memory=True).copy_(values, non_blocking=True)
+        self._pending.append(_Pending(step, lr, tuple(named), values, self._now()))
         while len(self._pending) > (BEHIND if self._on_gpu else 0):
             self._read()
 
@@ -57,8 +59,8 @@ class Readings:
         else:
             seconds = pending.done - self._since
         self._since = pending.done
-        loss, norm = pending.values.tolist()
-        numbers = {"loss": loss, "lr": pending.lr, "grad_norm": norm}
+        numbers = dict(zip(pending.names, pending.values.tolist(), strict=True))
+        numbers |= {"lr": pending.lr, "grad_norm": numbers.pop("grad_norm")}  # in the order that is read: losses, lr
         numbers |= {"images_per_second": self._images / seconds, "memory_mib": memory_mib()}
         self._report(pending.step, numbers)
 

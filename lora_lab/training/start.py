@@ -46,7 +46,9 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
         batch_size=config.batch_size,
         seed=config.seed,
         average=learnt.master.detach().clone() if config.stage.ema_decay else None,
-        backward=backward_pass(unet, learnt, scaler, asked, config.stage.gradient_accumulation, capture),
+        backward=backward_pass(
+            unet, learnt, scaler, asked, config.stage.gradient_accumulation, capture, config.prior.kind == "prediction"
+        ),
     )
 
 

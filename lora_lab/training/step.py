@@ -10,10 +10,11 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from lora_lab.adapters.wear import taken_off
 from lora_lab.schema import Schedule, Train
 from lora_lab.training.capture import Captured, Tensors
 from lora_lab.training.flat import Flat
-from lora_lab.training.loss import Batch, Objective, sample_losses
+from lora_lab.training.loss import Batch, Objective, predict, sample_losses
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Job:
     batch_size: int
     seed: int
     average: Tensor | None  # of learnt.master over the steps; None without stage.ema_decay
-    backward: Callable[[Batch], Tensor]  # adds a batch's share to the gradient, gives its share of the loss
+    backward: Callable[
+        [Batch], Tensor
+    ]  # adds a batch's share to the gradient, gives its share of the loss (of the prior's: before its weight)
 
     def update(self) -> Tensor:
         """Let the optimizer use the gradient; returns its norm before clipping, and waits for no number."""
@@ -93,13 +96,26 @@ def learning_rates(optimizer: torch.optim.Optimizer, settings: Schedule, steps: 
 
 
 def backward_pass(
-    unet: UNet2DConditionModel, learnt: Flat, scaler: torch.amp.GradScaler, asked: Objective, parts: int, capture: bool
+    unet: UNet2DConditionModel,
+    learnt: Flat,
+    scaler: torch.amp.GradScaler,
+    asked: Objective,
+    parts: int,
+    capture: bool,
+    base_is_prior: bool,
 ) -> Callable[[Batch], Tensor]:
-    """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch."""
+    """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch.
+
+    With `base_is_prior` the target of a batch of the prior is what the base predicts; that costs a forward pass."""
 
     def run(inputs: Tensors) -> Tensor:
-        loss = sample_losses(unet, asked, Batch(**inputs)).mean() / parts
-        scaler.scale(loss).backward()
+        batch, target = Batch(**inputs), None
+        of_prior = batch.prior_weight is not None  # another kind of batch, so another graph
+        if of_prior and base_is_prior:
+            with torch.no_grad(), taken_off(unet):
+                target = predict(unet, asked, batch)
+        loss = sample_losses(unet, asked, batch, target).mean() / parts
+        scaler.scale(loss * batch.prior_weight if of_prior else loss).backward()
         learnt.collect()
         return loss.detach()
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters.files import kohya_state, save_lora
-from lora_lab.adapters.wear import find_lora, worn
+from lora_lab.adapters.wear import find_lora, taken_off, worn
 from lora_lab.errors import InputError
 
 UNET = ["to_q", "to_v"]
@@ -95,6 +95,21 @@ def training_pipe():
     torch.manual_seed(2)
     pipe.unet.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k"], init_lora_weights=False))
     return pipe
+
+
+def test_taken_off_is_the_base_and_leaves_what_learns_and_what_does_not(shared):
+    base, pipe = outputs(shared), training_pipe()
+    frozen = LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    pipe.unet.add_adapter(frozen, "start")
+    pipe.unet.set_adapter(["default", "start"])
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    mine = outputs(pipe)
+    with pytest.raises(ZeroDivisionError), taken_off(pipe.unet):
+        assert same(outputs(pipe), base)
+        raise ZeroDivisionError
+    assert same(outputs(pipe), mine) and pipe.unet.active_adapters() == ["default", "start"]
+    assert all(p.requires_grad == (".default." in name) for name, p in pipe.unet.named_parameters())
 
 
 def test_training_is_set_aside_and_goes_on_where_it_was(shared, teacher, folder):

@@ -65,8 +65,11 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.parametrize(
-    "how", ["model.precision=fp32", "model.precision=bf16", "model.precision=fp16 optimizer=adamw8bit"]
-)
+    "how",
+    ["model.precision=fp32", "model.precision=bf16", "model.precision=fp16 optimizer=adamw8bit",
+     "model.precision=bf16 prior=prediction", "model.precision=bf16 prior=prediction adapter=pissa",
+     "model.precision=bf16 prior=generated prior.prompt=character prior.number=4"],
+)  # fmt: skip
 @pytest.mark.parametrize("memory", ["fast", "balanced"])
 def test_captured_and_eager_training_give_the_same_lora(tmp_path, monkeypatch, how, memory):
     monkeypatch.chdir(tmp_path)

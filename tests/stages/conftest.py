@@ -1,0 +1,50 @@
+"""Trained runs and a folder to train in, which the files of tests share; a process makes each once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import inside, train
+
+from lora_lab.demo import TOFU
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tofu")
+    rows = [row for row in (TOFU / "metadata.jsonl").read_text().splitlines() if json.loads(row)["file_name"] < "06"]
+    (root / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    for i in range(6):
+        shutil.copy(TOFU / f"{i:02d}.png", root)
+    return root
+
+
+@pytest.fixture
+def elsewhere(tmp_path, pictures):
+    """The test works in a folder of its own."""
+    with inside(tmp_path, pictures):
+        yield
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, pictures):
+    """20 steps at once, for every test that needs something to compare with."""
+    with inside(tmp_path_factory.mktemp("uninterrupted"), pictures) as folder:
+        train("run", "steps=20", "stage.validate_every=10", "stage.checkpoint_every=10")
+    return str(folder / "run")
+
+
+@pytest.fixture(scope="session")
+def three_steps(tmp_path_factory, pictures):
+    """What three steps without any option learn."""
+    with inside(tmp_path_factory.mktemp("three_steps"), pictures) as folder:
+        train("run", "steps=3")
+    return load_file(folder / "run/lora/HANA_TOFU.safetensors")
+
+
+@pytest.fixture
+def own_pictures(pictures, tmp_path):
+    """A copy of the six pictures that a test may change."""
+    return Path(shutil.copytree(pictures, tmp_path / "own"))

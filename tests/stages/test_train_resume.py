@@ -1,0 +1,104 @@
+"""A run that stops and goes on: to the bit what it would have been, or refused."""
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train
+
+from lora_lab.errors import InputError
+from lora_lab.training.state import checkpoints
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_ten_steps_and_ten_resumed_equal_twenty_to_the_bit(uninterrupted):
+    train("run", "steps=10")
+    train("run", "steps=20", f"resume={Path('run').absolute()}")
+    assert_same(lora("run"), lora(uninterrupted))
+    assert [line["loss"] for line in metrics("run")] == [line["loss"] for line in metrics(uninterrupted)]
+
+
+DATA = "dataset.flip=true dataset.shuffle_captions=true dataset.keep_tokens=0 dataset.repeats=2"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "schedule=cosine stage.lora_plus_ratio=16",
+        "optimizer=adamw8bit",
+        "optimizer=schedule_free",
+        pytest.param("stage.ema_decay=0.9", marks=pytest.mark.slow),
+        f"adapter.lora_dropout=0.5 {NOISE}",
+        pytest.param(DATA, marks=pytest.mark.slow),
+        pytest.param("adapter=pissa", marks=pytest.mark.slow),
+        pytest.param("adapter=lokr adapter.module_dropout=0.5", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
+    how = how.split()
+    train("whole", "steps=6", "stage.validate_every=2", *how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*resume="):
+        interrupt_at(3, patch)
+        train("cut", "steps=6", *how)
+    assert [c.name for c in checkpoints(Path("cut"))] == ["step-000003"]
+    assert not Path("cut/result.json").exists()
+    train("cut", "steps=6", *how, f"resume={Path('cut').absolute()}")
+    assert_same(lora("cut"), lora("whole"))
+    assert [line["step"] for line in metrics("cut")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted):
+    train("run", "steps=10", "stage.checkpoint_every=5")
+    half = Path("run/checkpoints/.step-000015")  # what a kill in the middle of writing leaves
+    half.mkdir()
+    (half / "adapter.safetensors").write_bytes(b"half")
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
+    train("run", "steps=20", f"resume={Path('run').absolute()}")
+    assert_same(lora("run"), lora(uninterrupted))
+    assert [line["step"] for line in metrics("run")] == list(range(1, 21))
+
+
+def test_a_resumed_run_refuses_to_become_another_one():
+    train("run", "steps=2")
+    for change, named in (
+        ("rank=8", "adapter"),
+        ("lr=5e-4", "optimizer"),
+        ("seed=1", "seed"),
+        ("batch_size=1", "batch_size"),
+        ("loss=plain", "loss.weighting"),
+        ("stage.ema_decay=0.5", "stage.ema_decay"),
+        ("schedule.warmup=1", "schedule"),
+        ("dataset.repeats=2", r"dataset\.repeats=\[1\], not \[2\]"),
+        ("dataset.random_crop=true", r"dataset\.random_crop"),
+        ("dataset.shuffle_captions=true", r"dataset\.shuffle_captions"),
+        ("dataset.caption_suffix=x", r"dataset\.caption_suffix"),
+    ):
+        with pytest.raises(InputError, match=named):
+            train("run", "steps=4", change, f"resume={Path('run').absolute()}")
+    with pytest.raises(InputError, match="beyond steps=1"):
+        train("run", "steps=1", f"resume={Path('run').absolute()}")
+
+
+def test_resuming_a_finished_run_publishes_nothing_twice():
+    train("run", "steps=2")
+    train("run", "steps=2", f"resume={Path('run').absolute()}")
+    assert [p.name for p in Path("models/lora").iterdir()] == ["HANA_TOFU.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_masked_run_goes_on_with_the_same_masks_wherever_they_are(tmp_path):
+    left, other = cut_out(tmp_path / "left", (0, 0, 64, 128)), cut_out(tmp_path / "other", (0, 0, 99, 128))
+    train("whole", "steps=4", f"loss.mask={left}", "dataset.flip=true")
+    train("cut", "steps=2", f"loss.mask={left}", "dataset.flip=true")
+    go_on = ("steps=4", f"resume={Path('cut').absolute()}", "dataset.flip=true")
+    for mask, named in ((other, "masks"), ("none", r"loss\.mask"), ("alpha", r"loss\.mask")):
+        with pytest.raises(InputError, match=f"trained with {named}="):
+            train("cut", *go_on, f"loss.mask={mask}")
+    train("cut", *go_on, f"loss.mask={left.rename(tmp_path / 'moved')}")
+    assert_same(lora("cut"), lora("whole"))
+
+
+def test_only_the_newest_checkpoints_are_kept():
+    train("run", "steps=6", "stage.checkpoint_every=1", "stage.keep_checkpoints=3")
+    assert [c.name for c in checkpoints(Path("run"))] == ["step-000004", "step-000005", "step-000006"]

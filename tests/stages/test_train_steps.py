@@ -1,0 +1,113 @@
+"""The steps themselves: they learn, accumulate, save memory, and stop at numbers that are none."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import FAST, NOISE, encoded, lora, metrics, train
+
+from lora_lab.adapters.wear import worn
+from lora_lab.config import compose
+from lora_lab.demo import TOFU
+from lora_lab.errors import RunError
+from lora_lab.training import step
+from lora_lab.training.loss import objective, sample_losses
+from lora_lab.training.state import checkpoints
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_the_loss_of_known_noise_falls(uninterrupted):
+    """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
+    _, data, pipe = encoded()
+    asked = objective(compose(*FAST).loss, pipe.scheduler.config)
+
+    def loss() -> float:
+        batches = (
+            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
+            for s in range(20)
+        )
+        with torch.no_grad():
+            return sum(sample_losses(pipe.unet, asked, batch).mean().item() for batch in batches) / 20
+
+    before = loss()
+    with worn(pipe, Path(uninterrupted, "lora", "HANA_TOFU.safetensors")):
+        after = loss()
+    assert after < before * 0.97
+
+
+def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
+    """Sample i of a step draws the same noise in one batch or two; with one picture the order does not matter."""
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "00.png").write_bytes((TOFU / "00.png").read_bytes())
+    (one / "00.txt").write_text("A HANA_TOFU smiling")
+    data = (f"dataset.root={one}", "steps=3", *NOISE.split())
+    train("whole", *data, "batch_size=4")
+    train("halves", *data, "batch_size=2", "stage.gradient_accumulation=2")
+    whole, halves = lora("whole"), lora("halves")
+    for key in whole:
+        assert torch.allclose(whole[key], halves[key], atol=2e-5), key
+
+
+def test_gradient_checkpointing_and_offload_change_nothing():
+    train("fast", "steps=3", "memory=fast")
+    train("balanced", "steps=3", "memory=balanced", "stage.validate_every=1")
+    fast, balanced = lora("fast"), lora("balanced")
+    for key in fast:
+        assert torch.allclose(fast[key], balanced[key], atol=1e-6), key
+
+
+def test_with_offload_the_unet_goes_to_the_device_when_all_is_encoded(monkeypatch):
+    arrived, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
+
+    def watched(self, *arguments, **settings):
+        if device in arguments:
+            arrived.append(type(self).__name__)
+        return to(self, *arguments, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    train("run", "steps=1", "memory=balanced", "device='cpu:0'")
+    turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel"]
+    assert [name for name in arrived if name in turns][:4] == turns
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
+    real = step.sample_losses
+    calls = []
+
+    def sometimes_nan(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(step, "sample_losses", sometimes_nan)
+    with pytest.raises(RunError, match=r"step 4 is nan, at 0\d\.png, 0\d\.png: "):
+        train("run", "steps=6", "stage.checkpoint_every=2")
+    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    assert checkpoints(Path("run"))[-1].name == "step-000002"
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("at", [4, 6], ids=["between", "last step"])
+def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_written(at, monkeypatch):
+    real = step.sample_losses
+    calls = []
+
+    def sometimes_steep(*arguments):
+        calls.append(1)
+        losses = real(*arguments)
+        if len(calls) == at:
+            losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses
+
+    monkeypatch.setattr(step, "sample_losses", sometimes_steep)
+    with pytest.raises(RunError, match=rf"gradient's norm of step {at} is (inf|nan), at 0\d\.png, 0\d\.png: "):
+        train("run", "steps=6", "stage.checkpoint_every=1", "stage.validate_every=1")
+    assert checkpoints(Path("run"))[-1].name == f"step-{at - 1:06d}"
+    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert [line["step"] for line in metrics("run")] == list(range(1, at))
+    assert max(p.name for p in Path("run/lora").iterdir()) == f"HANA_TOFU-{at - 1:06d}.safetensors"
+    assert not Path("models").exists()

@@ -1,0 +1,105 @@
+"""Short runs on the bundled tiny base and six of its pictures, and what they leave, for tests of stage=train."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Encoder
+from lora_lab.base.load import load_base
+from lora_lab.config import compose
+from lora_lab.stages import run
+from lora_lab.training import loop
+from lora_lab.training.data import TrainingData, encode_dataset
+from lora_lab.training.plan import Plan, make_plan
+
+FAST = (
+    "stage=train", "dataset=folder", "dataset.root=../tofu", "refiner=off", "device=cpu", "tracker=off",
+    "model.judge=null", "rank=4", "batch_size=2", "sampler.steps=2", "stage.save_dtype=fp32",
+    "stage.prompts=['A {trigger} with a green background']",
+)  # fmt: skip
+NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"
+MEASURED = ("stage.validation_loss_every=1", "stage.validation_timesteps=[300,600,900]")
+
+
+@contextmanager
+def inside(root: Path, pictures: Path) -> Iterator[Path]:
+    """Within the context the working folder is a new one in `root`, beside `pictures` as `tofu`."""
+    before, folder = Path.cwd(), root / "work"
+    (root / "tofu").symlink_to(pictures)
+    folder.mkdir()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+def train(folder: str, *overrides: str):
+    return run(compose(*FAST, *overrides), Path(folder).absolute())
+
+
+def lora(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/lora/HANA_TOFU.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def metrics(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Ctrl-C while `step` is done."""
+    write = loop.MetricsFile.write
+
+    def and_interrupt(self, number, numbers):
+        write(self, number, numbers)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.MetricsFile, "write", and_interrupt)
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(compose(*FAST, *overrides), Path("none").absolute())
+
+
+def encoded(*overrides: str) -> tuple[Plan, TrainingData, StableDiffusionXLPipeline]:
+    """The plan, the data that `overrides` give, and the base that encoded them."""
+    config, plan = compose(*FAST, *overrides), planned(*overrides)
+    pipe = load_base(config.model, plan.device)
+    encoder = Encoder(pipe, plan.device, Cache(None), False)
+    return plan, encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder), pipe
+
+
+def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:
+    """Masks of the six pictures, white in `box`."""
+    folder.mkdir()
+    for i in range(6):
+        mask = Image.new("L", (128, 128))
+        mask.paste(255, box)
+        mask.save(folder / f"{i:02d}.png")
+    return folder
+
+
+def validation(folder: str | Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in Path(folder, "validation.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["step"] for line in lines})
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def reworded(root: Path, old: str, new: str, count: int = 1) -> None:
+    file = root / "metadata.jsonl"
+    file.write_text(file.read_text().replace(old, new, count))
