@@ -67,7 +67,7 @@ def test_every_key_of_a_stage_is_explained_somewhere(stage):
         assert re.search(rf"\bstage\.{key}\b", said), key
 
 
-@pytest.mark.parametrize(("group", "keys"), [("loss", schema.Loss), ("dataset", schema.Dataset)])
+@pytest.mark.parametrize(("group", "keys"), [("loss", schema.Loss), ("dataset", schema.Dataset), ("text", schema.Text)])
 def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, keys):
     said = (HOME / "docs" / "training.md").read_text(encoding="utf-8")
     for key in keys.__dataclass_fields__:

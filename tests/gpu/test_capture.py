@@ -65,7 +65,13 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.parametrize(
-    "how", ["model.precision=fp32", "model.precision=bf16", "model.precision=fp16 optimizer=adamw8bit"]
+    "how",
+    [
+        "model.precision=fp32",
+        "model.precision=bf16",
+        "model.precision=fp16 optimizer=adamw8bit",
+        "model.precision=bf16 text=pivotal text.encoders=both",
+    ],
 )
 @pytest.mark.parametrize("memory", ["fast", "balanced"])
 def test_captured_and_eager_training_give_the_same_lora(tmp_path, monkeypatch, how, memory):
