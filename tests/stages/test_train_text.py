@@ -336,6 +336,7 @@ def test_wearing_a_file_leaves_nothing_behind(trained):
     pipe, before = run.pipe, run.job.read(run.batch())
     own, put = [pipe.tokenizer, pipe.tokenizer_2], tokens_in(pipe)
     learning = [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad]
+    places = [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()]
     for lora in (file, None):
         with worn(pipe, lora):
             count = len(pipe.tokenizer) - len(own[0])
@@ -343,6 +344,8 @@ def test_wearing_a_file_leaves_nothing_behind(trained):
             assert not any(pipe.text_encoder.get_input_embeddings() is tokens for tokens in put.values())
     assert [pipe.tokenizer, pipe.tokenizer_2] == own and tokens_in(pipe) == put
     after = run.job.read(run.batch())
+    # Where a recorded step reads and writes.
+    assert [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()] == places
     assert torch.equal(after.tokens, before.tokens) and torch.equal(after.pooled, before.pooled)
     assert [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad] == learning
     assert sample_losses(pipe.unet, run.asked, after).requires_grad
