@@ -12,6 +12,14 @@ from lora_lab.errors import InputError
 # What a key means and its unit stand beside its value in conf/; here are only names, types and bounds.
 
 
+TEXT_ENCODERS = {
+    "none": (),
+    "first": ("text_encoder",),
+    "second": ("text_encoder_2",),
+    "both": ("text_encoder", "text_encoder_2"),
+}
+
+
 def _at_least(owner: object, prefix: str = "", **bounds: float) -> None:
     for key, bound in bounds.items():
         value = getattr(owner, key)
@@ -245,6 +253,45 @@ class Prior:
 
 
 @dataclass
+class Text:
+    encoders: str
+    encoder_lr: float | None
+    encoder_stop: float
+    tokens: int
+    tokens_from: str | None
+    token_lr: float
+    token_stop: float
+
+    def __post_init__(self) -> None:
+        _one_of("text.encoders", self.encoders, tuple(TEXT_ENCODERS))
+        _at_least(self, "text.", tokens=0)
+        _above(self, "text.", token_lr=0, encoder_stop=0, token_stop=0)
+        _share("text.encoder_stop", self.encoder_stop)
+        _share("text.token_stop", self.token_stop)
+        if self.encoder_lr is not None:
+            _above(self, "text.", encoder_lr=0)
+        if self.tokens > 75:
+            raise InputError(f"text.tokens={self.tokens}: a text has 75 places, and most of them are the caption's")
+        for key, off in (("encoder_lr", None), ("encoder_stop", 1)):
+            if getattr(self, key) != off and not self.adapted:
+                raise InputError(f"text.{key}={getattr(self, key)}: no text encoder is trained, say text.encoders=both")
+        if self.tokens_from is not None and not self.tokens:
+            raise InputError(f"text.tokens_from={self.tokens_from}: there are no new tokens, say text.tokens=2")
+        if self.tokens_from is not None and not self.tokens_from.strip():
+            raise InputError("text.tokens_from: name a word such as character, or say null")
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The parts of the pipeline that get a LoRA beside the UNet."""
+        return TEXT_ENCODERS[self.encoders]
+
+    @property
+    def learns(self) -> bool:
+        """Whether captions must be encoded anew in every step."""
+        return bool(self.adapted or self.tokens)
+
+
+@dataclass
 class Sampler:
     scheduler: dict[str, Any]
     steps: int
@@ -384,6 +431,7 @@ class Config:
     captioner: Captioner
     refiner: Refiner
     adapter: dict[str, Any]
+    text: Text
     optimizer: dict[str, Any]
     schedule: Schedule
     loss: Loss

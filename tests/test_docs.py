@@ -68,7 +68,8 @@ def test_every_key_of_a_stage_is_explained_somewhere(stage):
 
 
 @pytest.mark.parametrize(
-    ("group", "keys"), [("loss", schema.Loss), ("dataset", schema.Dataset), ("prior", schema.Prior)]
+    ("group", "keys"),
+    [("loss", schema.Loss), ("dataset", schema.Dataset), ("prior", schema.Prior), ("text", schema.Text)],
 )
 def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, keys):
     said = (HOME / "docs" / "training.md").read_text(encoding="utf-8")

@@ -48,14 +48,19 @@ def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[s
                 alpha, left = float(rank), scaling  # readers take two whole factors without a scale
             else:
                 alpha, left = float(scaling * rank), 1.0
-            if part != "unet" and not module.startswith("text_model."):
-                module = "text_model." + module
-            name = f"{PREFIX[part]}_{module.replace('.', '_')}"
+            name = _name(part, module)
             for leaf, value in leaves.items():
                 value = value * left if leaf in SCALED and left != 1 else value
                 state[f"{name}.{leaf}"] = value.detach().cpu().contiguous()
             state[f"{name}.alpha"] = torch.tensor(alpha)
     return state
+
+
+def _name(part: str, module: str) -> str:
+    """What a file calls a module of a part of the pipeline."""
+    if part != "unet" and not module.startswith("text_model."):
+        module = "text_model." + module
+    return f"{PREFIX[part]}_{module.replace('.', '_')}"
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
@@ -82,13 +87,15 @@ def _since_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[str, Tenso
     }
 
 
-def peft_state(model: nn.Module, state: dict[str, Tensor], adapter: str = "default") -> dict[str, Tensor]:
-    """kohya_state backwards: what set_peft_model_state_dict puts into `adapter` of the UNet `model`.
+def peft_state(
+    model: nn.Module, state: dict[str, Tensor], adapter: str = "default", part: str = "unet"
+) -> dict[str, Tensor]:
+    """kohya_state backwards: what set_peft_model_state_dict puts into `adapter` of `model`, a part of the pipeline.
 
     The adapter may have another alpha than the file: the product stays what the file says."""
     theirs = {leaf: ours for ours, leaf in LEAVES.items()}
     tensors = {}
-    for module, leaves in layers_of(model, state).items():
+    for module, leaves in layers_of(model, state, part).items():
         layer, alpha = model.get_submodule(module), leaves.pop("alpha")
         rank = rank_of(leaves)
         left = (alpha.item() / rank if rank else 1.0) / layer.scaling[adapter]
@@ -100,14 +107,15 @@ def peft_state(model: nn.Module, state: dict[str, Tensor], adapter: str = "defau
     return tensors
 
 
-def layers_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module name in the UNet `model` to its tensors in a file. Raises ValueError for one that `model` has not."""
-    names = {f"{PREFIX['unet']}_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
+def layers_of(model: nn.Module, state: dict[str, Tensor], part: str = "unet") -> dict[str, dict[str, Tensor]]:
+    """Module name in `model`, a part of the pipeline, to its tensors in a file. Raises ValueError for one that `model`
+    has not."""
+    names = {_name(part, name): name for name, _ in model.named_modules()}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         stem, _, leaf = key.partition(".")
         if stem not in names or leaf not in (*LEAVES.values(), "alpha"):
-            raise ValueError(f"the UNet of this base has no place for {key}")
+            raise ValueError(f"the {part} of this base has no place for {key}".replace("unet", "UNet"))
         layers.setdefault(names[stem], {})[leaf] = value
     for leaves in layers.values():
         rank = rank_of(leaves)

@@ -7,7 +7,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_lab.adapters.files import START, describe, kohya_state, peft_state
+from lora_lab.adapters.files import PREFIX, START, describe, kohya_state, peft_state
+from lora_lab.adapters.tokens import tokens_in, tokens_of
 from lora_lab.adapters.wear import worn
 from lora_lab.errors import InputError
 
@@ -108,14 +109,18 @@ def _take_away(unet: UNet2DConditionModel) -> None:
 
 
 def begin_with(pipe: StableDiffusionXLPipeline, file: Path) -> None:
-    """Let the adapter in `pipe.unet` begin with what a LoRA file holds. Raises InputError if that has another shape."""
-    mine, theirs = kohya_state({"unet": pipe.unet}), load_file(str(file))
+    """Let the adapters in `pipe` begin with what a LoRA file holds, and new tokens with the embeddings beside it.
+
+    Raises InputError if that has another shape."""
+    parts = {part: getattr(pipe, part) for part in PREFIX if part in pipe.get_list_adapters()}
+    mine, theirs = kohya_state(parts), load_file(str(file))
     if not mine.keys() & theirs.keys():
         # Another program's names: what diffusers can load can be read back, rounded to the base's precision.
         with worn(pipe, file):
-            if "worn" not in pipe.unet.peft_config or "worn" in pipe.get_list_adapters().get("text_encoder", []):
+            found = [part for part, adapters in pipe.get_list_adapters().items() if "worn" in adapters]
+            if "unet" not in found or not parts.keys() >= set(found):
                 raise InputError(f"stage.start_from={file}: is about the text encoders, which are not trained here")
-            theirs = kohya_state({"unet": pipe.unet}, "worn")
+            theirs = kohya_state({part: parts[part] for part in found}, "worn")
     shapes, wanted = ({k: v.shape for k, v in s.items() if not k.endswith(".alpha")} for s in (theirs, mine))
     differing = [key for key in wanted | shapes if wanted.get(key) != shapes.get(key)]
     if differing:
@@ -123,4 +128,11 @@ def begin_with(pipe: StableDiffusionXLPipeline, file: Path) -> None:
             f"stage.start_from={file}: holds {describe(theirs)}, but this run trains {describe(mine)} "
             f"(the first to differ is {differing[0]}): say the rank, targets and adapter that the file was trained with"
         )
-    set_peft_model_state_dict(pipe.unet, peft_state(pipe.unet, theirs))
+    for part, model in parts.items():
+        own = {key: value for key, value in theirs.items() if key.startswith(f"{PREFIX[part]}_")}
+        set_peft_model_state_dict(model, peft_state(model, own, part=part))
+    if put := tokens_in(pipe):
+        _, vectors = tokens_of(file)  # the plan has seen that there are as many
+        with torch.no_grad():
+            for key, tokens in put.items():
+                tokens.vectors.copy_(vectors[key])

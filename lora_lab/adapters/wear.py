@@ -3,17 +3,18 @@
 import difflib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_lab.adapters.files import config_of, kind_of, peft_state
+from lora_lab.adapters.files import PREFIX, config_of, kind_of, peft_state
+from lora_lab.adapters.tokens import is_beside, tokens_of, with_tokens, without_tokens
 from lora_lab.errors import InputError
 
 MODELS = Path("models") / "lora"  # beside where the user works
@@ -29,7 +30,7 @@ def find_lora(value: str, key: str = "lora") -> Path:
         lora = json.loads(result.read_text(encoding="utf-8")).get("lora") if result.is_file() else None
         inside = [Path(lora)] if lora else []
         # By name backwards stands the finished NAME.safetensors, then the newest of the NAME-000100.safetensors.
-        snapshots = sorted((path / "lora").glob("*.safetensors"), reverse=True)
+        snapshots = sorted(_loras(path / "lora"), reverse=True)
         inside += [path / "lora" / Path(lora).name] if lora else snapshots
         for file in inside:
             if file.is_file():
@@ -40,32 +41,44 @@ def find_lora(value: str, key: str = "lora") -> Path:
     named = MODELS / f"{value}.safetensors"
     if named.is_file():
         return named
-    names = sorted(f.stem for f in MODELS.glob("*.safetensors"))
+    names = sorted(f.stem for f in _loras(MODELS))
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{MODELS} has {', '.join(names) or 'none yet: train one'}"
     raise InputError(f"{key}={value}: no such file, run folder or name; {hint}")
 
 
+def _loras(folder: Path) -> list[Path]:
+    return [file for file in folder.glob("*.safetensors") if not is_beside(file)]
+
+
 @contextmanager
 def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0) -> Iterator[None]:
-    """Within the context `pipe` draws with the file's LoRA at `weight`; an adapter in training is set aside.
+    """Within the context `pipe` draws with the file's LoRA at `weight`, and reads its trigger as the file's new tokens
+    if it has any; what is in training is set aside.
 
     The file itself is loaded, also in the middle of training: a validation picture is what inference will give.
     Raises InputError if the file is not a LoRA for this base."""
-    training = [p for p in pipe.unet.parameters() if p.requires_grad]
-    active = pipe.unet.active_adapters() if training else []
-    if training:
-        pipe.unet.disable_adapters()
+    parts = [getattr(pipe, part) for part in PREFIX]
+    training = [p for part in parts for p in part.parameters() if p.requires_grad]
+    adapted = [getattr(pipe, part) for part in pipe.get_list_adapters()] if training else []
+    active = [part.active_adapters() for part in adapted]
+    for part in adapted:
+        part.disable_adapters()
     try:
-        if lora is not None and weight:
-            _put_on(pipe, lora, weight)
-        yield
+        with without_tokens(pipe), ExitStack() as stack:
+            if lora is not None and weight:
+                _put_on(pipe, lora, weight)
+                if tokens := tokens_of(lora):
+                    stack.enter_context(with_tokens(pipe, *tokens))
+            yield
     finally:
         if training:
             pipe.delete_adapters("worn")
-            pipe.unet.enable_adapters()
-            pipe.unet.set_adapter(active)  # asks for gradients of all of these
-            pipe.unet.requires_grad_(False)
+            for part, names in zip(adapted, active, strict=True):
+                part.enable_adapters()
+                part.set_adapter(names)  # asks for gradients of all of these
+            for part in parts:
+                part.requires_grad_(False)
             for parameter in training:
                 parameter.requires_grad_(True)
         elif lora is not None and weight:
@@ -73,12 +86,12 @@ def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0
 
 
 @contextmanager
-def taken_off(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Within the context `unet` computes what the base alone would, in the middle of a training step.
+def taken_off(*networks: nn.Module) -> Iterator[None]:
+    """Within the context `networks` compute what the base's alone would, in the middle of a training step.
 
     peft's and diffusers' own switches also set what asks for gradients: they would freeze what learns, and let learn
     what PiSSA keeps."""
-    layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -101,8 +114,9 @@ def _put_on(pipe: StableDiffusionXLPipeline, lora: Path, weight: float) -> None:
     except Exception as error:  # a file that does not fit makes diffusers and peft raise nearly anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{lora}: does not fit this base as a LoRA ({' '.join(lines[:2])[:200]})") from error
-    if "worn" in pipe.get_list_adapters().get("unet", []):  # a file may be about the text encoders alone
-        pipe.unet.enable_adapters()
+    for part, adapters in pipe.get_list_adapters().items():
+        if "worn" in adapters:  # a file need not be about all parts
+            getattr(pipe, part).enable_adapters()
 
 
 def _put_in(pipe: StableDiffusionXLPipeline, state: dict[str, Tensor], notes: dict[str, str]) -> None:

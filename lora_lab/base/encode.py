@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lora_lab.base.cache import Cache, identity_of, key_of, rules_of
 from lora_lab.console import bar
@@ -24,6 +25,28 @@ class TextEmbedding:
     tokens: Tensor  # (77, 2048): both encoders side by side
     pooled: Tensor  # (1280,): the second encoder's
 
+    def to(self, device: torch.device) -> "TextEmbedding":
+        return TextEmbedding(self.tokens.to(device), self.pooled.to(device))
+
+    def left_out(self) -> "TextEmbedding":
+        """What stands for no text where that is zeros."""
+        return TextEmbedding(torch.zeros_like(self.tokens), torch.zeros_like(self.pooled))
+
+
+@dataclass(frozen=True)
+class TextIds:
+    """One caption as token ids, for encoders that learn."""
+
+    ids: Tensor  # (2, 77): those of either encoder
+    given: Tensor  # () whether the text is given; if not, zeros stand for it
+
+    def to(self, device: torch.device) -> "TextIds":
+        return TextIds(self.ids.to(device), self.given.to(device))
+
+    def left_out(self) -> "TextIds":
+        """What stands for no text where that is zeros."""
+        return TextIds(self.ids, torch.zeros_like(self.given))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -33,6 +56,7 @@ class Encoder:
     device: torch.device
     cache: Cache
     offload: bool
+    tokenizers: Sequence[PreTrainedTokenizerBase] | None = None  # of texts that stay token ids; None encodes them
 
     @cached_property
     def _texts_by(self) -> list[str]:
@@ -45,8 +69,11 @@ class Encoder:
     def _latents_by(self) -> str:
         return identity_of(self.pipe.vae)
 
-    def captions(self, captions: Sequence[str]) -> tuple[dict[str, TextEmbedding], int]:
+    def captions(self, captions: Sequence[str]) -> tuple[dict[str, TextEmbedding | TextIds], int]:
         """Every caption's embedding, on the CPU, and how many had to be made: one text encoder after the other."""
+        if self.tokenizers is not None:
+            given = torch.tensor(True)
+            return {text: TextIds(torch.cat([_ids(t, text) for t in self.tokenizers]), given) for text in captions}, 0
         pipe, first, second = self.pipe, self.pipe.text_encoder, self.pipe.text_encoder_2
         width = first.config.hidden_size + second.config.hidden_size
         forms = {
@@ -122,14 +149,26 @@ def encode_captions(
     return texts
 
 
-def _read(tokenizer, encoder: nn.Module, caption: str) -> tuple[Tensor, Tensor]:
+def encode_ids(encoders: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts of token ids (B, 2, 77) as `encode_captions` has them: tokens (B, 77, 2048) and pooled (B, 1280), with
+    the encoders' gradients, and waiting for no number."""
+    outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
+    pooled = outputs[-1][0]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(pooled.dtype), pooled
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, caption: str) -> tuple[Tensor, Tensor]:
     """The last hidden layer but one (77, width), and what the encoder says first, which is the pooled text of SDXL's
     second."""
-    tokens = tokenizer(
-        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    output = encoder(_ids(tokenizer, caption).to(encoder.device), output_hidden_states=True)
     return output.hidden_states[-2][0].cpu(), output[0][0].cpu()
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, caption: str) -> Tensor:
+    """Token ids (1, 77)."""
+    return tokenizer(
+        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 @torch.no_grad()

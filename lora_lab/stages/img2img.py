@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 
+from lora_lab.adapters.tokens import tokens_of
 from lora_lab.adapters.wear import find_lora, worn
 from lora_lab.base.load import load_base, pick_device
 from lora_lab.base.locate import locate_folder, locate_model
@@ -107,6 +108,7 @@ def _lora(config: Config) -> Path | None:
     if config.lora is None:
         raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     lora = find_lora(config.lora)
+    tokens_of(lora)  # refuses a file without the embeddings that it needs
     trigger = _notes(lora).get("modelspec.trigger_phrase")
     if trigger and trigger != config.trigger and not config.stage.prompt:
         raise InputError(

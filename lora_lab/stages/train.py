@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_lab.adapters.fresh import begin_with
+from lora_lab.adapters.tokens import tokenizers_of
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
@@ -30,6 +31,7 @@ from lora_lab.training.prior import PriorData, prior_data
 from lora_lab.training.start import start_job
 from lora_lab.training.state import load_checkpoint
 from lora_lab.training.step import Job
+from lora_lab.training.text import begin_text
 from lora_lab.training.validation import validation_loss
 
 VALIDATION = "validation.jsonl"  # beside metrics.jsonl, whose lines are steps
@@ -70,7 +72,8 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
     offload = config.memory.offload
     pipe = load_base(config.model, plan.device, waiting=offload)
     settle(pipe, config.loss)
-    encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
+    tokenizers = tokenizers_of(pipe, config.trigger, config.text.tokens) if config.text.learns else None
+    encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload, tokenizers)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
     if plan.held_out:
         cuts = [[fitted] for fitted in plan.held_out_pictures]
@@ -82,7 +85,7 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
     look = Look(pipe, config, folder, plan.device)
     identity_before = look.identity(None, references)
     asked = objective(config.loss, pipe.scheduler.config)
-    job = start_job(pipe.unet, asked, config, plan)
+    job = start_job(pipe.unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter))
     done = load_checkpoint(plan.goes_on, job) if plan.goes_on else 0
     if plan.start and not plan.goes_on:
         with job.learnt.exact():

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_lab.base.encode import Encoder, TextEmbedding, micro_conditioning
+from lora_lab.base.encode import Encoder, TextEmbedding, TextIds, micro_conditioning
 from lora_lab.console import say
 from lora_lab.dataset import Sample, dressed
 from lora_lab.errors import InputError
@@ -37,7 +37,7 @@ class Example:
 
     name: str
     crops: list[list[View]]
-    texts: list[list[TextEmbedding]]
+    texts: list[list[TextEmbedding]] | list[list[TextIds]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainingData:
     """All examples, grouped by size; `empty` stands in for a dropped caption."""
 
     examples: list[Example]
-    empty: TextEmbedding
+    empty: TextEmbedding | TextIds
     buckets: list[list[int]] = field(default_factory=list)
 
     def batch(
@@ -68,8 +68,7 @@ class TrainingData:
             latents=torch.stack([view.latents for view in views]),
             noise=_sent(torch.stack([d.noise for d in draws]), device),
             timesteps=_sent(timesteps, device),
-            tokens=torch.stack([t.tokens for t in texts]),
-            pooled=torch.stack([t.pooled for t in texts]),
+            **{name: torch.stack([vars(text)[name] for text in texts]) for name in vars(texts[0])},
             time_ids=torch.stack([view.time_ids for view in views]),
             weights=_sent(asked.weights[timesteps], device),
             huber_c=_sent(asked.huber_c[timesteps], device),
@@ -148,16 +147,20 @@ def encode_dataset(
     ]
     latents, new_views = encoder.pictures(views)
     if folder := encoder.cache.folder:
-        made = f"{new_texts} of {len(embedded)} texts and {new_views} of {len(latents)} views of pictures"
+        made = f"{new_views} of {len(latents)} views of pictures"
+        if encoder.tokenizers is None:
+            made = f"{new_texts} of {len(embedded)} texts and {made}"
         say(f"encoded {made} in {time.perf_counter() - began:.1f} s, the rest was in {folder}")
     device, every = encoder.device, iter(latents)
-    here = {text: on_device(embedding, device) for text, embedding in embedded.items()}
+    here = {text: embedding.to(device) for text, embedding in embedded.items()}
     examples, buckets = [], {}
     for i, (sample, cuts, its_texts) in enumerate(zip(samples, crops, texts, strict=True)):
         seen = [_seen(cut, [next(every).to(device) for _ in _views(cut.picture, flip)]) for cut in cuts]
         examples.append(Example(sample.name, seen, [[here[text] for text in orders] for orders in its_texts]))
         buckets.setdefault(cuts[0].picture.size, []).extend([i] * sample.repeats)
-    empty = on_device(_empty(embedded[""], encoder.pipe.config.force_zeros_for_empty_prompt), device)
+    empty = here[""]
+    if encoder.pipe.config.force_zeros_for_empty_prompt:  # what inference takes for no prompt: of SDXL zeros
+        empty = empty.left_out()
     return TrainingData(examples, empty, [buckets[size] for size in sorted(buckets)])
 
 
@@ -194,15 +197,6 @@ def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
         )
 
 
-def _empty(text: TextEmbedding, zeros: bool) -> TextEmbedding:
-    """What inference takes for no prompt: zeros for SDXL, the embedding of "" for bases that say so."""
-    return TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)) if zeros else text
-
-
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for the steps that it has not done yet: it fetches the numbers itself."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def on_device(text: TextEmbedding, device: torch.device) -> TextEmbedding:
-    return TextEmbedding(text.tokens.to(device), text.pooled.to(device))

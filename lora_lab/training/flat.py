@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,13 @@ class Flat:
         end = start + math.prod(shape)
         return _learning(self.working[start:end].view(shape), self._gradient[start:end].view(shape))
 
-    def pieces(self, count: int) -> list[nn.Parameter]:
-        """The master of the first `count` parameters and that of the others, for an optimizer with two groups."""
-        end = sum(p.numel() for p in self.parameters[:count])
-        numbers, gradient = self.master.detach(), self.master.grad
-        return [_learning(numbers[:end], gradient[:end]), _learning(numbers[end:], gradient[end:])]
+    def pieces(self, counts: Sequence[int]) -> list[nn.Parameter]:
+        """The master of the first counts[0] parameters, of the next counts[1], and so on to the last, for an optimizer
+        with as many groups."""
+        each = iter(self.parameters)
+        sizes = [sum(p.numel() for p in islice(each, count)) for count in counts]
+        numbers, gradients = self.master.detach().split(sizes), self.master.grad.split(sizes)
+        return list(map(_learning, numbers, gradients))
 
     def collect(self) -> None:
         """After a backward pass: add its gradients to the master's, and make room for the next."""

@@ -2,9 +2,11 @@
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, network_notes, same_tensors, save_lora
+from lora_lab.adapters.tokens import TRIGGER, beside, save_tokens
 from lora_lab.adapters.wear import MODELS
 from lora_lab.base.load import DTYPES
 from lora_lab.console import say
@@ -13,6 +15,7 @@ from lora_lab.schema import Config, Loss
 from lora_lab.training.plan import Plan
 from lora_lab.training.state import save_checkpoint
 from lora_lab.training.step import Job
+from lora_lab.training.text import notes_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,13 @@ class Keep:
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
         with self.job.finished(), self.job.learnt.exact():  # until it is written, for the state is no copy
-            state = kohya_state({"unet": self.job.unet})
+            state = kohya_state(self.job.adapted)
             network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
+            network |= notes_of(self.config)
             notes = notes_for(self.config, self.plan, self.job.asked.settings, step, network)
+            if self.job.read and self.job.read.tokens:
+                vectors = {key: tokens.vectors for key, tokens in self.job.read.tokens.items()}
+                save_tokens(beside(file), vectors, {"modelspec.title": name, TRIGGER: self.config.trigger})
             return save_lora(file, state, dtype, notes)
 
     def checkpoint(self, step: int) -> None:
@@ -59,11 +66,19 @@ def notes_for(config: Config, plan: Plan, loss: Loss, step: int, network: dict[s
 
 
 def publish(lora: Path, name: str) -> Path:
-    """Copy the finished file to models/lora/NAME.safetensors; another one that stands there is given a number."""
+    """Copy the finished file to models/lora/NAME.safetensors, and the embeddings beside it; another one that stands
+    there is given a number."""
     target = MODELS / f"{name}.safetensors"
-    if target.is_file() and same_tensors(target, lora):  # a finished run was resumed
-        return target
+    files = {lora: target} | ({beside(lora): beside(target)} if beside(lora).is_file() else {})
+    if all(there.is_file() and same_tensors(there, file) for file, there in files.items()):
+        return target  # a finished run was resumed
     older = keep_older(target)
     if older:
         say(f"{target} was there already; it is now {older}")
-    return write_atomically(target, lambda file: shutil.copyfile(lora, file))
+        if beside(target).is_file():
+            beside(target).rename(beside(older))
+    elif len(files) > 1:
+        keep_older(beside(target))  # whose LoRA is gone
+    for file, there in reversed(files.items()):
+        write_atomically(there, partial(shutil.copyfile, file))
+    return target

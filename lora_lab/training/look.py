@@ -52,7 +52,8 @@ class Look:
     def rest(self) -> None:
         """Free the device of what training does not need."""
         if self._config.memory.offload:
-            for part in (self._pipe.vae, self._pipe.text_encoder, self._pipe.text_encoder_2):
+            encoders = [] if self._config.text.learns else [self._pipe.text_encoder, self._pipe.text_encoder_2]
+            for part in (self._pipe.vae, *encoders):
                 part.to("cpu")
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

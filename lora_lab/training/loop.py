@@ -57,7 +57,7 @@ def train_steps(
         for step in range(start, job.steps):
             readings.begin()
             if not job.unet.training:  # a measurement left it in evaluation mode; to ask all modules takes 10 ms
-                job.unet.train()
+                job.mode(training=True)
             torch.manual_seed(seed_of(job.seed, "dropout", step))  # only an adapter's dropout draws from it
             loss = _backward(job, partial(data.batch, caption_dropout=settings.caption_dropout), step)
             # The prior comes after all of the character's batches, whose dropout is then what it is without.

@@ -14,15 +14,19 @@ from lora_lab.errors import InputError
 from lora_lab.schema import Loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Everything that varies from step to step, as tensors on the device; B samples of one bucket."""
+    """Everything that varies from step to step, as tensors on the device; B samples of one bucket.
+
+    Texts come encoded, or as token ids where what encodes them learns (training/text.py)."""
 
     latents: Tensor  # (B, 4, height / 8, width / 8)
     noise: Tensor  # the same shape
     timesteps: Tensor  # (B,) integers
-    tokens: Tensor  # (B, 77, cross attention dimension)
-    pooled: Tensor  # (B, pooled dimension)
+    tokens: Tensor | None = None  # (B, 77, cross attention dimension)
+    pooled: Tensor | None = None  # (B, pooled dimension)
+    ids: Tensor | None = None  # (B, 2, 77) integers, of either text encoder
+    given: Tensor | None = None  # (B,) whether there is a text; if not, zeros stand for it
     time_ids: Tensor  # (B, 6) micro-conditioning
     weights: Tensor  # (B,) of the samples' losses
     huber_c: Tensor  # (B,) where large errors begin

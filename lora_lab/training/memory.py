@@ -12,6 +12,7 @@ from lora_lab.errors import RunError
 from lora_lab.schema import Config, Memory
 
 LINEARS, CONVOLUTIONS = 2.233e9, 0.333e9  # numbers of the UNet; all others are few
+TEXT = 0.818e9  # numbers of the text encoders, which stay on the GPU only if something of the text learns
 BYTES = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}  # a number
 CONTEXT = 900  # MiB of the process beside torch's tensors: CUDA itself and its libraries
 LEARNT = 1.45e6  # numbers a rank, of a LoRA on the attention
@@ -24,6 +25,7 @@ def expected_mib(config: Config) -> float:
     """Peak of a training run on a CUDA GPU in half precision, as nvidia-smi shows the process."""
     memory = config.memory
     base = LINEARS * BYTES[memory.linear_weights] + CONVOLUTIONS * BYTES[memory.convolution_weights]
+    base += TEXT * BYTES["base"] * config.text.learns
     kept = 2 if "8bit" in config.optimizer["_target_"] else 8  # bytes a number, of the optimizer's averages
     # working copy, master, and a gradient of either
     learnt = config.rank * LEARNT * (2 + 4 + 2 + 4 + kept + (4 if config.stage.ema_decay else 0))

@@ -11,6 +11,7 @@ from hydra.utils import get_class, instantiate
 from peft import PeftConfig
 
 from lora_lab.adapters import fresh
+from lora_lab.adapters.tokens import beside, tokens_of
 from lora_lab.adapters.wear import MODELS, find_lora
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
@@ -21,7 +22,7 @@ from lora_lab.images.buckets import Fitted
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
 from lora_lab.schema import Config
-from lora_lab.training import class_pictures
+from lora_lab.training import class_pictures, text
 from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
 from lora_lab.training.memory import memory_line
 from lora_lab.training.randomness import batches_per_epoch
@@ -72,8 +73,10 @@ def make_plan(config: Config, folder: Path) -> Plan:
     adapter = from_library("adapter", {key: {} if value is None else value for key, value in config.adapter.items()})
     start = find_lora(config.stage.start_from, "stage.start_from") if config.stage.start_from else None
     fresh.refuse_unfit(adapter, config.adapter, config.stage.lora_plus_ratio, start)
+    make_optimizer = from_library("optimizer", settled_optimizer(config.optimizer, device))
+    text.refuse_unfit(config, adapter, make_optimizer([torch.nn.Parameter(torch.zeros(1))]), start)
     if start:
-        hashes["start"] = hash_files(start)
+        hashes["start"] = hash_files(start, *([beside(start)] if tokens_of(start) else []))
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
     dtype = pick_dtype(config.model.precision, device)
@@ -101,7 +104,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
         held_out_pictures=fit_pictures(held_out, resolution, step, None),
         class_samples=of_class,
         class_pictures=fit_pictures([s for s in of_class if s.path.is_file()], resolution, step, None),
-        make_optimizer=from_library("optimizer", settled_optimizer(config.optimizer, device)),
+        make_optimizer=make_optimizer,
         elementwise=config.optimizer["elementwise"],
         adapter=adapter,
         start=start,
@@ -175,11 +178,12 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if config.dataset.random_crop:
         lines["crops"] = f"{sum(map(len, plan.crops))} of {len(plan.samples)} pictures"
     if config.dataset.shuffle_captions:
-        texts = {text for its in plan.texts for orders in its for text in orders}
-        lines["captions"] = f"{len(texts)} orders"
+        lines["captions"] = f"{len({order for its in plan.texts for orders in its for order in orders})} orders"
+    if config.text.learns:
+        lines["text"] = text.described(config)
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
-    return "\n".join(f"{name:>10}  {text}" for name, text in lines.items())
+    return "\n".join(f"{name:>10}  {said}" for name, said in lines.items())
 
 
 def describe_prior(plan: Plan, config: Config) -> str:
@@ -226,6 +230,7 @@ def _recipe(config: Config) -> dict:
         "dataset.repeats": [folder.repeats for folder in config.dataset.folders],
         "model.resolution": model.resolution,
         "model.precision": model.precision,
+        **{f"text.{key}": value for key, value in vars(config.text).items()},
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
         **{f"prior.{key}": value for key, value in vars(config.prior).items() if key != "root"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_lab.base.encode import Encoder
 from lora_lab.schema import Config
 from lora_lab.training.class_pictures import draw_missing
-from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures, on_device
+from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures
 from lora_lab.training.loss import Batch
 from lora_lab.training.plan import Plan
 from lora_lab.training.randomness import seed_of
@@ -61,7 +61,7 @@ def renamed(
     """`data` of `texts` with `noun` in the place of the trigger in every one of them."""
     named = [[[text.replace(trigger, noun) for text in orders] for orders in its] for its in texts]
     embedded, _ = encoder.captions([text for its in named for orders in its for text in orders])
-    here = {text: on_device(embedding, encoder.device) for text, embedding in embedded.items()}
+    here = {text: embedding.to(encoder.device) for text, embedding in embedded.items()}
     examples = [
         replace(example, texts=[[here[text] for text in orders] for orders in its])
         for example, its in zip(data.examples, named, strict=True)

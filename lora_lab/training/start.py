@@ -1,9 +1,12 @@
 """From a plan to a job: the adapter in the UNet, what learns of it, its optimizer and its step."""
 
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.fresh import DROPOUTS, begin
@@ -15,10 +18,22 @@ from lora_lab.training.loss import Objective
 from lora_lab.training.plan import Plan
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.step import Job, backward_pass, learning_rates
+from lora_lab.training.text import Reader, stop_after
 
 
-def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan: Plan) -> Job:
-    """Put a fresh adapter into `unet`, and make what trains it."""
+@dataclass(frozen=True)
+class Group:
+    """Parameters that learn alike."""
+
+    parameters: list[nn.Parameter]
+    options: dict[str, float] = field(default_factory=dict)  # of the optimizer, where they are not its own
+    stop: int | None = None  # steps after which they stay as they are
+
+
+def start_job(
+    unet: UNet2DConditionModel, asked: Objective, config: Config, plan: Plan, read: Reader | None = None
+) -> Job:
+    """Put a fresh adapter into `unet`, and make what trains it and what of the text `read` has that learns."""
     torch.manual_seed(seed_of(config.seed, "adapter"))
     begin(unet, plan.adapter)
     # Only dropout draws in a step. Its state is kept for recomputing at the price of a wait a block, which also
@@ -28,7 +43,8 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
         unet.enable_gradient_checkpointing(
             lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
-    learnt, optimizer = learner(unet, plan, config.stage.lora_plus_ratio)
+    groups = groups_of(unet, read, config)
+    learnt, optimizer = learner(unet, plan, groups)
     compile_blocks(unet, config.compile, config.cache and Path(config.cache))
     if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
         optimizer.train()
@@ -38,7 +54,7 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
         unet=unet,
         learnt=learnt,
         optimizer=optimizer,
-        schedule=learning_rates(optimizer, config.schedule, config.steps),
+        schedule=learning_rates(optimizer, config.schedule, config.steps, [group.stop for group in groups]),
         scaler=scaler,
         settings=config.stage,
         asked=asked,
@@ -47,28 +63,66 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
         seed=config.seed,
         average=learnt.master.detach().clone() if config.stage.ema_decay else None,
         backward=backward_pass(
-            unet, learnt, scaler, asked, config.stage.gradient_accumulation, capture, config.prior.kind == "prediction"
+            unet,
+            learnt,
+            scaler,
+            asked,
+            config.stage.gradient_accumulation,
+            capture,
+            read,
+            base_is_prior=config.prior.kind == "prediction",
         ),
+        read=read,
+        ends=[
+            (parameter.grad, group.stop)
+            for group, its in zip(groups, optimizer.param_groups, strict=True)
+            for parameter in its["params"]
+            if group.stop is not None
+        ],
     )
 
 
-def learner(unet: UNet2DConditionModel, plan: Plan, ratio: float) -> tuple[Flat, torch.optim.Optimizer]:
-    """What of `unet` learns, and its optimizer.
+def groups_of(unet: UNet2DConditionModel, read: Reader | None, config: Config) -> list[Group]:
+    """All that learns, by how it learns: the UNet's adapter first, then those of the text encoders, then new tokens."""
+    text, ratio = config.text, config.stage.lora_plus_ratio
+    groups = _adapter(unet, config.rate, ratio, {}, None)
+    for part in text.adapted:
+        rate = config.rate if text.encoder_lr is None else text.encoder_lr
+        groups += _adapter(read.encoders[part], rate, ratio, {"lr": rate}, _stop(text.encoder_stop, config))
+    if text.tokens:
+        vectors = [tokens.vectors for tokens in read.tokens.values()]
+        options = {"lr": text.token_lr, "weight_decay": 0.0}  # for what they began as is no nearer to right than 0
+        groups.append(Group(vectors, options, _stop(text.token_stop, config)))
+    return groups
+
+
+def _adapter(model: nn.Module, rate: float, ratio: float, options: dict[str, float], stop: int | None) -> list[Group]:
+    """An adapter's parameters, with the B matrices behind all others: so those of q, k and v are neighbours.
 
     Where `ratio` is not 1 the B matrices have a learning rate of their own: `ratio` times the others' (LoRA+, Hayou et
     al. 2024)."""
-    named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-    # The B matrices behind all others: so those of q, k and v are neighbours.
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".vectors")]
     first, second = ([p for name, p in named if (".lora_B." in name) == is_b] for is_b in (False, True))
-    learnt = Flat([*first, *second], plan.dtype)
-    fuse(unet, learnt)
     if ratio == 1:
+        return [Group([*first, *second], options, stop)]
+    return [Group(first, options, stop), Group(second, options | {"lr": rate * ratio}, stop)]
+
+
+def _stop(share: float, config: Config) -> int | None:
+    return stop_after(share, config.steps) if share < 1 else None
+
+
+def learner(unet: UNet2DConditionModel, plan: Plan, groups: list[Group]) -> tuple[Flat, torch.optim.Optimizer]:
+    """All that learns, laid end to end, and its optimizer with these groups."""
+    learnt = Flat([p for group in groups for p in group.parameters], plan.dtype)
+    fuse(unet, learnt)
+    if len(groups) == 1:
         return learnt, plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
+    counts = [len(group.parameters) for group in groups]
     if plan.elementwise:
-        groups = [[piece] for piece in learnt.pieces(len(first))]
+        parts = [[piece] for piece in learnt.pieces(counts)]
     else:
-        matrices = learnt.matrices()
-        groups = [matrices[: len(first)], matrices[len(first) :]]
-    optimizer = plan.make_optimizer([{"params": group} for group in groups])
-    optimizer.param_groups[1]["lr"] *= ratio
-    return learnt, optimizer
+        matrices = iter(learnt.matrices())
+        parts = [list(islice(matrices, count)) for count in counts]
+    options = [{"params": part, **group.options} for part, group in zip(parts, groups, strict=True)]
+    return learnt, plan.make_optimizer(options)

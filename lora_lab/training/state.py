@@ -31,6 +31,10 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
     with job.learnt.exact():
         adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(job.unet).items()}
     save_file(adapter, str(temporary / "adapter.safetensors"))
+    if job.read is not None:
+        with job.learnt.exact():
+            text = {name: p.detach().cpu().clone() for name, p in _text(job).items()}
+        save_file(text, str(temporary / "text.safetensors"))
     if START in job.unet.peft_config:
         start = get_peft_model_state_dict(job.unet, adapter_name=START)
         save_file({k: v.detach().cpu().contiguous() for k, v in start.items()}, str(temporary / "start.safetensors"))
@@ -59,6 +63,11 @@ def load_checkpoint(checkpoint: Path, job: Job) -> int:
     """Restore what learns; returns the number of steps done."""
     with job.learnt.exact():
         set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "adapter.safetensors")))
+    if job.read is not None:
+        text = load_file(str(checkpoint / "text.safetensors"))
+        with job.learnt.exact(), torch.no_grad():
+            for name, parameter in _text(job).items():
+                parameter.copy_(text[name])
     if START in job.unet.peft_config:  # another machine may have found other singular vectors
         set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "start.safetensors")), START)
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -67,3 +76,13 @@ def load_checkpoint(checkpoint: Path, job: Job) -> int:
     if job.average is not None:
         job.average.copy_(state["average"])
     return json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["step"]
+
+
+def _text(job: Job) -> dict[str, torch.nn.Parameter]:
+    """What learns of the text encoders."""
+    return {
+        f"{part}.{name}": parameter
+        for part, encoder in job.read.encoders.items()
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad
+    }

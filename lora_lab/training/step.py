@@ -1,13 +1,13 @@
 """One step of one LoRA: backward passes, captured where a GPU allows it, and the update."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lab.adapters.wear import taken_off
@@ -15,6 +15,7 @@ from lora_lab.schema import Schedule, Train
 from lora_lab.training.capture import Captured, Tensors
 from lora_lab.training.flat import Flat
 from lora_lab.training.loss import Batch, Objective, predict, sample_losses
+from lora_lab.training.text import Reader
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,32 @@ class Job:
     batch_size: int
     seed: int
     average: Tensor | None  # of learnt.master over the steps; None without stage.ema_decay
-    backward: Callable[
-        [Batch], Tensor
-    ]  # adds a batch's share to the gradient, gives its share of the loss (of the prior's: before its weight)
+    # Adds a batch's share to the gradient, gives its share of the loss; of the prior's before its weight.
+    backward: Callable[[Batch], Tensor]
+    read: Reader | None = None  # encodes a batch's texts, if something of that learns
+    ends: Sequence[tuple[Tensor, int]] = ()  # parts of the gradient, and the steps after which they count no more
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What runs inside a step, by its names in the pipeline."""
+        return {"unet": self.unet} | (self.read.encoders if self.read else {})
+
+    @property
+    def adapted(self) -> dict[str, nn.Module]:
+        """Of these what has an adapter in training."""
+        return {name: part for name, part in self.parts.items() if getattr(part, "peft_config", None)}
+
+    def mode(self, training: bool) -> None:
+        """Let dropout, and what is recomputed, be as in training or as in drawing."""
+        for part in self.parts.values():
+            part.train(training)
 
     def update(self) -> Tensor:
         """Let the optimizer use the gradient; returns its norm before clipping, and waits for no number."""
         self.scaler.unscale_(self.optimizer)
+        for gradient, stop in self.ends:
+            if self.schedule.last_epoch >= stop:  # its learning rate is 0, and it must not shorten the others'
+                gradient.zero_()
         norm = self.learnt.clip(self.settings.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -83,9 +103,13 @@ def ema_decay(most: float, done: int) -> float:
     return min(most, (1 + done) / (10 + done))
 
 
-def learning_rates(optimizer: torch.optim.Optimizer, settings: Schedule, steps: int) -> LRScheduler:
-    """The schedule of `optimizer`'s learning rate over `steps`, by its name in diffusers."""
-    return get_scheduler(
+def learning_rates(
+    optimizer: torch.optim.Optimizer, settings: Schedule, steps: int, stops: Sequence[int | None] = ()
+) -> LRScheduler:
+    """The schedule of `optimizer`'s learning rate over `steps`, by its name in diffusers.
+
+    `stops` are the steps after which its groups have a rate of 0, or None."""
+    schedule = get_scheduler(
         settings.name,
         optimizer,
         num_warmup_steps=settings.warmup_steps(steps),
@@ -93,6 +117,14 @@ def learning_rates(optimizer: torch.optim.Optimizer, settings: Schedule, steps: 
         num_cycles=settings.cycles,
         power=settings.power,
     )
+    for i, stop in enumerate(stops):
+        if stop is not None:
+            schedule.lr_lambdas[i] = _ending(schedule.lr_lambdas[i], stop)
+    return schedule
+
+
+def _ending(factor: Callable[[int], float], stop: int) -> Callable[[int], float]:
+    return lambda step: factor(step) if step < stop else 0.0
 
 
 def backward_pass(
@@ -102,18 +134,22 @@ def backward_pass(
     asked: Objective,
     parts: int,
     capture: bool,
+    read: Reader | None,
     base_is_prior: bool,
 ) -> Callable[[Batch], Tensor]:
     """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch.
 
     With `base_is_prior` the target of a batch of the prior is what the base predicts; that costs a forward pass."""
 
+    networks = [unet, *(read.encoders.values() if read else [])]
+
     def run(inputs: Tensors) -> Tensor:
         batch, target = Batch(**inputs), None
         of_prior = batch.prior_weight is not None  # another kind of batch, so another graph
         if of_prior and base_is_prior:
-            with torch.no_grad(), taken_off(unet):
-                target = predict(unet, asked, batch)
+            with torch.no_grad(), taken_off(*networks):
+                target = predict(unet, asked, read(batch) if read else batch)
+        batch = read(batch) if read else batch
         loss = sample_losses(unet, asked, batch, target).mean() / parts
         scaler.scale(loss * batch.prior_weight if of_prior else loss).backward()
         learnt.collect()

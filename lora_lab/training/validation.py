@@ -19,11 +19,13 @@ def validation_loss(job: Job, data: TrainingData, timesteps: Sequence[int]) -> f
     training. Noise depends on picture and timestep alone, so runs of another seed or loss have the same measure."""
     asked = replace(job.asked, settings=replace(job.asked.settings, type="l2"))
     total = torch.zeros((), device=job.learnt.master.device)
-    job.unet.eval()
+    job.mode(training=False)
     with job.finished(), torch.compiler.set_stance("force_eager"):  # it would be compiled for this as well
         for example in data.examples:
             for start in range(0, len(timesteps), job.batch_size):
                 batch = _batch(example, timesteps[start : start + job.batch_size])
+                if job.read is not None:
+                    batch = job.read(batch)
                 total += sample_losses(job.unet, asked, batch).sum()
     return total.item() / (len(data.examples) * len(timesteps))
 
@@ -37,8 +39,7 @@ def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
         latents=latents.expand(count, *latents.shape),
         noise=torch.stack(noise).to(latents.device),
         timesteps=torch.tensor(timesteps, device=latents.device),
-        tokens=text.tokens.expand(count, *text.tokens.shape),
-        pooled=text.pooled.expand(count, *text.pooled.shape),
+        **{name: value.expand(count, *value.shape) for name, value in vars(text).items()},
         time_ids=view.time_ids.expand(count, *view.time_ids.shape),
         weights=ones,
         huber_c=ones,  # of no meaning to squares

@@ -190,6 +190,13 @@ def test_what_the_base_predicts_of_the_class_drifts_less_with_a_prior():
         assert kept < 0.6 * without, kind
 
 
+def test_what_the_base_predicts_is_read_by_the_bases_text_encoders():
+    """What is learnt shows as an error only if the target is without it; here only text encoders learn anything."""
+    train("run", "steps=3", "prior=prediction", "text=lora", "text.encoders=both", "text.encoder_lr=0.1", "lr=1e-9")
+    first, *later = losses("run", "prior_loss")
+    assert first < 1e-9 and min(later) > 1e-6
+
+
 def test_the_priors_batch_is_its_own_and_seen_whole_under_the_names_of_the_class(tmp_path):
     """Other draws than the character's, no mask, no dropped caption, no trigger."""
     config = compose(*FAST, *PREDICTION, "prior.class_noun='round thing'")

@@ -25,7 +25,8 @@ def test_every_preset_takes_less_than_the_one_before():
 
 
 @pytest.mark.parametrize(
-    "more", ["batch_size=2", "rank=64", "model.resolution=1280", "optimizer=adamw", "stage.ema_decay=0.99"]
+    "more",
+    ["batch_size=2", "rank=64", "model.resolution=1280", "optimizer=adamw", "stage.ema_decay=0.99", "text=lora"],
 )
 def test_what_needs_more_is_expected_to(more):
     assert expected(more) > expected() + 50

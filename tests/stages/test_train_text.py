@@ -1,0 +1,466 @@
+"""Training text encoders and new tokens for the trigger, on the bundled tiny base."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora_lab.adapters.tokens import beside, tokenizers_of, tokens_in
+from lora_lab.adapters.wear import find_lora, worn
+from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Encoder, encode_captions
+from lora_lab.base.load import load_base
+from lora_lab.config import compose
+from lora_lab.demo import BASE, PHOTOS, TOFU
+from lora_lab.errors import InputError
+from lora_lab.stages import run
+from lora_lab.training import loop
+from lora_lab.training.data import encode_dataset
+from lora_lab.training.loss import objective, sample_losses
+from lora_lab.training.plan import make_plan
+from lora_lab.training.start import start_job
+from lora_lab.training.text import begin_text
+
+# Four of the tofu pictures, encoded once for all tests.
+FAST = (
+    "stage=train", "dataset=folder", "dataset.root=../tofu", "cache=../tofu/cache", "refiner=off", "device=cpu",
+    "tracker=off", "model.judge=null", "rank=4", "batch_size=2", "sampler.steps=1", "stage.save_dtype=fp32",
+    "stage.prompts=['A {trigger} with a green background']", "stage.validate_every=0",
+)  # fmt: skip
+ALL = ("text=pivotal", "text.encoders=both")
+PROMPT = "A HANA_TOFU with a green background"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tofu")
+    rows = [row for row in (TOFU / "metadata.jsonl").read_text().splitlines() if json.loads(row)["file_name"] < "04"]
+    (root / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    for i in range(4):
+        shutil.copy(TOFU / f"{i:02d}.png", root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, pictures, monkeypatch):
+    (tmp_path / "tofu").symlink_to(pictures)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, pictures):
+    """Everything learns for four steps; half the way the tokens stop. A checkpoint after every step."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "tofu").symlink_to(pictures)
+    (root / "work").mkdir()
+    before = Path.cwd()
+    os.chdir(root / "work")
+    try:
+        train("run", *ALL, *EVERY_STEP, "stage.validate_every=2", "stage.ema_decay=0.5")
+    finally:
+        os.chdir(before)
+    return root / "work"
+
+
+EVERY_STEP = ("steps=4", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
+
+
+def train(folder: str, *overrides: str):
+    return run(compose(*FAST, *overrides), Path(folder).absolute())
+
+
+class Prepared:
+    """A run up to its first step."""
+
+    def __init__(self, *overrides: str):
+        self.config = compose(*FAST, *overrides)
+        plan = make_plan(self.config, Path("run"))
+        self.pipe = load_base(self.config.model, CPU)
+        tokenizers = tokenizers_of(self.pipe, "HANA_TOFU", self.config.text.tokens)
+        encoder = Encoder(self.pipe, CPU, Cache(Path(self.config.cache)), False, tokenizers)
+        self.data = encode_dataset(plan.samples, plan.crops, plan.texts, False, encoder)
+        self.asked = objective(self.config.loss, self.pipe.scheduler.config)
+        read = begin_text(self.pipe, CPU, self.config, plan.adapter)
+        self.job = start_job(self.pipe.unet, self.asked, self.config, plan, read)
+
+    def batch(self, step=0, dropout=0.0):
+        return self.data.batch(
+            seed=0, step=step, part=0, parts=1, batch_size=2, asked=self.asked, caption_dropout=dropout
+        )
+
+
+def losses_of_one_batch(*overrides: str) -> list[float]:
+    """What four steps on the same pictures and noise make of the loss, the UNet staying as it is."""
+    run = Prepared("lr=1e-12", *overrides)
+    found = []
+    for _ in range(4):
+        found.append(run.job.backward(run.batch()).item())
+        run.job.update()
+    return found
+
+
+def learnt(folder: Path | str, step: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint has of the text encoders."""
+    return load_file(f"{folder}/checkpoints/step-{step:06d}/text.safetensors")
+
+
+def moved(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {key for key in one if not torch.equal(one[key], other[key])}
+
+
+def notes(file: str) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "parts"),
+    [("none", 0), ("first", 12 * 2), ("second", 16 * 2), ("both", 28 * 2)],
+)
+def test_the_text_encoders_that_are_asked_for_get_a_lora(how, parts):
+    if how == "none":
+        assert list(Prepared("text.tokens=1").job.adapted) == ["unet"]
+        return
+    run = Prepared(f"text.encoders={how}")
+    names = {"first": ["text_encoder"], "second": ["text_encoder_2"], "both": ["text_encoder", "text_encoder_2"]}
+    assert list(run.job.adapted) == ["unet", *names[how]]
+    found = [n for p in names[how] for n, q in getattr(run.pipe, p).named_parameters() if q.requires_grad]
+    assert len(found) == parts and all(".self_attn." in name for name in found)
+
+
+def test_each_has_its_rate_and_lora_plus_its_ratio_in_each():
+    run = Prepared(
+        *ALL, "lr=1e-3", "text.encoder_lr=2e-4", "text.token_lr=5e-3", "stage.lora_plus_ratio=16",
+        "schedule.name=linear", "steps=4", "text.encoder_stop=0.5", "text.token_stop=1",
+    )  # fmt: skip
+    groups, expected = run.job.optimizer.param_groups, [1e-3, 16e-3, 2e-4, 32e-4, 2e-4, 32e-4, 5e-3]
+    assert [group["lr"] for group in groups] == pytest.approx(expected)
+    assert [group["weight_decay"] for group in groups] == [0.01] * 6 + [0.0]
+    assert run.job.rate() == 1e-3
+    for share in (0.75, 0.5, 0.25):
+        run.job.optimizer.step()
+        run.job.schedule.step()
+        on = [1, 1, *[share > 0.5] * 4, 1]  # until step 2 of 4
+        rates = [share * rate * is_on for rate, is_on in zip(expected, on, strict=True)]
+        assert [group["lr"] for group in groups] == pytest.approx(rates)
+    assert Prepared("text=lora", "lr=1e-3").job.optimizer.param_groups[1]["lr"] == 1e-3
+
+
+def test_what_has_stopped_shortens_no_others_gradient():
+    run = Prepared("text=pivotal", "steps=2", "text.token_stop=0.5", "stage.max_grad_norm=null")
+    tokens = sum(vectors.numel() for vectors in (t.vectors for t in run.job.read.tokens.values()))
+    assert tokens == 2 * (96 + 160)
+    for counted in (len(run.job.learnt.master), len(run.job.learnt.master) - tokens):
+        run.job.learnt.master.grad.fill_(1.0)
+        assert run.job.update().item() == pytest.approx(counted**0.5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "text=lora text.encoder_lr=1e-2",
+        pytest.param("text=pivotal text.token_lr=0.1 text.token_stop=1", marks=pytest.mark.slow),
+    ],
+)
+def test_the_text_alone_can_lower_the_loss(how):
+    losses = losses_of_one_batch(*how.split())
+    assert losses[-1] < losses[0] - 1e-4
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
+    run = Prepared("text=lora")
+    batch = run.batch()
+    read = run.job.read(batch)
+    texts = [example.texts[0][0] for example in run.data.examples]
+    captions = [row["text"] for row in map(json.loads, Path("../tofu/metadata.jsonl").read_text().splitlines())]
+    for ids, tokens, pooled in zip(batch.ids, read.tokens, read.pooled, strict=True):
+        which = next(i for i, text in enumerate(texts) if torch.equal(text.ids, ids))
+        (alone,) = encode_captions(run.pipe, captions[which : which + 1], CPU, False)  # the LoRA's B is zero yet
+        assert torch.allclose(alone.tokens, tokens, atol=1e-5) and torch.allclose(alone.pooled, pooled, atol=1e-5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = {name: value for name, value in vars(batch).items() if value is not None}
+        fake = run.job.read(replace(batch, **{name: mode.from_tensor(value) for name, value in inputs.items()}))
+    assert fake.tokens.shape == (2, 77, 256) and fake.pooled.shape == (2, 128)
+
+
+@pytest.mark.slow
+def test_a_caption_left_out_is_what_inference_takes_for_no_prompt():
+    run = Prepared("text=pivotal")
+    read = run.job.read(run.batch(dropout=1.0))
+    assert not read.tokens.any() and not read.pooled.any()
+    assert run.job.read(run.batch()).pooled.any(dim=1).all()
+    run.pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    encoder = Encoder(run.pipe, CPU, Cache(None), False, [run.pipe.tokenizer, run.pipe.tokenizer_2])
+    empty = encode_dataset([], [], [], False, encoder).empty
+    (said,) = encode_captions(run.pipe, [""], CPU, False)
+    read = run.job.read(replace(run.batch(), ids=empty.ids[None], given=empty.given[None]))
+    assert torch.allclose(read.tokens[0], said.tokens, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_new_tokens_begin_as_a_word_or_with_the_tables_statistics():
+    run = Prepared("text.tokens=3", "text.tokens_from=tofu hat")
+    table = load_base(run.config.model, CPU).text_encoder.get_input_embeddings().weight
+    words = run.pipe.tokenizer("tofu hat", add_special_tokens=False).input_ids
+    vectors = run.job.read.tokens["clip_l"].vectors
+    assert torch.equal(vectors, table[[words[i % len(words)] for i in range(3)]])
+    drawn, other = (Prepared("text.tokens=50", *s).job.read.tokens["clip_l"].vectors.data for s in ((), ("seed=1",)))
+    assert not torch.equal(drawn, other)
+    assert drawn.std() == pytest.approx(table.std().item(), rel=0.1)
+    assert (drawn.mean(0) - table.mean(0)).abs().mean() < 0.3 * table.std()
+
+
+@pytest.mark.slow
+def test_a_new_token_is_no_end_of_text():
+    """SDXL's second encoder says 2, and transformers then takes the largest id for the end."""
+    run = Prepared("text=pivotal")
+    pooled = run.job.read(run.batch()).pooled
+    run.pipe.text_encoder_2.text_model.eos_token_id = 2
+    assert not torch.allclose(run.job.read(run.batch()).pooled, pooled)
+    base = load_base(run.config.model, CPU)
+    base.text_encoder_2.text_model.eos_token_id = 2
+    plan = make_plan(run.config, Path("run"))
+    assert torch.equal(begin_text(base, CPU, run.config, plan.adapter)(run.batch()).pooled, pooled)
+
+
+def test_what_stops_stays_exactly_and_the_rest_goes_on(trained):
+    first, half, end = (learnt(trained / "run", step) for step in (1, 2, 4))
+    tokens = {key for key in first if key.endswith(".vectors")}
+    assert len(tokens) == 2 and tokens <= moved(first, half)
+    # Nothing of the first encoder's last layer reaches the UNet, as in every SDXL; only weight decay moves it.
+    last = {key for key in first if key.startswith("text_encoder.encoder.layers.2.") and "lora_B" in key}
+    assert len(last) == 4 and moved(half, end) == first.keys() - tokens - last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "lion8bit", "adafactor", "came"])
+def test_every_optimizer_leaves_what_stops_exactly(optimizer):
+    train("run", *ALL, "text.encoder_stop=0.5", *EVERY_STEP, f"optimizer={optimizer}", "schedule=cosine")
+    assert moved(learnt("run", 1), learnt("run", 2)) and not moved(learnt("run", 2), learnt("run", 4))
+
+
+def test_validation_is_what_plain_diffusers_draws_with_both_files(trained):
+    file = trained / "models" / "lora" / "HANA_TOFU.safetensors"
+    embeddings = load_file(str(beside(file)))
+    assert beside(file).name == "HANA_TOFU_emb.safetensors"
+    assert {key: tuple(value.shape) for key, value in embeddings.items()} == {"clip_l": (2, 96), "clip_g": (2, 160)}
+    state = load_file(str(file))
+    assert {key[:10] for key in state} == {"lora_unet_", "lora_te1_t", "lora_te2_t"}
+    assert all(state[key].any() for key in state if "te" in key and ".alpha" not in key and "layers_2" not in key)
+    assert notes(str(file))["ss_text_encoder_lr"] == "0.001" and notes(str(file))["lora_lab_tokens"] == "2"
+    shown = np.asarray(Image.open(trained / "run" / "samples" / "step-000004" / "p0-s0.png"))
+
+    def drawn(pipe, prompt):
+        noise = torch.Generator("cpu").manual_seed(0)
+        return np.asarray(pipe(prompt, width=128, height=128, num_inference_steps=1, generator=noise).images[0])
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(BASE, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    before = drawn(pipe, PROMPT)
+    pipe.load_lora_weights(str(file))
+    without = drawn(pipe, PROMPT)
+    names = ["<s0>", "<s1>"]
+    first, second = (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
+    for key, (encoder, tokenizer) in {"clip_l": first, "clip_g": second}.items():
+        pipe.load_textual_inversion(embeddings[key], token=names, text_encoder=encoder, tokenizer=tokenizer)
+    assert np.array_equal(drawn(pipe, PROMPT.replace("HANA_TOFU", "<s0><s1>")), shown)
+    assert not np.array_equal(without, shown) and not np.array_equal(before, without)
+
+
+def test_a_file_is_found_with_its_embeddings_and_never_taken_for_them(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert find_lora("HANA_TOFU").name == "HANA_TOFU.safetensors"
+    shutil.copytree("run", "killed")  # before it wrote its result
+    Path("killed/result.json").unlink(missing_ok=True)
+    assert find_lora("killed").name == "HANA_TOFU.safetensors"
+    Path("killed/lora/HANA_TOFU.safetensors").unlink()
+    Path("killed/lora/HANA_TOFU_emb.safetensors").unlink()
+    assert find_lora("killed").name == "HANA_TOFU-000002.safetensors"
+    with pytest.raises(InputError, match=r"models/lora has HANA_TOFU$"):
+        find_lora("nothing")
+
+
+@pytest.mark.slow
+def test_img2img_draws_with_the_embeddings_and_misses_them(trained):
+    shutil.copytree(trained / "models", "models")
+    file = Path("models/lora/HANA_TOFU.safetensors")
+
+    def drawn(folder, *more):
+        asked = ("stage=img2img", "device=cpu", "sampler.steps=2", f"stage.photo={sorted(PHOTOS.glob('*.png'))[0]}")
+        result = run(compose(*asked, "lora=HANA_TOFU", f"stage.prompt={PROMPT}", *more), Path(folder).absolute())
+        return np.asarray(Image.open(result.pictures[0].picture))
+
+    right, emb = drawn("right"), load_file(str(beside(file)))
+    save_file({key: -value for key, value in emb.items()}, str(beside(file)))
+    assert not np.array_equal(drawn("wrong"), right)
+    save_file({key: value[:1] for key, value in emb.items()}, str(beside(file)))
+    with pytest.raises(InputError, match="does not hold the 2 embeddings clip_l and clip_g"):
+        drawn("short")
+    beside(file).unlink()
+    with pytest.raises(InputError, match=r"trigger HANA_TOFU is 2 new tokens, .*HANA_TOFU_emb.safetensors: put"):
+        drawn("without")
+
+
+@pytest.mark.slow
+def test_publishing_moves_an_older_file_with_its_embeddings(trained):
+    shutil.copytree(trained / "models", "models")
+    old = load_file("models/lora/HANA_TOFU_emb.safetensors")
+    train("plain", "steps=1")
+    assert {file.name for file in Path("models/lora").iterdir()} == {
+        "HANA_TOFU.safetensors", "HANA_TOFU.1.safetensors", "HANA_TOFU.1_emb.safetensors",
+    }  # fmt: skip
+    assert not moved(load_file("models/lora/HANA_TOFU.1_emb.safetensors"), old)
+    assert "lora_lab_tokens" not in notes("models/lora/HANA_TOFU.safetensors")
+
+
+@pytest.mark.slow
+def test_wearing_a_file_leaves_nothing_behind(trained):
+    file, run = trained / "models" / "lora" / "HANA_TOFU.safetensors", Prepared(*ALL)
+    pipe, before = run.pipe, run.job.read(run.batch())
+    own, put = [pipe.tokenizer, pipe.tokenizer_2], tokens_in(pipe)
+    learning = [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad]
+    places = [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()]
+    for lora in (file, None):
+        with worn(pipe, lora):
+            count = len(pipe.tokenizer) - len(own[0])
+            assert count == (2 if lora else 0) and bool(tokens_in(pipe)) == bool(lora)
+            assert not any(pipe.text_encoder.get_input_embeddings() is tokens for tokens in put.values())
+    assert [pipe.tokenizer, pipe.tokenizer_2] == own and tokens_in(pipe) == put
+    after = run.job.read(run.batch())
+    # Where a recorded step reads and writes.
+    assert [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()] == places
+    assert torch.equal(after.tokens, before.tokens) and torch.equal(after.pooled, before.pooled)
+    assert [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad] == learning
+    assert sample_losses(pipe.unet, run.asked, after).requires_grad
+    base = load_base(run.config.model, CPU)
+    (plain,) = encode_captions(base, [PROMPT], CPU, False)
+    with worn(base, file):
+        assert not torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].pooled, plain.pooled)
+    assert torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].tokens, plain.tokens)
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Ctrl-C while `step` is done."""
+    write = loop.MetricsFile.write
+
+    def and_interrupt(self, number, numbers):
+        write(self, number, numbers)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.MetricsFile, "write", and_interrupt)
+
+
+def test_a_run_of_all_goes_on_to_the_bit(trained, monkeypatch):
+    """Without the validation pictures of the one that was not stopped, which so change nothing either."""
+    how = [*ALL, "steps=4", "stage.ema_decay=0.5"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(1, patch)
+        train("cut", *how)
+    train("cut", *how, f"resume={Path('cut').absolute()}")
+    for name in ("HANA_TOFU", "HANA_TOFU_emb"):
+        one, other = (load_file(f"{at}/lora/{name}.safetensors") for at in ("cut", trained / "run"))
+        assert not moved(one, other)
+    for change, named in (("text.token_lr=1", "text.token_lr"), ("text.encoder_lr=1", "text.encoder_lr")):
+        with pytest.raises(InputError, match=f"trained with {named}"):
+            train("cut", *how, change, f"resume={Path('cut').absolute()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        "optimizer=adamw8bit stage.lora_plus_ratio=4 adapter.lora_dropout=0.2 stage.caption_dropout=0.5",
+        "optimizer=adafactor schedule=cosine memory=balanced",
+        "optimizer=schedule_free text.token_stop=1 stage.gradient_accumulation=2",
+        "adapter=lokr text.encoders=none model.precision=bf16",
+    ],
+)
+def test_other_choices_learn_and_go_on_to_the_bit(how, monkeypatch):
+    how = [*ALL, *how.split(), "steps=4", "stage.validation_loss_every=2"]
+    train("whole", *how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(3, patch)
+        train("cut", *how)
+    train("cut", *how, f"resume={Path('cut').absolute()}")
+    for name in ("HANA_TOFU", "HANA_TOFU_emb"):
+        assert not moved(*(load_file(f"{run}/lora/{name}.safetensors") for run in ("cut", "whole")))
+    assert (
+        moved(learnt("whole", 4), learnt("cut", 3)) or "adapter=lokr" in how
+    )  # there tokens alone, which have stopped
+
+
+@pytest.mark.slow
+def test_training_begins_with_what_the_files_hold(trained):
+    file = trained / "models" / "lora" / "HANA_TOFU.safetensors"
+    train("more", *ALL, "steps=1", "lr=1e-30", "text.token_lr=1e-30", f"stage.start_from={file}")
+    state, begun = load_file(str(file)), load_file("more/lora/HANA_TOFU.safetensors")
+    assert state.keys() == begun.keys() and all(torch.allclose(state[key], begun[key], atol=1e-9) for key in state)
+    emb, begun = load_file(str(beside(file))), load_file("more/lora/HANA_TOFU_emb.safetensors")
+    assert not moved(emb, begun)
+    for how, named in (
+        ("text=lora", r"has 2 new tokens for its trigger, but this run trains 0: say text\.tokens=2"),
+        ("text=pivotal text.tokens=3", "has 2 new tokens"),
+        ("text=pivotal", "but this run trains LoRA of rank 4 in"),
+        ("text=pivotal text.encoders=first", "but this run trains LoRA of rank 4 in"),
+    ):
+        with pytest.raises(InputError, match=named):
+            train("other", *how.split(), "steps=1", f"stage.start_from={file}")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("text.encoders=third", r"text\.encoders=third: text\.encoders is one of none, first, second, both"),
+        ("text.encoders=both text.encoder_lr=0", r"text\.encoder_lr=0.*above 0"),
+        ("text=lora text.encoder_stop=0", r"text\.encoder_stop=0.*above 0"),
+        ("text=lora text.encoder_stop=1.5", r"text\.encoder_stop=1\.5: a share"),
+        ("text=pivotal text.token_stop=2", r"text\.token_stop=2.*: a share"),
+        ("text=pivotal text.token_lr=-1", r"text\.token_lr=-1.*above 0"),
+        ("text.tokens=-1", r"text\.tokens=-1: tokens must be at least 0"),
+        ("text.tokens=76", r"text\.tokens=76: a text has 75 places"),
+        ("text.encoder_lr=1", r"text\.encoder_lr=1.*: no text encoder is trained, say text\.encoders=both"),
+        ("text.encoder_stop=0.5", r"text\.encoder_stop=0\.5: no text encoder is trained"),
+        ("text.tokens_from=tofu", r"text\.tokens_from=tofu: there are no new tokens, say text\.tokens=2"),
+        ("text.tokens=1 text.tokens_from=' '", r"text\.tokens_from: name a word"),
+        *(
+            (f"text=lora adapter={kind}", "text encoders take LoRA and rsLoRA and no other kind")
+            for kind in ("dora", "lokr", "pissa")
+        ),
+        ("text=lora optimizer=prodigy", "optimizer=Prodigy: finds one learning rate for all that learns"),
+        ("text=pivotal optimizer=schedule_free", r"text\.token_stop=0\.5: what AdamWScheduleFree saves is an average"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_base_is_loaded(how, said, monkeypatch):
+    monkeypatch.setattr("lora_lab.stages.train.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(InputError, match=said) as caught:
+        train("run", *(part for part in how.replace("' '", "'\u00a0'").split(" ")))
+    assert "\n" not in str(caught.value)
+
+
+def test_new_tokens_are_read_where_the_trigger_stands_and_nowhere_else():
+    pipe = copy.copy(load_base(compose(*FAST).model, CPU))
+    for copied, own in zip(tokenizers_of(pipe, "HANA_TOFU", 2), (pipe.tokenizer, pipe.tokenizer_2), strict=True):
+        assert copied.tokenize("A HANA_TOFU, waving") == ["a</w>", "<s0>", "<s1>", ",</w>", *own.tokenize("waving")]
+        assert copied.tokenize("A tofu, waving") == own.tokenize("A tofu, waving")
+        assert len(copied) == len(own) + 2
+    pipe.tokenizer.add_tokens("<s1>")
+    with pytest.raises(InputError, match="tokenizer has <s"):
+        tokenizers_of(pipe, "HANA_TOFU", 2)
