@@ -10,8 +10,8 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from lora_lab.capture import Captured, Tensors
 from lora_lab.schema import Schedule, Train
-from lora_lab.training.capture import Captured, Tensors
 from lora_lab.training.flat import Flat
 from lora_lab.training.loss import Batch, Objective, sample_losses
 
