@@ -11,7 +11,7 @@ import torch
 from lora_lab.adapters.fresh import begin_with
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import load_base
+from lora_lab.base.load import load_base, tile_vae
 from lora_lab.base.prediction import settle
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
@@ -60,6 +60,8 @@ def train(config: Config, folder: Path) -> TrainResult:
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     offload = config.memory.offload
     pipe = load_base(config.model, plan.device, waiting=offload)
+    if config.memory.vae_tiling:
+        tile_vae(pipe.vae, config.model.resolution // 2)
     settle(pipe, config.loss)
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
@@ -69,7 +71,7 @@ def train(config: Config, folder: Path) -> TrainResult:
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
     pipe.unet.to(plan.device)
     references = [fitted.picture for fitted in plan.pictures]
-    look = Look(pipe, config, folder, plan.device)
+    look = Look(encoder, config, folder)
     identity_before = look.identity(None, references)
     asked = objective(config.loss, pipe.scheduler.config)
     job = start_job(pipe.unet, asked, config, plan)
@@ -143,7 +145,6 @@ def learn(
             settle()
             track.images(step, look.validate(keep.lora(step, f"{name}-{step:06d}"), step))
 
-    look.rest()
     try:
         if done == 0:
             measure(0)

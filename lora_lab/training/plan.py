@@ -202,6 +202,7 @@ def _recipe(config: Config) -> dict:
         "model.precision": model.precision,
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
+        "memory.vae_tiling": config.memory.vae_tiling or None,  # None as in checkpoints from before there was a choice
         **{
             f"stage.{key}": getattr(stage, key)
             for key in (

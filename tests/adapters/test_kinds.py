@@ -99,6 +99,42 @@ def test_a_file_for_another_base_is_named_and_leaves_the_base_clean(kind, tmp_pa
     assert not plain.get_list_adapters() and pipe.get_list_adapters() == {"unet": ["default"]}
 
 
+@pytest.mark.parametrize("kind", ["LoRA", *(pytest.param(k, marks=pytest.mark.slow) for k in ("DoRA", "LoHa", "LoKr"))])
+def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(kind, tmp_path):
+    config = KINDS[kind]
+    pipe = taught(config)
+    file = saved(pipe, config, tmp_path / "x.safetensors")
+    for somebody, weight in ((copy.deepcopy(BASE), 0.5), (pipe, 1.0)):  # at inference, and in the middle of training
+        unet, before = somebody.unet, outputs(somebody)[2]
+        weights = {parameter: (parameter.data_ptr(), parameter.detach().clone()) for parameter in unet.parameters()}
+        with worn(somebody, file, weight):
+            apart = outputs(somebody)[2]
+        with pytest.raises(KeyboardInterrupt), worn(somebody, file, weight, fuse=True):
+            merged = [layer.merged_adapters for layer in unet.modules() if getattr(layer, "merged_adapters", [])]
+            assert merged and all(names == ["worn"] for names in merged)
+            assert far(outputs(somebody)[2], apart) < 2e-6
+            raise KeyboardInterrupt
+        assert torch.equal(outputs(somebody)[2], before)
+        assert all(p.data_ptr() == place and torch.equal(p, kept) for p, (place, kept) in weights.items())
+
+
+def test_a_layer_that_is_no_plain_one_keeps_its_lora_beside_it(tmp_path):
+    """As one whose weights are quantised: there is nothing that could be added to."""
+
+    class Quantised(torch.nn.Linear):
+        pass
+
+    config = KINDS["by a regular expression"]  # linear layers alone
+    file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)
+    for layer in plain.unet.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__ = Quantised
+    with worn(plain, file):
+        beside = outputs(plain)[2]
+    with worn(plain, file, fuse=True):
+        assert torch.equal(outputs(plain)[2], beside)
+
+
 @pytest.mark.parametrize("kind", ["DoRA", "PiSSA", "LoHa", "LoKr"])
 def test_a_fresh_adapter_changes_nothing_and_a_weight_between_gives_less(kind, tmp_path):
     config = KINDS[kind]
