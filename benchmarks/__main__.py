@@ -1,7 +1,7 @@
 """What training costs at SDXL's size, preset by preset: one row a run of the program itself, as JSON and as Markdown.
 
 python -m benchmarks OUT [--memory fast balanced] [--batch 1 4] [--steps 30] [--kernels] [--dry]
-    [--also stage.capture=false ...]
+    [--also memory.capture=false ...]
 
 The base has SDXL's published sizes and random weights, since speed and memory do not depend on the values; OUT keeps it
 for the next time. A row is a whole run with data, logging and checkpoint, in a process of its own, without pictures.
@@ -53,7 +53,7 @@ def main() -> int:
             overrides = [
                 "stage=train", "experiment=sdxl", f"model.base={base}", "model.vae=null", f"dataset.root={pictures}",
                 f"model.resolution={side}", f"memory={memory}", f"batch_size={batch}", "tracker=off",
-                "sampler.steps=1", "stage.prompts=['A {trigger}']", *asked.also,
+                "sampler.steps=1", "stage.prompts=['A {trigger}']", f"cache={out / 'cache'}", *asked.also,
             ]  # fmt: skip
             folder = out / "runs" / f"{memory}-{batch}"
             rows.append(measure(folder, overrides, asked.steps, flops * batch, peak))

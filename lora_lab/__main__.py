@@ -49,6 +49,8 @@ def cli() -> None:
 
 
 def _exit_code(argv: list[str]) -> int:
+    # A GPU's memory in pieces that grow: what was freed in one size can be used in another.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the sentence is ours
     _failures.clear()
     overrides: list[str] = []

@@ -146,13 +146,14 @@ def predictor(unet: UNet2DConditionModel, device: torch.device, capture: bool) -
     With `capture` it is recorded as a CUDA graph, which holds as long as its weights stay where they are."""
 
     def predict(inputs: Tensors) -> Tensor:
-        return unet(
-            inputs["sample"],
-            inputs["timestep"],
-            encoder_hidden_states=inputs["tokens"],
-            added_cond_kwargs={"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]},
-            return_dict=False,
-        )[0]
+        with torch.compiler.set_stance("force_eager"):  # blocks compiled to be trained would be compiled anew for this
+            return unet(
+                inputs["sample"],
+                inputs["timestep"],
+                encoder_hidden_states=inputs["tokens"],
+                added_cond_kwargs={"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]},
+                return_dict=False,
+            )[0]
 
     if not capture or device.type != "cuda":
         return predict

@@ -231,6 +231,13 @@ class Memory:
     gradient_checkpointing: bool
     offload: bool
     vae_tiling: bool
+    linear_weights: str
+    convolution_weights: str
+    capture: bool
+
+    def __post_init__(self) -> None:
+        _one_of("memory.linear_weights", self.linear_weights, ("base", "fp8", "int8", "nf4", "fp8_products"))
+        _one_of("memory.convolution_weights", self.convolution_weights, ("base", "fp8", "int8"))
 
 
 @dataclass
@@ -282,7 +289,6 @@ class Convert(Stage):
 class Train(Stage):
     start_from: str | None
     gradient_accumulation: int
-    capture: bool
     max_grad_norm: float | None
     lora_plus_ratio: float
     caption_dropout: float
@@ -366,10 +372,12 @@ class Config:
     lora: str | None = None
     resume: str | None = None
     cache: str | None = None
+    compile: str = MISSING
     device: str = MISSING
 
     def __post_init__(self) -> None:
         _at_least(self, rank=1, steps=1, batch_size=1, seed=0)
+        _one_of("compile", self.compile, ("off", "blocks", "full"))
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr={self.lr}: the learning rate is a number above 0")
         if not self.trigger.strip() or self.trigger != " ".join(self.trigger.split()):

@@ -3,6 +3,7 @@
 A LoRA's matrices are small, and three quarters of a step's products at batch 1 are theirs. The mathematics is that of
 peft's layers, whose parameters these are: only who multiplies them is changed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from lora_lab.base.stored import StoredLinear, joined
 from lora_lab.training.flat import Flat
 
 ADAPTER = "default"  # peft's name of the adapter in training
@@ -21,7 +23,7 @@ ADAPTER = "default"  # peft's name of the adapter in training
 class Projections:
     """K linear layers on one input (B, N, I): each gives (B, N, O)."""
 
-    frozen: Tensor  # (K * O, I)
+    frozen: Callable[[Tensor], Tensor]  # (N, I) -> (N, K * O)
     down: nn.Parameter  # (K * R, I)
     up: nn.Parameter  # (K, O, R)
     scale: float  # of the LoRA
@@ -29,7 +31,7 @@ class Projections:
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         count, width, rank = self.up.shape
         rows = x.reshape(-1, x.shape[-1])
-        out = F.linear(rows, self.frozen).view(len(rows), count, width).transpose(0, 1)
+        out = self.frozen(rows).view(len(rows), count, width).transpose(0, 1)
         small = F.linear(rows, self.down).view(len(rows), count, rank).transpose(0, 1)
         out = torch.baddbmm(out, small, self.up.transpose(1, 2), alpha=self.scale)
         return out.view(count, *x.shape[:-1], width).unbind()
@@ -100,7 +102,7 @@ def _plain_lora(layer: nn.Module) -> bool:
     return (
         isinstance(layer, Linear)
         and layer.active_adapters == [ADAPTER]
-        and type(layer.base_layer) is nn.Linear
+        and type(layer.base_layer) in (nn.Linear, StoredLinear)
         and layer.base_layer.bias is None
         and ADAPTER not in layer.lora_variant
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
@@ -115,9 +117,9 @@ def _projections(layers: tuple[Linear, ...], learnt: Flat, offsets: dict[nn.Para
     alike = {(x.scaling[ADAPTER], d.shape, u.shape) for x, d, u in zip(layers, downs, ups, strict=True)}
     if len(alike) > 1 or not (_neighbours(downs, offsets) and _neighbours(ups, offsets)):
         return None
-    frozen = torch.cat([layer.base_layer.weight.detach() for layer in layers])
-    for layer, part in zip(layers, frozen.chunk(len(layers)), strict=True):
-        layer.base_layer.weight.data = part  # of the same memory, not a second copy
+    frozen = joined([layer.base_layer for layer in layers])
+    if frozen is None:
+        return None
     count, (width, rank) = len(layers), ups[0].shape
     down = learnt.leaf(offsets[downs[0]], (count * rank, downs[0].shape[1]))
     return Projections(frozen, down, learnt.leaf(offsets[ups[0]], (count, width, rank)), layers[0].scaling[ADAPTER])

@@ -13,6 +13,7 @@ from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base, pick_device, tile_vae
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit, settle
+from lora_lab.base.stored import store
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
@@ -73,6 +74,9 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     if config.memory.vae_tiling:
         tile_vae(pipe.vae, model.resolution // 2)
     settle(pipe, loss)
+    store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, device)
+    if offload:
+        pipe.unet.to("cpu")  # until its turn
     encoder = Encoder(pipe, device, Cache(None), offload)  # a few prompts are encoded sooner than looked up
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []

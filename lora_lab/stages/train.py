@@ -13,6 +13,7 @@ from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base, tile_vae
 from lora_lab.base.prediction import settle
+from lora_lab.base.stored import store
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.runs import refuse_used, write_manifest
@@ -23,7 +24,8 @@ from lora_lab.training.keep import Keep, publish
 from lora_lab.training.look import Look
 from lora_lab.training.loop import MetricsFile, train_steps
 from lora_lab.training.loss import objective
-from lora_lab.training.plan import describe, make_plan
+from lora_lab.training.memory import explained
+from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.start import start_job
 from lora_lab.training.state import load_checkpoint
 from lora_lab.training.step import Job
@@ -56,6 +58,12 @@ def train(config: Config, folder: Path) -> TrainResult:
     plan = make_plan(config, folder)
     say(describe(plan, config, folder))
     write_manifest(folder, plan.device, plan.hashes)
+    with explained(config, folder):
+        return carried_out(plan, config, folder, began)
+
+
+def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> TrainResult:
+    """What was planned, `began` being when the process's clock showed the start of it."""
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     offload = config.memory.offload
@@ -69,7 +77,7 @@ def train(config: Config, folder: Path) -> TrainResult:
         cuts = [[fitted] for fitted in plan.held_out_pictures]
         texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
-    pipe.unet.to(plan.device)
+    store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
     references = [fitted.picture for fitted in plan.pictures]
     look = Look(encoder, config, folder)
     identity_before = look.identity(None, references)
@@ -134,7 +142,11 @@ def learn(
             measurements.write(step, {"loss": loss})
             track.numbers(step, {"validation/loss": loss})
 
+    reached, wait = done, lambda: None
+
     def after_step(step: int, settle: Callable[[], None]) -> None:
+        nonlocal reached, wait
+        reached, wait = step, settle
         if due(step, stage.validation_loss_every):
             settle()
             measure(step)  # before the checkpoint, so that whoever goes on from that has it
@@ -152,6 +164,10 @@ def learn(
         keep.checkpoint(reached)
         if reached == job.steps:
             measure(reached)
+    except torch.OutOfMemoryError:  # of a size of pictures that had not come before, say
+        wait()
+        keep.checkpoint(reached)
+        raise
     finally:
         metrics.close()
         if measurements:

@@ -45,11 +45,12 @@ def train_steps(
         shown.update()
         report(step, numbers)
 
-    readings = Readings(job.batch_size * parts, seen)
+    readings = Readings(job.batch_size * parts, job.learnt.master.device, seen)
     with _stop_on_signal() as stopped, bar(total=job.steps, initial=start, desc="train", unit="step") as shown:
         for step in range(start, job.steps):
             readings.begin()
-            job.unet.train()  # drawing left it in evaluation mode
+            if not job.unet.training:  # a measurement left it in evaluation mode; to ask all modules takes 10 ms
+                job.unet.train()
             torch.manual_seed(seed_of(job.seed, "dropout", step))  # only an adapter's dropout draws from it
             loss = torch.zeros((), device=job.learnt.master.device)
             for part in range(parts):

@@ -22,6 +22,7 @@ from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
 from lora_lab.schema import Config
 from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
+from lora_lab.training.memory import memory_line
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe
 
@@ -158,6 +159,8 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if config.rate != config.lr:
         name = config.optimizer["_target_"].rpartition(".")[2]
         lines["optimizer"] = f"{name} with an lr of its own, {config.rate:g}; lr={config.lr:g} is not used"
+    if plan.device.type == "cuda":
+        lines["memory"] = memory_line(config, torch.cuda.mem_get_info(plan.device)[0] / 2**20)
     if config.dataset.random_crop:
         lines["crops"] = f"{sum(map(len, plan.crops))} of {len(plan.samples)} pictures"
     if config.dataset.shuffle_captions:
@@ -202,7 +205,6 @@ def _recipe(config: Config) -> dict:
         "model.precision": model.precision,
         **{f"loss.{key}": value for key, value in vars(config.loss).items()},
         "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
-        "memory.vae_tiling": config.memory.vae_tiling or None,  # None as in checkpoints from before there was a choice
         **{
             f"stage.{key}": getattr(stage, key)
             for key in (

@@ -16,32 +16,32 @@ BEHIND = 2  # steps that a GPU may have been given and not finished
 class _Pending:
     step: int
     lr: float
-    values: Tensor  # loss and norm of the gradient, on the CPU once `ready`
-    ready: torch.cuda.Event | None
+    values: Tensor  # loss and norm of the gradient, on the CPU once `done`
+    done: torch.cuda.Event | float  # on a CPU the second that it is
 
 
 class Readings:
-    """Calls `report(step, numbers)` for every step, in order and a little late on a GPU; `settle` waits for all."""
+    """Calls `report(step, numbers)` for every step, in order and a little late on a GPU; `settle` waits for all.
 
-    def __init__(self, images: int, report: Callable[[int, dict[str, float]], None]) -> None:
-        self._images, self._report = images, report
+    A step's time is that between two steps' ends on the device, whenever they are read."""
+
+    def __init__(self, images: int, device: torch.device, report: Callable[[int, dict[str, float]], None]) -> None:
+        self._images, self._on_gpu, self._report = images, device.type == "cuda", report
         self._pending: deque[_Pending] = deque()
-        self._since = time.perf_counter()
+        self._since = self._now()
 
     def begin(self) -> None:
         """A step begins; what has happened since the last one (drawing, saving) does not count as its time."""
         if not self._pending:
-            self._since = time.perf_counter()
+            self._since = self._now()
 
     def put(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         """`step` steps are done, by now or soon."""
-        values, ready = torch.stack([loss, norm]), None
-        if values.is_cuda:
+        values = torch.stack([loss, norm])
+        if self._on_gpu:
             values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending.append(_Pending(step, lr, values, ready))
-        while len(self._pending) > (BEHIND if ready else 0):
+        self._pending.append(_Pending(step, lr, values, self._now()))
+        while len(self._pending) > (BEHIND if self._on_gpu else 0):
             self._read()
 
     def settle(self) -> None:
@@ -51,14 +51,23 @@ class Readings:
 
     def _read(self) -> None:
         pending = self._pending.popleft()
-        if pending.ready:
-            pending.ready.synchronize()
+        if self._on_gpu:
+            pending.done.synchronize()
+            seconds = self._since.elapsed_time(pending.done) / 1000
+        else:
+            seconds = pending.done - self._since
+        self._since = pending.done
         loss, norm = pending.values.tolist()
-        now = time.perf_counter()
         numbers = {"loss": loss, "lr": pending.lr, "grad_norm": norm}
-        numbers |= {"images_per_second": self._images / (now - self._since), "memory_mib": memory_mib()}
-        self._since = now
+        numbers |= {"images_per_second": self._images / seconds, "memory_mib": memory_mib()}
         self._report(pending.step, numbers)
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def memory_mib() -> float:

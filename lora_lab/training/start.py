@@ -1,5 +1,7 @@
 """From a plan to a job: the adapter in the UNet, what learns of it, its optimizer and its step."""
 
+from pathlib import Path
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -7,6 +9,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from lora_lab.adapters.fresh import DROPOUTS, begin
 from lora_lab.adapters.fused import fuse
 from lora_lab.schema import Config
+from lora_lab.training.compiled import compile_blocks
 from lora_lab.training.flat import Flat
 from lora_lab.training.loss import Objective
 from lora_lab.training.plan import Plan
@@ -26,10 +29,11 @@ def start_job(unet: UNet2DConditionModel, asked: Objective, config: Config, plan
             lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
     learnt, optimizer = learner(unet, plan, config.stage.lora_plus_ratio)
+    compile_blocks(unet, config.compile, config.cache and Path(config.cache))
     if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
         optimizer.train()
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
-    capture = config.stage.capture and plan.device.type == "cuda" and not dropout
+    capture = config.memory.capture and plan.device.type == "cuda" and not dropout
     return Job(
         unet=unet,
         learnt=learnt,

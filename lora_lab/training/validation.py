@@ -20,7 +20,7 @@ def validation_loss(job: Job, data: TrainingData, timesteps: Sequence[int]) -> f
     asked = replace(job.asked, settings=replace(job.asked.settings, type="l2"))
     total = torch.zeros((), device=job.learnt.master.device)
     job.unet.eval()
-    with job.finished():
+    with job.finished(), torch.compiler.set_stance("force_eager"):  # it would be compiled for this as well
         for example in data.examples:
             for start in range(0, len(timesteps), job.batch_size):
                 batch = _batch(example, timesteps[start : start + job.batch_size])

@@ -13,6 +13,7 @@ from sdxl_structure import NARROW, outputs, pipeline
 from lora_lab.adapters import fresh
 from lora_lab.adapters.files import describe, kohya_state, network_notes, save_lora
 from lora_lab.adapters.wear import worn
+from lora_lab.base.stored import store
 from lora_lab.config import CONF, compose
 from lora_lab.errors import InputError
 from lora_lab.training.plan import from_library
@@ -118,21 +119,16 @@ def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(
         assert all(p.data_ptr() == place and torch.equal(p, kept) for p, (place, kept) in weights.items())
 
 
-def test_a_layer_that_is_no_plain_one_keeps_its_lora_beside_it(tmp_path):
-    """As one whose weights are quantised: there is nothing that could be added to."""
-
-    class Quantised(torch.nn.Linear):
-        pass
-
-    config = KINDS["by a regular expression"]  # linear layers alone
+def test_a_layer_whose_weights_are_kept_in_fewer_bits_keeps_its_lora_beside_it(tmp_path):
+    config = KINDS["by a regular expression"]
     file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)
-    for layer in plain.unet.modules():
-        if type(layer) is torch.nn.Linear:
-            layer.__class__ = Quantised
+    store(plain.unet, "int8", "int8", torch.device("cpu"))
+    base = outputs(plain)[2]
     with worn(plain, file):
         beside = outputs(plain)[2]
     with worn(plain, file, fuse=True):
-        assert torch.equal(outputs(plain)[2], beside)
+        assert torch.equal(outputs(plain)[2], beside) and far(beside, base) > 0.01
+    assert torch.equal(outputs(plain)[2], base)
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "PiSSA", "LoHa", "LoKr"])

@@ -72,7 +72,7 @@ def test_captured_and_eager_training_give_the_same_lora(tmp_path, monkeypatch, h
     monkeypatch.chdir(tmp_path)
     how = [*how.split(), f"memory={memory}"]
     captured = train("captured", *how)
-    eager, again = train("eager", "stage.capture=false", *how), train("again", "stage.capture=false", *how)
+    eager, again = train("eager", "memory.capture=false", *how), train("again", "stage.capture=false", *how)
     # Two eager runs differ as well: attention's backward pass adds up in no fixed order.
     assert distance(captured, eager) < max(2 * distance(again, eager), 1e-3)
     speed = {name: seconds_per_step(name) for name in ("captured", "eager")}

@@ -7,7 +7,7 @@ from lora_lab.training.readings import Readings
 
 def test_on_a_cpu_a_step_is_reported_before_the_next_one():
     seen = []
-    readings = Readings(4, lambda step, numbers: seen.append((step, numbers)))
+    readings = Readings(4, torch.device("cpu"), lambda step, numbers: seen.append((step, numbers)))
     for step in (1, 2):
         readings.begin()
         readings.put(step, torch.tensor(float(step)), torch.tensor(0.5), 1e-3)

@@ -1,0 +1,260 @@
+"""Frozen weights kept in fewer bits: layers that hold 8 or 4 bits a number and give whole ones when they multiply.
+
+A product keeps nothing of the whole weight for its backward pass, but makes it again: it is the reading of an eighth
+of a number, and what is saved is the memory of a base that does not learn."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 64  # numbers that share a scale in NF4; SDXL has no layer that is no multiple
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # the ends and the time embedding are small, and stay as they are
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+class Rows(nn.Module):
+    """8 bits a number and a scale a row: the largest number of an output becomes the largest that the type has.
+
+    The relative error of a product is about 2.7 % in fp8 (three bits of fraction), 0.8 % in int8."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)  # the weight's shape
+        self.register_buffer("scale", scale, persistent=False)  # (outputs,)
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> "Rows":
+        rows = weight.detach().flatten(1).float()
+        most = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+        scale = (rows.abs().amax(1).clamp(min=1e-12) / most).to(weight.dtype)  # rounded first, so that codes fit it
+        codes = rows / scale.float()[:, None]
+        codes = codes.round() if dtype == torch.int8 else codes
+        return cls(codes.to(dtype).view_as(weight), scale)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype) * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
+
+    def linear(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self._codes_as) * self.scale  # of the outputs, which are fewer than the weights
+
+    def convolve(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        return _Convolution.apply(x, self._codes_as, layer) * self.scale.view(-1, 1, 1)
+
+    def _codes_as(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+        return cls(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]))
+
+    def cut(self, count: int) -> list["Rows"]:
+        """`count` parts of equally many rows, in the same memory."""
+        return [type(self)(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
+
+
+class Products(Rows):
+    """fp8 in the products too, forward and backward, where the hardware multiplies fp8 twice as fast as bf16.
+
+    What is multiplied with the weight is rounded to fp8 with a scale of its own for each row. A second copy of the
+    codes lies the other way round, as the backward product needs it: memory is that of bf16."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__(codes, scale)
+        self.register_buffer("turned", codes.t().contiguous(), persistent=False)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return _Fp8Product.apply(x, self.codes, self.turned, self.scale)
+
+    def cut(self, count: int) -> list[Rows]:
+        return [Rows(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
+
+
+class Nf4(nn.Module):
+    """4 bits a number and a scale for 64 of them (Dettmers et al. 2023, arXiv 2305.14314); by bitsandbytes.
+
+    The relative error of a product is about 9 %. bitsandbytes is shown rows of 64, whatever the weight's shape: on a
+    CPU (0.50.2) it gives wrong numbers for rows that are no whole number of blocks."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, levels: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)  # (numbers / 2, 1)
+        self.register_buffer("scale", scale, persistent=False)  # (numbers / 64,)
+        self.register_buffer("levels", levels, persistent=False)  # (16,)
+        self.shape = shape
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Nf4":
+        """Of a weight whose numbers are a multiple of 64."""
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, state = quantize_4bit(weight.detach().reshape(-1, BLOCK), blocksize=BLOCK, quant_type="nf4")
+        return cls(codes, state.absmax, state.code, weight.shape)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        rows = torch.Size((self.shape.numel() // BLOCK, BLOCK))
+        state = QuantState(self.scale, rows, self.levels, BLOCK, "nf4", dtype=dtype)
+        return dequantize_4bit(self.codes, state).view(self.shape)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Nf4"]) -> "Nf4":
+        codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+        shape = torch.Size((sum(p.shape[0] for p in parts), *parts[0].shape[1:]))
+        return cls(codes, scale, parts[0].levels, shape)
+
+    def cut(self, count: int) -> list["Nf4"]:
+        shape = torch.Size((self.shape[0] // count, *self.shape[1:]))
+        parts = zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)
+        return [Nf4(codes, scale, self.levels, shape) for codes, scale in parts]
+
+
+class StoredLinear(nn.Linear):
+    """A frozen linear layer whose weight is `stored` as one of the above."""
+
+    def __init__(self, inputs: int, outputs: int, bias: nn.Parameter | None, stored: nn.Module, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = inputs, outputs
+        self.bias, self.stored, self.dtype = bias, stored, dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, made anew."""
+        return self.stored.weight(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.stored.linear(x)
+        return out if self.bias is None else out + self.bias
+
+
+class StoredConv2d(nn.Conv2d):
+    """A frozen convolution whose weight is `stored`."""
+
+    def __init__(self, layer: nn.Conv2d, stored: Rows) -> None:
+        nn.Module.__init__(self)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(layer, name))
+        self.padding_mode, self.bias, self.stored, self.dtype = (
+            layer.padding_mode,
+            layer.bias,
+            stored,
+            layer.weight.dtype,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, made anew."""
+        return self.stored.weight(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.stored.convolve(x, self)
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+
+def store(unet: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    """Put the frozen `unet` on `device`, its blocks' weights stored as asked: base, fp8, int8, and of linear layers nf4
+    and fp8_products.
+
+    Layer by layer, so that the device never holds all of it in full precision."""
+    for name in BLOCKS:
+        _replace(getattr(unet, name), linears, convolutions, device)
+    unet.to(device)
+
+
+def _replace(module: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and linears != "base" and child.weight.numel() % BLOCK == 0:
+            setattr(module, name, _stored_linear(child.to(device), linears))
+        elif type(child) is nn.Conv2d and convolutions != "base" and child.groups == 1 and max(child.dilation) == 1:
+            setattr(module, name, StoredConv2d(child, Rows.of(child.to(device).weight, DTYPES[convolutions])))
+        else:
+            _replace(child, linears, convolutions, device)
+
+
+def _stored_linear(layer: nn.Linear, form: str) -> StoredLinear:
+    weight = layer.weight.detach()
+    if form == "nf4":
+        stored = Nf4.of(weight)
+    else:
+        kind = Products if form == "fp8_products" else Rows
+        stored = kind.of(weight, DTYPES.get(form, torch.float8_e4m3fn))
+    return StoredLinear(layer.in_features, layer.out_features, layer.bias, stored, weight.dtype)
+
+
+def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
+    """What `layers` of one input and one output size, without biases, compute side by side, as one product.
+
+    They share its memory from now on. None where they can't be one."""
+    if all(type(layer) is nn.Linear for layer in layers):
+        whole = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
+            layer.weight.data = part
+        return lambda x: F.linear(x, whole)
+    kinds = {type(layer.stored) if isinstance(layer, StoredLinear) else None for layer in layers}
+    if len(kinds) > 1 or None in kinds:
+        return None
+    whole = kinds.pop().joined([layer.stored for layer in layers])
+    for layer, part in zip(layers, whole.cut(len(layers)), strict=True):
+        layer.stored = part
+    return whole.linear
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T, where `weight(dtype)` makes the weight once for each direction."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.weight(gradient.dtype), None
+
+
+class _Convolution(torch.autograd.Function):
+    """`layer`'s convolution without its bias; likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Callable[[torch.dtype], Tensor], layer: nn.Conv2d) -> Tensor:
+        ctx.weight, ctx.shape, ctx.layer = weight, x.shape, layer
+        return F.conv2d(x, weight(x.dtype), None, layer.stride, layer.padding)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        layer, weight = ctx.layer, ctx.weight(gradient.dtype)
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding), None, None
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x @ (codes * scale).T in fp8. The rows' scale belongs to the gradient's columns on the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, turned: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(turned, scale)
+        return _fp8_product(x, codes, scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        turned, scale = ctx.saved_tensors
+        return _fp8_product(gradient * scale, turned, torch.ones_like(scale[:1]).expand(len(turned))), None, None, None
+
+
+def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., I) times codes (O, I) with the scales of their rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    its = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(codes.dtype).max
+    out = torch._scaled_mm(
+        (rows / its).to(codes.dtype),
+        codes.t(),
+        scale_a=its,
+        scale_b=scale.float()[None].contiguous(),
+        out_dtype=torch.bfloat16,  # the only one that scales by rows have
+        use_fast_accum=True,
+    )
+    return out.to(x.dtype).view(*x.shape[:-1], -1)

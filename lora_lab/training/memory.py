@@ -1,0 +1,62 @@
+"""How much of a GPU's memory a run will take, and what to do where that is too much.
+
+The numbers are those of SDXL, fitted to what `python -m benchmarks` measures (docs/performance.md)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lora_lab.errors import RunError
+from lora_lab.schema import Config, Memory
+
+LINEARS, CONVOLUTIONS = 2.233e9, 0.333e9  # numbers of the UNet; all others are few
+BYTES = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}  # a number
+CONTEXT = 900  # MiB of the process beside torch's tensors: CUDA itself and its libraries
+LEARNT = 1.45e6  # numbers a rank, of a LoRA on the attention
+ACTIVATIONS = {False: (100, 5400), True: (700, 560)}  # MiB with checkpointing or without: at all, and a picture
+GRAPH = 300  # MiB that a recorded step keeps beside them
+AREA = 1024 * 1024  # pixels of such a picture
+
+
+def expected_mib(config: Config) -> float:
+    """Peak of a training run on a CUDA GPU in half precision, as nvidia-smi shows the process."""
+    memory = config.memory
+    base = LINEARS * BYTES[memory.linear_weights] + CONVOLUTIONS * BYTES[memory.convolution_weights]
+    kept = 2 if "8bit" in config.optimizer["_target_"] else 8  # bytes a number, of the optimizer's averages
+    # working copy, master, and a gradient of either
+    learnt = config.rank * LEARNT * (2 + 4 + 2 + 4 + kept + (4 if config.stage.ema_decay else 0))
+    at_all, a_picture = ACTIVATIONS[memory.gradient_checkpointing]
+    pictures = config.batch_size * config.model.resolution**2 / AREA
+    return CONTEXT + (base + learnt) / 2**20 + at_all + a_picture * pictures + GRAPH * memory.capture
+
+
+def memory_line(config: Config, free_mib: float) -> str:
+    """What the plan says of it, on a GPU of which `free_mib` are free."""
+    expected = expected_mib(config) - CONTEXT  # what it takes from there on is in what is free
+    line = f"about {expected / 1024:.1f} GiB at SDXL's size, {free_mib / 1024:.1f} GiB are free"
+    return line if expected < free_mib else f"{line}: if it ends there, {what_helps(config.memory, config.batch_size)}"
+
+
+def what_helps(memory: Memory, batch_size: int) -> str:
+    """What to say on the command line, to need less than with `memory`."""
+    fewer = f", or batch_size={batch_size // 2} with stage.gradient_accumulation=2" if batch_size > 1 else ""
+    if not memory.gradient_checkpointing:
+        return f"say memory=balanced{fewer}"
+    if memory.linear_weights in ("base", "fp8_products"):
+        return f"say memory=low{fewer}"
+    if memory.capture:
+        return f"say memory=minimal{fewer}"
+    return f"say a smaller rank or model.resolution{fewer}"
+
+
+@contextmanager
+def explained(config: Config, folder: Path) -> Iterator[None]:
+    """Within the context, an end of the GPU's memory is a RunError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
+        advice = what_helps(config.memory, config.batch_size)
+        raise RunError(f"the GPU's memory is not enough: {advice}{goes_on}") from error

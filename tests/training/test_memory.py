@@ -1,0 +1,64 @@
+"""What a run is expected to take, and what it says where that was too much."""
+
+import json
+
+import pytest
+import torch
+
+from lora_lab.config import compose
+from lora_lab.errors import RunError
+from lora_lab.stages import run
+from lora_lab.training.memory import expected_mib, memory_line, what_helps
+from lora_lab.training.step import Job
+
+SDXL = ("stage=train", "experiment=sdxl", "dataset.root=x")
+PRESETS = ("fast", "balanced", "low", "minimal")
+
+
+def expected(*overrides: str) -> float:
+    return expected_mib(compose(*SDXL, *overrides))
+
+
+def test_every_preset_takes_less_than_the_one_before():
+    taken = [expected(f"memory={name}") for name in PRESETS]
+    assert taken == sorted(taken, reverse=True) and len(set(taken)) == len(taken)
+
+
+@pytest.mark.parametrize(
+    "more", ["batch_size=2", "rank=64", "model.resolution=1280", "optimizer=adamw", "stage.ema_decay=0.99"]
+)
+def test_what_needs_more_is_expected_to(more):
+    assert expected(more) > expected() + 50
+
+
+def test_the_plan_says_what_to_change_where_it_does_not_fit():
+    config = compose(*SDXL, "memory=fast")
+    assert "say" not in memory_line(config, 80_000)
+    assert memory_line(config, 8_000).endswith("if it ends there, say memory=balanced")
+
+
+def test_what_helps_leads_down_the_presets_to_the_end():
+    said = [what_helps(compose(*SDXL, f"memory={name}").memory, 1) for name in PRESETS]
+    assert said == [f"say memory={name}" for name in PRESETS[1:]] + ["say a smaller rank or model.resolution"]
+    assert what_helps(compose(*SDXL).memory, 4).endswith("batch_size=2 with stage.gradient_accumulation=2")
+
+
+def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
+    folder, update, done = tmp_path / "run", Job.update, []
+
+    def small(job: Job) -> torch.Tensor:
+        if len(done) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        done.append(1)
+        return update(job)
+
+    monkeypatch.setattr(Job, "update", small)
+    with pytest.raises(RunError, match=r"not enough: say memory=balanced, or batch_size=2 .* go on with resume=.*run"):
+        run(compose(*common), folder)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    run(compose(*common, f"resume={folder}", "memory=low"), folder)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
