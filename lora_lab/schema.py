@@ -297,15 +297,19 @@ class Sampler:
     steps: int
     guidance: float
     negative_prompt: str
+    batch_size: int
+    capture: bool
+    fuse: bool
 
     def __post_init__(self) -> None:
-        _at_least(self, "sampler.", steps=1, guidance=0)
+        _at_least(self, "sampler.", steps=1, guidance=0, batch_size=1)
 
 
 @dataclass
 class Memory:
     gradient_checkpointing: bool
     offload: bool
+    vae_tiling: bool
     linear_weights: str
     convolution_weights: str
     capture: bool

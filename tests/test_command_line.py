@@ -89,6 +89,7 @@ def refused(answer, *words):
         ("lr=${rnk}", ["'rnk' not found"]),
         ("seed=-1", ["seed must be at least 0"]),
         ("sampler.guidance=nan", ["sampler.guidance=nan"]),
+        ("sampler.batch_size=0", ["sampler.batch_size=0", "at least 1"]),
         ("dataset.flip=maybe", ["dataset.flip=maybe: not true or false"]),
         ("stage=train stage.seeds=3", ["stage.seeds: not a list, write stage.seeds=[...]"]),
         ("stage=train stage.seeds=[a]", ["stage.seeds[0]=a: not a whole number"]),

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from diffusers import StableDiffusionXLPipeline
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.files import PREFIX, config_of, kind_of, peft_state
 from lora_lab.adapters.tokens import is_beside, tokens_of, with_tokens, without_tokens
+from lora_lab.base.load import DTYPES
 from lora_lab.errors import InputError
 
 MODELS = Path("models") / "lora"  # beside where the user works
@@ -52,11 +54,12 @@ def _loras(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0) -> Iterator[None]:
+def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0, fuse: bool = False) -> Iterator[None]:
     """Within the context `pipe` draws with the file's LoRA at `weight`, and reads its trigger as the file's new tokens
     if it has any; what is in training is set aside.
 
     The file itself is loaded, also in the middle of training: a validation picture is what inference will give.
+    With `fuse` what the file adds is summed into the UNet's weights: see _fused.
     Raises InputError if the file is not a LoRA for this base."""
     parts = [getattr(pipe, part) for part in PREFIX]
     training = [p for part in parts for p in part.parameters() if p.requires_grad]
@@ -70,6 +73,8 @@ def worn(pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0
                 _put_on(pipe, lora, weight)
                 if tokens := tokens_of(lora):
                     stack.enter_context(with_tokens(pipe, *tokens))
+            if fuse:
+                stack.enter_context(_fused(pipe.unet))
             yield
     finally:
         if training:
@@ -124,3 +129,30 @@ def _put_in(pipe: StableDiffusionXLPipeline, state: dict[str, Tensor], notes: di
     pipe.unet.add_adapter(config_of(pipe.unet, state, factor), "worn")
     pipe.unet.requires_grad_(False)
     set_peft_model_state_dict(pipe.unet, peft_state(pipe.unet, state, "worn"), "worn")
+
+
+@contextmanager
+def _fused(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Within the context layers that wear a file compute W x with W = W0 + what it adds, instead of two more products.
+
+    W is a tensor of its own, rounded to the base's precision; W0 stays where it is, untouched, and comes back. That is
+    the price: these weights twice, for SDXL's attention 1.9 GB in bfloat16. What is no plain layer keeps its products:
+    a quantised one has no weights that could be added to."""
+    before: list[tuple[BaseTunerLayer, list[tuple[nn.Parameter, Tensor]]]] = []
+    try:
+        with torch.no_grad():
+            for layer in unet.modules():
+                if not isinstance(layer, BaseTunerLayer) or "worn" not in layer.scaling:
+                    continue
+                base = layer.get_base_layer()
+                if type(base) in (nn.Linear, nn.Conv2d) and base.weight.dtype in DTYPES.values():
+                    before.append((layer, [(parameter, parameter.data) for parameter in base.parameters()]))
+                    for parameter in base.parameters():
+                        parameter.data = parameter.data.clone()
+                    layer.merge(adapter_names=["worn"])
+        yield
+    finally:
+        for layer, whole in before:
+            layer.merged_adapters.clear()  # not unmerged: W - (W - W0) is not W0
+            for parameter, data in whole:
+                parameter.data = data

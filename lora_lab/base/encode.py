@@ -67,7 +67,8 @@ class Encoder:
 
     @cached_property
     def _latents_by(self) -> str:
-        return identity_of(self.pipe.vae)
+        vae = self.pipe.vae
+        return identity_of(vae) + (f" in tiles of {vae.tile_sample_min_size}" if vae.use_tiling else "")
 
     def captions(self, captions: Sequence[str]) -> tuple[dict[str, TextEmbedding | TextIds], int]:
         """Every caption's embedding, on the CPU, and how many had to be made: one text encoder after the other."""
@@ -115,13 +116,19 @@ class Encoder:
 
 @contextmanager
 def in_turn(part: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
-    """Have `part` on `device` for a while; with `offload` it leaves again."""
+    """Have `part` on `device` for a while; with `offload` it leaves again, unless it was there before.
+
+    What is in training stays: a recorded step knows its weights by where they lie."""
+    there = next(part.parameters()).device
+    stays = not offload or (there.type == device.type and device.index in (None, there.index))
     part.to(device)
-    yield
-    if offload:
-        part.to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        if not stays:
+            part.to("cpu")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 @torch.no_grad()

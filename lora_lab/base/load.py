@@ -57,6 +57,17 @@ def load_base(model: Model, device: torch.device, waiting: bool = False) -> Stab
     return pipe if waiting else pipe.to(device)
 
 
+def tile_vae(vae: AutoencoderKL, side: int) -> None:
+    """Let `vae` encode and decode tiles of at most `side` px, which overlap by a quarter and are blended there.
+
+    A tile knows nothing of the others: its attention and group norms see it alone, so tints may differ a little."""
+    vae.enable_tiling()
+    # diffusers' own tiles are as large as what the VAE was trained on, which a picture may not exceed.
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_latent_min_size = max(side // factor // 4, 1) * 4  # a quarter of it is whole latent pixels
+    vae.tile_sample_min_size = vae.tile_latent_min_size * factor
+
+
 def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     location = locate_model("model.vae", name)
     try:

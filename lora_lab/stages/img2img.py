@@ -9,7 +9,9 @@ from safetensors import safe_open
 
 from lora_lab.adapters.tokens import tokens_of
 from lora_lab.adapters.wear import find_lora, worn
-from lora_lab.base.load import load_base, pick_device
+from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Encoder
+from lora_lab.base.load import load_base, pick_device, tile_vae
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit, settle
 from lora_lab.base.stored import store
@@ -68,13 +70,19 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     names = _names(paths)
     asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
-    pipe = load_base(model, device)
+    offload = config.memory.offload
+    pipe = load_base(model, device, waiting=offload)
+    if config.memory.vae_tiling:
+        tile_vae(pipe.vae, model.resolution // 2)
     settle(pipe, loss)
     store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, device)
+    if offload:
+        pipe.unet.to("cpu")  # until its turn
+    encoder = Encoder(pipe, device, Cache(None), offload)  # a few prompts are encoded sooner than looked up
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []
-    with worn(pipe, lora, stage.lora_weight):
-        for (i, seed), picture in zip(asked, generate(pipe, requests, config.sampler), strict=True):
+    with worn(pipe, lora, stage.lora_weight, config.sampler.fuse):
+        for (i, seed), picture in zip(asked, generate(pipe, requests, config.sampler, encoder), strict=True):
             file = folder / f"{names[i]}-s{seed}.png"  # saved at once: Ctrl-C loses only what is not drawn yet
             notes = {"prompt": prompts[i], "seed": seed, "strength": stage.strength, "lora": lora and lora.name}
             save_picture(file, picture, notes)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from lora_lab.adapters.fresh import begin_with
 from lora_lab.adapters.tokens import tokenizers_of
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import load_base
+from lora_lab.base.load import load_base, tile_vae
 from lora_lab.base.prediction import settle
 from lora_lab.base.stored import store
 from lora_lab.console import say
@@ -71,6 +71,8 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     offload = config.memory.offload
     pipe = load_base(config.model, plan.device, waiting=offload)
+    if config.memory.vae_tiling:
+        tile_vae(pipe.vae, config.model.resolution // 2)
     settle(pipe, config.loss)
     tokenizers = tokenizers_of(pipe, config.trigger, config.text.tokens) if config.text.learns else None
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload, tokenizers)
@@ -80,9 +82,11 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
         texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
     store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
-    prior = prior_data(pipe, config, plan, data, encoder)
+    prior = prior_data(config, plan, data, encoder)
     references = [fitted.picture for fitted in plan.pictures]
-    look = Look(pipe, config, folder, plan.device)
+    if config.text.learns:  # then what a text is changes with every step
+        encoder = replace(encoder, tokenizers=None, cache=Cache(None))
+    look = Look(encoder, config, folder)
     identity_before = look.identity(None, references)
     asked = objective(config.loss, pipe.scheduler.config)
     job = start_job(pipe.unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter))
@@ -161,7 +165,6 @@ def learn(
             settle()
             track.images(step, look.validate(keep.lora(step, f"{name}-{step:06d}"), step))
 
-    look.rest()
     try:
         if done == 0:
             measure(0)

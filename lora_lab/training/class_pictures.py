@@ -1,12 +1,13 @@
 """Pictures of a character's class for prior preservation: the user's, or drawn by the base before it is trained."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from lora_lab.base.cache import key_of
+from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.console import say
 from lora_lab.dataset import Sample, read_dataset
@@ -89,9 +90,7 @@ def hash_of(samples: Sequence[Sample], config: Config) -> str:
     return hash_text(hash_files(*(s.path for s in samples)) + captions)
 
 
-def draw_missing(
-    pipe: StableDiffusionXLPipeline, samples: Sequence[Sample], config: Config, device: torch.device
-) -> None:
+def draw_missing(samples: Sequence[Sample], config: Config, encoder: Encoder) -> None:
     """Let the base, without an adapter, draw those of `samples` that are not on disk.
 
     Each is saved as it is done, so whoever stops it loses the one being drawn; two runs that draw the same write the
@@ -103,11 +102,7 @@ def draw_missing(
         Request(s.captions[0], seed_of("class picture", config.prior.seed, s.name), (side, side)) for s in missing
     ]
     say(f"drawing {len(missing)} class pictures into {missing[0].path.parent}, where a run that is stopped leaves them")
-    pipe.to(device)
-    for sample, request, picture in zip(missing, requests, generate(pipe, requests, config.sampler), strict=True):
+    whole = replace(encoder, tokenizers=None)  # nothing of the text has begun to learn
+    for sample, request in zip(missing, requests, strict=True):  # one at a time, also where parts take turns
+        (picture,) = generate(whole.pipe, [request], config.sampler, whole)
         save_picture(sample.path, picture, {"prompt": request.prompt, "seed": request.seed, "lora": "none"})
-    if config.memory.offload:
-        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-            part.to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()

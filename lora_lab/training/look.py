@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from lora_lab.adapters.wear import worn
+from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.generate import Request, generate
 from lora_lab.runs import save_picture
@@ -16,12 +15,10 @@ from lora_lab.scoring import IDENTITY_PROMPTS, embed_pictures, identity
 
 
 class Look:
-    """Draws fixed prompts and seeds with a LoRA file on the base in training, by the function of inference.
+    """Draws fixed prompts and seeds with a LoRA file on the base in training, by the function of inference."""
 
-    With `memory.offload`, what only drawing needs waits on the CPU between two looks."""
-
-    def __init__(self, pipe: StableDiffusionXLPipeline, config: Config, folder: Path, device: torch.device) -> None:
-        self._pipe, self._config, self._folder, self._device = pipe, config, folder, device
+    def __init__(self, encoder: Encoder, config: Config, folder: Path) -> None:
+        self._encoder, self._config, self._folder = encoder, config, folder
         self._judge = config.model.judge and locate_folder("model.judge", config.model.judge)
 
     def validate(self, lora: Path, step: int) -> dict[str, tuple[Image.Image, str]]:
@@ -49,25 +46,15 @@ class Look:
         drawn = [picture for _, _, picture in self._draw(lora, asked, folder)]
         return identity(embed_pictures(self._judge, drawn), embed_pictures(self._judge, list(references)))
 
-    def rest(self) -> None:
-        """Free the device of what training does not need."""
-        if self._config.memory.offload:
-            encoders = [] if self._config.text.learns else [self._pipe.text_encoder, self._pipe.text_encoder_2]
-            for part in (self._pipe.vae, *encoders):
-                part.to("cpu")
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-
     def _draw(
         self, lora: Path | None, asked: list[tuple[str, str, int]], folder: Path
     ) -> list[tuple[str, str, Image.Image]]:
         """Draw (name, prompt, seed)s, save them in `folder` as NAME.png, return (name, prompt, picture)s."""
         side, trigger = self._config.model.resolution, self._config.trigger
         requests = [Request(text.replace("{trigger}", trigger), seed, (side, side)) for _, text, seed in asked]
-        self._pipe.to(self._device)
-        with worn(self._pipe, lora):
-            pictures = list(generate(self._pipe, requests, self._config.sampler))
-        self.rest()
+        pipe, sampler = self._encoder.pipe, self._config.sampler
+        with worn(pipe, lora, fuse=sampler.fuse):
+            pictures = list(generate(pipe, requests, sampler, self._encoder))
         drawn = []
         for (name, _, _), request, picture in zip(asked, requests, pictures, strict=True):
             notes = {"prompt": request.prompt, "seed": request.seed, "lora": lora.name if lora else "none"}

@@ -5,7 +5,6 @@ Without it every character comes to look like the one that is trained on."""
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from lora_lab.base.encode import Encoder
@@ -35,10 +34,8 @@ class PriorData:
         return self.data.names(seed=seed_of(seed, "prior"), **which)
 
 
-def prior_data(
-    pipe: StableDiffusionXLPipeline, config: Config, plan: Plan, data: TrainingData, encoder: Encoder
-) -> PriorData | None:
-    """What `config.prior` asks for, with class pictures drawn where they are missing; `pipe` wears no adapter yet.
+def prior_data(config: Config, plan: Plan, data: TrainingData, encoder: Encoder) -> PriorData | None:
+    """What `config.prior` asks for, with class pictures drawn where they are missing; nothing wears an adapter yet.
 
     For prior=prediction it is the character's own `data`, with captions that name the class."""
     if config.prior.kind == "none":
@@ -48,7 +45,7 @@ def prior_data(
     else:
         samples, pictures = plan.class_samples, plan.class_pictures
         if len(pictures) < len(samples):
-            draw_missing(pipe, samples, config, plan.device)
+            draw_missing(samples, config, encoder)
             pictures = fit_pictures(samples, config.model.resolution, config.model.bucket_step, None)
         texts = [[[caption] for caption in sample.captions] for sample in samples]
         of_class = encode_dataset(samples, [[fitted] for fitted in pictures], texts, False, encoder)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lab.adapters.wear import taken_off
+from lora_lab.capture import Captured, Tensors
 from lora_lab.schema import Schedule, Train
-from lora_lab.training.capture import Captured, Tensors
 from lora_lab.training.flat import Flat
 from lora_lab.training.loss import Batch, Objective, predict, sample_losses
 from lora_lab.training.text import Reader

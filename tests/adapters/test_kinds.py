@@ -13,6 +13,7 @@ from sdxl_structure import NARROW, outputs, pipeline
 from lora_lab.adapters import fresh
 from lora_lab.adapters.files import describe, kohya_state, network_notes, save_lora
 from lora_lab.adapters.wear import worn
+from lora_lab.base.stored import store
 from lora_lab.config import CONF, compose
 from lora_lab.errors import InputError
 from lora_lab.training.plan import from_library
@@ -97,6 +98,37 @@ def test_a_file_for_another_base_is_named_and_leaves_the_base_clean(kind, tmp_pa
                 raise AssertionError("drew with a broken file")
             assert torch.equal(outputs(somebody)[2], before), name
     assert not plain.get_list_adapters() and pipe.get_list_adapters() == {"unet": ["default"]}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", *(pytest.param(k, marks=pytest.mark.slow) for k in ("DoRA", "LoHa", "LoKr"))])
+def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(kind, tmp_path):
+    config = KINDS[kind]
+    pipe = taught(config)
+    file = saved(pipe, config, tmp_path / "x.safetensors")
+    for somebody, weight in ((copy.deepcopy(BASE), 0.5), (pipe, 1.0)):  # at inference, and in the middle of training
+        unet, before = somebody.unet, outputs(somebody)[2]
+        weights = {parameter: (parameter.data_ptr(), parameter.detach().clone()) for parameter in unet.parameters()}
+        with worn(somebody, file, weight):
+            apart = outputs(somebody)[2]
+        with pytest.raises(KeyboardInterrupt), worn(somebody, file, weight, fuse=True):
+            merged = [layer.merged_adapters for layer in unet.modules() if getattr(layer, "merged_adapters", [])]
+            assert merged and all(names == ["worn"] for names in merged)
+            assert far(outputs(somebody)[2], apart) < 2e-6
+            raise KeyboardInterrupt
+        assert torch.equal(outputs(somebody)[2], before)
+        assert all(p.data_ptr() == place and torch.equal(p, kept) for p, (place, kept) in weights.items())
+
+
+def test_a_layer_whose_weights_are_kept_in_fewer_bits_keeps_its_lora_beside_it(tmp_path):
+    config = KINDS["by a regular expression"]
+    file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)
+    store(plain.unet, "int8", "int8", torch.device("cpu"))
+    base = outputs(plain)[2]
+    with worn(plain, file):
+        beside = outputs(plain)[2]
+    with worn(plain, file, fuse=True):
+        assert torch.equal(outputs(plain)[2], beside) and far(beside, base) > 0.01
+    assert torch.equal(outputs(plain)[2], base)
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "PiSSA", "LoHa", "LoKr"])

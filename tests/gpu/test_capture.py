@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_lab.capture import WARM_UP, Captured
 from lora_lab.config import compose
 from lora_lab.stages import run
-from lora_lab.training.capture import WARM_UP, Captured
 
 pytestmark = [
     pytest.mark.gpu,

@@ -63,6 +63,38 @@ def test_the_lora_and_its_weight_matter(tmp_path, lora):
     assert np.abs(full - none).mean() > np.abs(half - none).mean() > 1
 
 
+def test_what_the_sampler_and_memory_are_asked_reaches_the_pictures(tmp_path, lora):
+    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={lora}", "model.precision=bf16"
+
+    def pixels(name, *overrides):
+        pictures = draw(tmp_path / name, *asked, "stage.seeds=[0,1]", *overrides).pictures
+        return np.stack([np.asarray(Image.open(drawn.picture)).astype(int) for drawn in pictures])
+
+    plain = pixels("plain")
+    for option in ("sampler.fuse=true", "memory.vae_tiling=true"):
+        assert 0 < np.abs(pixels(option, option) - plain).mean() < 4, option
+
+
+def test_with_offload_the_parts_take_turns_and_the_pictures_are_the_same(tmp_path, lora, monkeypatch):
+    import torch
+
+    moved, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
+
+    def watched(self, *arguments, **settings):
+        if type(self).__name__ in turns and arguments and arguments[0] in (device, "cpu"):
+            moved.append((type(self).__name__, "in" if arguments[0] == device else "out"))
+        return to(self, *arguments, **settings)
+
+    turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
+    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={lora}"
+    (plain,) = draw(tmp_path / "plain", *asked).pictures
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    (drawn,) = draw(tmp_path / "offload", *asked, "memory.offload=true", "device='cpu:0'").pictures
+    stored = [("UNet2DConditionModel", way) for way in ("in", "out")]  # while its weights are made smaller
+    assert moved == [*stored, *((part, way) for part in turns for way in ("in", "out"))]
+    assert np.array_equal(*(np.asarray(Image.open(each.picture)) for each in (plain, drawn)))
+
+
 def test_a_list_and_a_folder_of_photos_with_two_seeds(tmp_path, lora):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -169,7 +169,7 @@ def drift(file: Path, *prior: str) -> float:
     """How far the LoRA of `file` moves what the UNet predicts of the batches of `prior`."""
     config = compose(*FAST, *prior)
     plan, data, pipe = encoded(*prior)
-    of_class = prior_data(pipe, config, plan, data, Encoder(pipe, plan.device, Cache(None), False))
+    of_class = prior_data(config, plan, data, Encoder(pipe, plan.device, Cache(None), False))
     asked, squares = objective(config.loss, pipe.scheduler.config), []
     pipe.unet.eval()
     for number in range(8):
@@ -202,7 +202,7 @@ def test_the_priors_batch_is_its_own_and_seen_whole_under_the_names_of_the_class
     config = compose(*FAST, *PREDICTION, "prior.class_noun='round thing'")
     plan, data, pipe = encoded(f"loss.mask={cut_out(tmp_path / 'left', (0, 0, 64, 128))}")
     encoder, asked = Encoder(pipe, plan.device, Cache(None), False), objective(config.loss, pipe.scheduler.config)
-    of_class = prior_data(pipe, config, plan, data, encoder)
+    of_class = prior_data(config, plan, data, encoder)
     which = {"seed": 0, "step": 0, "part": 0, "parts": 1, "batch_size": 2, "asked": asked}
     prior, mine = of_class.batch(**which), data.batch(**which, caption_dropout=1.0)
     assert mine.mask is not None and mine.prior_weight is None and prior.mask is None and prior.prior_weight == 1

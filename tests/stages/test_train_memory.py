@@ -1,0 +1,34 @@
+"""What a run gives up for memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_lab.config import compose
+from lora_lab.demo import TOFU
+from lora_lab.stages import run
+
+FAST = (
+    "stage=train", "tracker=off", "model.judge=null", "steps=1", "rank=2", "batch_size=1", "sampler.steps=1",
+    "stage.prompts=['A {trigger}']", "device=cpu",
+)  # fmt: skip
+
+
+def train(folder: str, *overrides: str) -> float:
+    """The loss of the first step."""
+    run(compose(*FAST, *overrides), Path(folder).absolute())
+    return json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+@pytest.mark.slow
+def test_tiles_of_the_vae_are_what_is_learnt_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("00", "01"):
+        (pictures / f"{name}.png").write_bytes((TOFU / f"{name}.png").read_bytes())
+        (pictures / f"{name}.txt").write_text("A HANA_TOFU smiling")
+    data = f"dataset.root={pictures}"
+    whole, tiled = train("whole", data), train("tiled", data, "memory.vae_tiling=true")
+    assert 0 < abs(tiled - whole) < 0.2 * whole
