@@ -7,8 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 EVERY = 0.1  # seconds between two looks
 
@@ -24,7 +27,8 @@ class Row:
     tflops: float  # of the mathematics of training, recomputing not counted
     mfu: float | None  # tflops over the device's own rate; None on a CPU
     allocated_mib: float  # by torch in training, at its peak
-    process_mib: int | None  # of the whole run, as nvidia-smi sees it; None on a CPU
+    training_mib: int | None  # of the process as nvidia-smi sees it, while steps are done; None on a CPU
+    process_mib: int | None  # of the whole run, encoding and drawing included
     seconds_to_first_step: float  # since the start of the process
     kernels: dict | None = None  # of one step: what benchmarks.kernels says; None unless asked for
 
@@ -39,7 +43,7 @@ def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: 
     began = time.perf_counter()
     run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen = Seen()
-    watcher = threading.Thread(target=watch, args=(run, folder / "metrics.jsonl", began, seen))
+    watcher = threading.Thread(target=watch, args=(run, folder / "metrics.jsonl", steps, began, seen))
     watcher.start()
     said, _ = run.communicate()
     watcher.join()
@@ -60,6 +64,7 @@ def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: 
         tflops=tflops,
         mfu=peak and tflops / peak,
         allocated_mib=lines[-1]["memory_mib"],
+        training_mib=seen.in_training_mib,
         process_mib=seen.most_mib,
         seconds_to_first_step=seen.first_step or float("nan"),
     )
@@ -80,22 +85,34 @@ def kernels(folder: Path, overrides: list[str]) -> dict:
 @dataclass
 class Seen:
     most_mib: int | None = None
+    in_training_mib: int | None = None
     first_step: float | None = None
 
 
-def watch(run: subprocess.Popen, metrics: Path, began: float, seen: Seen) -> None:
+def watch(run: subprocess.Popen, metrics: Path, steps: int, began: float, seen: Seen) -> None:
     """While `run` lives: when its first step is written down, and the most memory it holds on the GPU."""
-    has_gpu = shutil.which("nvidia-smi") is not None
+    used = gpu_memory()
     while run.poll() is None:
-        if seen.first_step is None and metrics.is_file() and metrics.stat().st_size:
+        done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        if seen.first_step is None and done:
             seen.first_step = time.perf_counter() - began
-        if has_gpu:
-            used = memory_used()
-            seen.most_mib = max(seen.most_mib or 0, used)
+        if used:
+            now = used()
+            seen.most_mib = max(seen.most_mib or 0, now)
+            if 0 < done < steps:
+                seen.in_training_mib = max(seen.in_training_mib or 0, now)
         time.sleep(EVERY)
 
 
-def memory_used() -> int:
-    """MiB in use on the first GPU. It should have nothing else to do: on many hosts processes can't be told apart."""
-    ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0])
+def gpu_memory() -> Callable[[], int] | None:
+    """Tells the MiB in use on the first GPU, as nvidia-smi does; None on a CPU.
+
+    The GPU should have nothing else to do: on many hosts processes can't be told apart. nvidia-smi itself, started ten
+    times a second, would hold up the steps that are timed."""
+    if not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    device = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return lambda: pynvml.nvmlDeviceGetMemoryInfo(device, version=pynvml.nvmlMemory_v2).used >> 20

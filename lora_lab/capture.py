@@ -5,6 +5,8 @@ and wait for none of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -28,12 +30,18 @@ class Captured:
     """`function(inputs) -> tensor`, recorded once for every combination of shapes and replayed from then on.
 
     The first calls of a shape run eagerly and count like any other, so recording changes nothing but the speed. What
-    comes back is overwritten by the next call."""
+    comes back is overwritten by the next call, of this or of another: all that are alive share their memory, so that
+    together they take what the largest takes."""
+
+    _alive: ClassVar["WeakSet[Captured]"] = WeakSet()
+    _pool: ClassVar[tuple[int, int]]
 
     def __init__(self, function: Callable[[Tensors], Tensor], device: torch.device) -> None:
         self._function = function
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        if not Captured._alive:  # a pool ends with its last graph
+            Captured._pool = torch.cuda.graph_pool_handle()
+        Captured._alive.add(self)
         self._recorded: dict[tuple, _Recorded] = {}
         self._refused = False  # the function does what no graph can hold, so it stays eager
 
@@ -65,7 +73,7 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=Captured._pool, stream=self._stream):
                 known.output = self._function(known.inputs)
         except RuntimeError as error:
             self._refused = True

@@ -69,13 +69,12 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
     """What was planned, `began` being when the process's clock showed the start of it."""
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
-    offload = config.memory.offload
-    pipe = load_base(config.model, plan.device, waiting=offload)
+    pipe = load_base(config.model, plan.device, waiting=True)  # each part has its turn, and then the UNet stays
     if config.memory.vae_tiling:
         tile_vae(pipe.vae, config.model.resolution // 2)
     settle(pipe, config.loss)
     tokenizers = tokenizers_of(pipe, config.trigger, config.text.tokens) if config.text.learns else None
-    encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), offload, tokenizers)
+    encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), True, tokenizers)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
     if plan.held_out:
         cuts = [[fitted] for fitted in plan.held_out_pictures]

@@ -14,15 +14,18 @@ from lora_lab.schema import Config, Memory
 LINEARS, CONVOLUTIONS = 2.233e9, 0.333e9  # numbers of the UNet; all others are few
 TEXT = 0.818e9  # numbers of the text encoders, which stay on the GPU only if something of the text learns
 BYTES = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}  # a number
-CONTEXT = 900  # MiB of the process beside torch's tensors: CUDA itself and its libraries
+CONTEXT = 750  # MiB of the process beside torch's tensors: CUDA itself and its libraries
 LEARNT = 1.45e6  # numbers a rank, of a LoRA on the attention
-ACTIVATIONS = {False: (100, 5400), True: (700, 560)}  # MiB with checkpointing or without: at all, and a picture
-GRAPH = 300  # MiB that a recorded step keeps beside them
+ACTIVATIONS = {False: (200, 5400), True: (450, 560)}  # MiB without checkpointing and with it: at all, and a picture
+DRAWING = 1300  # MiB of the UNet while it draws
+DECODING = {False: 1900, True: 550}  # MiB of the VAE, whole pictures and tiles
 AREA = 1024 * 1024  # pixels of such a picture
 
 
 def expected_mib(config: Config) -> float:
-    """Peak of a training run on a CUDA GPU in half precision, as nvidia-smi shows the process."""
+    """Peak of a training run on a CUDA GPU in half precision, validation pictures included, as nvidia-smi shows it.
+
+    What a recorded step computes with stays the graph's; without one the memory is free for the VAE between steps."""
     memory = config.memory
     base = LINEARS * BYTES[memory.linear_weights] + CONVOLUTIONS * BYTES[memory.convolution_weights]
     base += TEXT * BYTES["base"] * config.text.learns
@@ -31,7 +34,9 @@ def expected_mib(config: Config) -> float:
     learnt = config.rank * LEARNT * (2 + 4 + 2 + 4 + kept + (4 if config.stage.ema_decay else 0))
     at_all, a_picture = ACTIVATIONS[memory.gradient_checkpointing]
     pictures = config.batch_size * config.model.resolution**2 / AREA
-    return CONTEXT + (base + learnt) / 2**20 + at_all + a_picture * pictures + GRAPH * memory.capture
+    working, decoding = max(at_all + a_picture * pictures, DRAWING), DECODING[memory.vae_tiling]
+    working = working + decoding if memory.capture else max(working, decoding)
+    return CONTEXT + (base + learnt) / 2**20 + working
 
 
 def memory_line(config: Config, free_mib: float) -> str:

@@ -132,10 +132,18 @@ def test_fused_attention_over_stored_weights_is_peft_over_them(form):
     assert apart(together, alone) < 1e-4
 
 
-@pytest.mark.parametrize("how", ["memory=low", "memory.linear_weights=fp8_products", "memory.linear_weights=int8"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "memory.linear_weights=nf4 memory.convolution_weights=fp8",
+        pytest.param("memory.linear_weights=fp8_products", marks=pytest.mark.slow),
+        pytest.param("memory.linear_weights=int8", marks=pytest.mark.slow),
+    ],
+)
 def test_training_on_a_stored_base_learns_nearly_the_same(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=2", "stage.validate_every=0")
+    common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
+    common += ("stage.prompts=['A {trigger}']",)
 
     def train(name: str, *more: str) -> torch.Tensor:
         run(compose(*common, f"name={name}", *more), tmp_path / name)
@@ -143,5 +151,5 @@ def test_training_on_a_stored_base_learns_nearly_the_same(how, tmp_path, monkeyp
             [v.flatten().float() for k, v in load_file(f"{name}/lora/{name}.safetensors").items() if "lora_up." in k]
         )
 
-    stored, whole = train("stored", how), train("whole")
-    assert 1e-3 < apart(stored, whole) < 0.6  # another base, but the same lesson
+    stored, whole = train("stored", *how.split()), train("whole")
+    assert 1e-3 < apart(stored, whole) < 0.8  # another base, but the same lesson

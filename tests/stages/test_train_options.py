@@ -17,17 +17,23 @@ from lora_lab.training.state import checkpoints
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
+CHANGES = [
+    "seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=zero_snr", "stage.caption_dropout=1.0", "dataset.flip=true",
+    "dataset.shuffle_captions=true", "dataset.caption_prefix='a drawing of'", "dataset.caption_suffix=', flat'",
+    "schedule.warmup=2", "schedule=cosine", "adapter.lora_alpha=2", "adapter.lora_dropout=0.5",
+    "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit", "targets=ff",
+]  # fmt: skip
+CHANGES_TRIED_ELSEWHERE = [  # without a whole run: test_kinds.py, test_optimizers.py, test_loss.py
+    "loss=huber", "loss.noise_offset=0.1", "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free",
+    "targets=all", "adapter.target_modules=.*attn2.*to_q", "adapter.rank_pattern={to_q: 2}",
+    "adapter.alpha_pattern={to_q: 1}", "adapter=rslora", "adapter=dora", "adapter=pissa", "adapter=loha",
+    "adapter=lokr", "stage.lora_plus_ratio=16",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "change",
-    ["seed=1", "lr=2e-3", "loss.snr_gamma=0.01", "loss=huber", "loss=zero_snr", "loss.noise_offset=0.1",
-     "stage.caption_dropout=1.0", "dataset.flip=true", "dataset.shuffle_captions=true",
-     "dataset.caption_prefix='a drawing of'", "dataset.caption_suffix=', flat'", "schedule.warmup=2",
-     "adapter.lora_alpha=2", "stage.max_grad_norm=0.001", "optimizer.weight_decay=0.5", "optimizer=adamw8bit",
-     "optimizer=lion8bit", "optimizer=adafactor", "optimizer=schedule_free", "schedule=cosine",
-     "targets=ff", "targets=all", "adapter.target_modules=.*attn2.*to_q", "adapter.rank_pattern={to_q: 2}",
-     "adapter.alpha_pattern={to_q: 1}", "adapter.lora_dropout=0.5", "adapter=rslora", "adapter=dora", "adapter=pissa",
-     "adapter=loha", "adapter=lokr", "stage.lora_plus_ratio=16"],
-)  # fmt: skip
+    "change", [*CHANGES, *(pytest.param(change, marks=pytest.mark.slow) for change in CHANGES_TRIED_ELSEWHERE)]
+)
 def test_an_option_changes_what_is_learnt(change, three_steps):
     train("changed", "steps=3", change)
     plain, changed = three_steps, lora("changed")
@@ -109,6 +115,7 @@ def metadata_of(folder):
         return file.metadata()
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_lora_file_and_goes_on_only_with_that(three_steps, uninterrupted):
     """One step with a learning rate of next to nothing leaves what the file holds."""
     file = Path(uninterrupted, "lora", "HANA_TOFU.safetensors")

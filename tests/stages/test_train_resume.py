@@ -24,9 +24,9 @@ DATA = "dataset.flip=true dataset.shuffle_captions=true dataset.keep_tokens=0 da
 @pytest.mark.parametrize(
     "how",
     [
-        "schedule=cosine stage.lora_plus_ratio=16",
-        "optimizer=adamw8bit",
-        "optimizer=schedule_free",
+        pytest.param("schedule=cosine stage.lora_plus_ratio=16", marks=pytest.mark.slow),
+        pytest.param("optimizer=adamw8bit", marks=pytest.mark.slow),
+        pytest.param("optimizer=schedule_free", marks=pytest.mark.slow),
         pytest.param("stage.ema_decay=0.9", marks=pytest.mark.slow),
         f"adapter.lora_dropout=0.5 {NOISE}",
         pytest.param(DATA, marks=pytest.mark.slow),

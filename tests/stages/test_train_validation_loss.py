@@ -34,6 +34,7 @@ def test_measuring_the_validation_loss_changes_nothing_that_is_learnt(measured, 
     assert_same(load_file(measured / "lora/HANA_TOFU.safetensors"), three_steps)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_falls_and_is_taken_up_again_by_a_resumed_run(measured):
     whole = validation(measured)
     assert list(whole) == [0, 1, 2, 3] and whole[3] < whole[0]

@@ -26,7 +26,7 @@ def test_every_preset_takes_less_than_the_one_before():
 
 @pytest.mark.parametrize(
     "more",
-    ["batch_size=2", "rank=64", "model.resolution=1280", "optimizer=adamw", "stage.ema_decay=0.99", "text=lora"],
+    ["batch_size=2", "rank=64", "model.resolution=1536", "optimizer=adamw", "stage.ema_decay=0.99", "text=lora"],
 )
 def test_what_needs_more_is_expected_to(more):
     assert expected(more) > expected() + 50
@@ -47,6 +47,7 @@ def test_what_helps_leads_down_the_presets_to_the_end():
 def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
+    common += ("stage.prompts=['A {trigger}']",)
     folder, update, done = tmp_path / "run", Job.update, []
 
     def small(job: Job) -> torch.Tensor:
