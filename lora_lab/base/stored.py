@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_lab.errors import InputError
+
 BLOCK = 64  # numbers that share a scale in NF4; SDXL has no layer that is no multiple
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # the ends and the time embedding are small, and stay as they are
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -154,6 +156,18 @@ class StoredConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         out = self.stored.convolve(x, self)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+
+def refuse_unfit(linears: str, convolutions: str, device: torch.device) -> None:
+    """Raise InputError for what `device` cannot keep or multiply."""
+    if device.type == "cuda" and linears == "fp8_products" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(
+            "memory.linear_weights=fp8_products: this GPU multiplies no fp8 (Ada, Hopper and later do), say base, or "
+            "fp8 to save memory"
+        )
+    for key, form in (("linear_weights", linears), ("convolution_weights", convolutions)):
+        if device.type == "mps" and form not in ("base", "int8"):
+            raise InputError(f"memory.{key}={form}: there is no {form} on this device, say base or int8")
 
 
 def store(unet: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:

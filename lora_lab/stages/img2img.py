@@ -9,12 +9,12 @@ from safetensors import safe_open
 
 from lora_lab.adapters.tokens import tokens_of
 from lora_lab.adapters.wear import find_lora, worn
+from lora_lab.base import stored
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base, pick_device, tile_vae
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit, settle
-from lora_lab.base.stored import store
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
@@ -60,6 +60,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     loss = _loss(config, lora)
     refuse_unfit(model.base, loss)
     device = pick_device(config.device)
+    stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
     worn_file = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {worn_file}, {model.base} on {device}")
     captions = [None] * len(photos) if stage.prompt else _captions(opened, config, str(device))
@@ -75,7 +76,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     if config.memory.vae_tiling:
         tile_vae(pipe.vae, model.resolution // 2)
     settle(pipe, loss)
-    store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, device)
+    stored.store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, device)
     if offload:
         pipe.unet.to("cpu")  # until its turn
     encoder = Encoder(pipe, device, Cache(None), offload)  # a few prompts are encoded sooner than looked up

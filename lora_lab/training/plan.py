@@ -13,6 +13,7 @@ from peft import PeftConfig
 from lora_lab.adapters import fresh
 from lora_lab.adapters.tokens import beside, tokens_of
 from lora_lab.adapters.wear import MODELS, find_lora
+from lora_lab.base import stored
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit
@@ -79,6 +80,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
         hashes["start"] = hash_files(start, *([beside(start)] if tokens_of(start) else []))
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
+    stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
     dtype = pick_dtype(config.model.precision, device)
     of_class = class_pictures.class_samples(config, folder, hashes["base"], dtype, samples)
     if of_class:

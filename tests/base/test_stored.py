@@ -9,8 +9,9 @@ from torch import nn
 
 from lora_lab.adapters.fused import FusedAttention, fuse
 from lora_lab.base.load import load_base
-from lora_lab.base.stored import StoredConv2d, StoredLinear, joined, store
+from lora_lab.base.stored import StoredConv2d, StoredLinear, joined, refuse_unfit, store
 from lora_lab.config import compose
+from lora_lab.errors import InputError
 from lora_lab.stages import run
 from lora_lab.training.flat import Flat
 
@@ -62,6 +63,16 @@ def test_a_stored_linear_layer_is_near_the_whole_one_in_both_directions(form):
             again = nn.functional.linear(torch.eye(ours.in_features), ours.weight, ours.bias)
             assert torch.allclose(ours(torch.eye(ours.in_features)), again, atol=1e-5)
     assert type(stored.time_embedding) is nn.Linear
+
+
+def test_what_a_device_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(InputError, match="fp8_products: this GPU multiplies no fp8"):
+        refuse_unfit("fp8_products", "base", torch.device("cuda"))
+    with pytest.raises(InputError, match=r"memory\.convolution_weights=fp8: there is no fp8 on this device"):
+        refuse_unfit("int8", "fp8", torch.device("mps"))
+    refuse_unfit("nf4", "fp8", torch.device("cuda"))
+    refuse_unfit("fp8_products", "fp8", CPU)
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])
