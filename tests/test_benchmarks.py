@@ -21,23 +21,12 @@ def test_a_step_of_sdxl_is_the_14_teraflops_of_the_published_sizes():
 
 @pytest.mark.slow
 def test_every_row_of_a_dry_run_is_a_run(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        tmp_path,
-        "--dry",
-        "--steps",
-        "4",
-        "--memory",
-        "fast",
-        "--batch",
-        "1",
-        "2",
-    ]
+    asked = ["--dry", "--kernels", "--steps", "4", "--memory", "fast", "--batch", "1", "2"]
+    command = [sys.executable, "-m", "benchmarks", tmp_path, *asked]
     path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, cwd=HOME, env=os.environ | {"PYTHONPATH": path}, check=True)
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["fast-1", "fast-2"]
     assert all(row["steps"] == 2 and row["median_ms"] > 0 and row["seconds_to_first_step"] > 1 for row in rows)
+    assert all(row["kernels"]["kernels"] > 1000 and row["kernels"]["by_kind"]["convolution"][0] > 0 for row in rows)
     assert (tmp_path / "table.md").read_text().count("\n| fast-") == 2
