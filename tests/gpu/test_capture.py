@@ -50,6 +50,32 @@ def test_what_no_graph_can_hold_goes_on_eagerly_and_says_so_once(capsys):
     assert capsys.readouterr().out.count("can't be recorded") == 1
 
 
+def test_graphs_share_their_memory_and_any_of_them_may_end_first(capsys):
+    def far(inputs):  # 256 MiB on the way to one number
+        return (inputs["x"].expand(2**26) * 2 + 1).sum()
+
+    def called(captured: Captured) -> None:
+        for i in range(WARM_UP + 2):
+            assert captured({"x": torch.full((1,), float(i), device="cuda")}).item() == pytest.approx(
+                2**26 * (2 * i + 1), rel=1e-4
+            )
+
+    def reserved() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() >> 20
+
+    before = reserved()
+    waiting, first = Captured(far, torch.device("cuda")), Captured(far, torch.device("cuda"))
+    called(first)
+    one = reserved() - before
+    second = Captured(far, torch.device("cuda"))
+    called(second)
+    assert one >= 256 and reserved() - before < 1.5 * one
+    del first, second
+    called(waiting)  # in a pool whose graphs have all ended
+    assert "can't be recorded" not in capsys.readouterr().out
+
+
 def train(folder: str, *overrides: str) -> dict[str, torch.Tensor]:
     config = compose(
         "stage=train", "tracker=off", "model.judge=null", "steps=40", "sampler.steps=2", "stage.save_dtype=fp32",
