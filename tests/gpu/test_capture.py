@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lora_lab.capture import WARM_UP, Captured
 from lora_lab.config import compose
 from lora_lab.stages import run
+from lora_lab.training.step import Job
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,6 +109,26 @@ def test_captured_and_eager_training_give_the_same_lora(tmp_path, monkeypatch, h
     assert distance(captured, eager) < max(2 * distance(again, eager), 1e-3)
     speed = {name: seconds_per_step(name) for name in ("captured", "eager")}
     print("MEASURED " + json.dumps({"how": how, **speed}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, optimizer):
+    monkeypatch.chdir(tmp_path)
+    update, done = Job.update, []
+
+    def watched(job: Job) -> torch.Tensor:
+        norm = update(job)
+        done.append(norm)
+        # After the recording, and before the end, where everything is awaited.
+        torch.cuda.set_sync_debug_mode("error" if 2 * WARM_UP <= len(done) < 19 else "default")
+        return norm
+
+    monkeypatch.setattr(Job, "update", watched)
+    try:
+        train("run", "steps=20", "stage.validate_every=0", f"optimizer={optimizer}", "model.precision=bf16")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(done) == 20
 
 
 def seconds_per_step(folder: str) -> float:
