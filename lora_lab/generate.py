@@ -103,8 +103,7 @@ def _texts(requests: list[Request], sampler: Sampler, encoder: Encoder) -> _Text
         return _Texts(found, None)
     if not zeros:
         return _Texts(found, found[negative])
-    like = next(iter(found.values()))
-    return _Texts(found, TextEmbedding(torch.zeros_like(like.tokens), torch.zeros_like(like.pooled)))
+    return _Texts(found, next(iter(found.values())).left_out())
 
 
 Photos = dict[int, DiagonalGaussianDistribution]  # what the VAE makes of a photo, by its id()

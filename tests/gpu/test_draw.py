@@ -4,9 +4,7 @@
 
 Every test prints a line `MEASURED {json}`. LORA_LAB_GPU_DRY=1 runs the same lines on a CPU with narrow weights."""
 
-import gc
 import json
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -15,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from gpu_memory import DRY, free, peak_gib
 from peft import LoraConfig
 from PIL import Image
 from sdxl_structure import FULL, NARROW, pipeline
@@ -28,7 +27,6 @@ from lora_lab.base.load import tile_vae
 from lora_lab.config import CONF, compose
 from lora_lab.generate import Request, generate
 
-DRY = os.environ.get("LORA_LAB_GPU_DRY") == "1"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -78,17 +76,6 @@ def clean_gpu():
     free()
     yield
     free()
-
-
-def free() -> None:
-    gc.collect()
-    if not DRY:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib() -> float:
-    return 0.0 if DRY else round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def photos(count: int) -> list[Request]:

@@ -4,7 +4,6 @@
 
 Every test prints a line `MEASURED {json}`. LORA_LAB_GPU_DRY=1 runs the same lines on a CPU with narrow weights."""
 
-import gc
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from gpu_memory import DRY, free, peak_gib
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_structure import FULL, NARROW, pipeline, save_single_file
@@ -28,7 +28,6 @@ from lora_lab.config import compose
 from lora_lab.schema import Config
 from lora_lab.stages import run
 
-DRY = os.environ.get("LORA_LAB_GPU_DRY") == "1"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -251,17 +250,6 @@ def train(place: Place, name: str, *overrides: str) -> Run:
 
 def parts_of(pipe: StableDiffusionXLPipeline) -> dict[str, torch.nn.Module]:
     return {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-
-
-def free() -> None:
-    gc.collect()
-    if not DRY:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib() -> float:
-    return 0.0 if DRY else round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def since(began: float) -> float:

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_runs import inside, interrupt_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_lab.adapters.tokens import beside, tokenizers_of, tokens_in
@@ -26,7 +25,6 @@ from lora_lab.config import compose
 from lora_lab.demo import BASE, PHOTOS, TOFU
 from lora_lab.errors import InputError
 from lora_lab.stages import run
-from lora_lab.training import loop
 from lora_lab.training.data import encode_dataset
 from lora_lab.training.loss import objective, sample_losses
 from lora_lab.training.plan import make_plan
@@ -55,25 +53,17 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, pictures, monkeypatch):
-    (tmp_path / "tofu").symlink_to(pictures)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+def elsewhere(tmp_path, pictures):
+    with inside(tmp_path, pictures):
+        yield
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, pictures):
     """Everything learns for four steps; half the way the tokens stop. A checkpoint after every step."""
-    root = tmp_path_factory.mktemp("trained")
-    (root / "tofu").symlink_to(pictures)
-    (root / "work").mkdir()
-    before = Path.cwd()
-    os.chdir(root / "work")
-    try:
+    with inside(tmp_path_factory.mktemp("trained"), pictures) as folder:
         train("run", *ALL, *EVERY_STEP, "stage.validate_every=2", "stage.ema_decay=0.5")
-    finally:
-        os.chdir(before)
-    return root / "work"
+    return folder
 
 
 EVERY_STEP = ("steps=4", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
@@ -354,18 +344,6 @@ def test_wearing_a_file_leaves_nothing_behind(trained):
     with worn(base, file):
         assert not torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].pooled, plain.pooled)
     assert torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].tokens, plain.tokens)
-
-
-def interrupt_at(step: int, monkeypatch) -> None:
-    """Ctrl-C while `step` is done."""
-    write = loop.MetricsFile.write
-
-    def and_interrupt(self, number, numbers):
-        write(self, number, numbers)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop.MetricsFile, "write", and_interrupt)
 
 
 def test_a_run_of_all_goes_on_to_the_bit(trained, monkeypatch):
