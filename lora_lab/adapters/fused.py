@@ -1,9 +1,10 @@
-"""Attention with its LoRA in few products: q, k and v as one with the frozen weights and one with the learnt ones.
+"""Linear layers with their LoRA in few products; q, k and v of an attention as one layer.
 
 A LoRA's matrices are small, and three quarters of a step's products at batch 1 are theirs. The mathematics is that of
-peft's layers, whose parameters these are: only who multiplies them is changed."""
+peft's layers, whose parameters these are: only who multiplies them is changed. Sums are made where they lie, so that
+nothing of a layer's size is copied or read once more."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from lora_lab.base.stored import StoredLinear, joined
+from lora_lab.base.stored import Stored, StoredLinear, joined
 from lora_lab.training.flat import Flat
 
 ADAPTER = "default"  # peft's name of the adapter in training
@@ -21,20 +22,64 @@ ADAPTER = "default"  # peft's name of the adapter in training
 
 @dataclass(frozen=True)
 class Projections:
-    """K linear layers on one input (B, N, I): each gives (B, N, O)."""
+    """K linear layers with their LoRA on one input (B, N, I): each gives (B, N, O)."""
 
-    frozen: Callable[[Tensor], Tensor]  # (N, I) -> (N, K * O)
+    frozen: Stored  # of the weights (K * O, I)
+    bias: Tensor | None  # (K * O,)
     down: nn.Parameter  # (K * R, I)
     up: nn.Parameter  # (K, O, R)
     scale: float  # of the LoRA
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        count, width, rank = self.up.shape
         rows = x.reshape(-1, x.shape[-1])
-        out = self.frozen(rows).view(len(rows), count, width).transpose(0, 1)
-        small = F.linear(rows, self.down).view(len(rows), count, rank).transpose(0, 1)
-        out = torch.baddbmm(out, small, self.up.transpose(1, 2), alpha=self.scale)
-        return out.view(count, *x.shape[:-1], width).unbind()
+        each = _Projected.apply(rows, self.down, self.up, self.scale, self.frozen, self.bias)
+        return tuple(out.view(*x.shape[:-1], -1) for out in each)
+
+
+class _Projected(torch.autograd.Function):
+    """rows (N, I) -> K times (N, O): rows W.T + bias + scale * rows down.T up.T."""
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, down: Tensor, up: Tensor, scale: float, frozen: Stored, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        count, width, rank = up.shape
+        small = F.linear(rows, down)
+        out = frozen.product(rows, bias).view(-1, count, width).transpose(0, 1)
+        ctx.save_for_backward(rows, small, down, up)
+        ctx.scale, ctx.frozen = scale, frozen
+        return _add(out, small.view(-1, count, rank).transpose(0, 1), up.transpose(1, 2), 1, scale).unbind()
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, small, down, up = ctx.saved_tensors
+        count, width, rank = up.shape
+        gradient = torch.stack(gradients, 1) if count > 1 else gradients[0].unsqueeze(1)  # (N, K, O)
+        layers, small = gradient.transpose(0, 1), small.view(-1, count, rank).transpose(0, 1)
+        d_small = _add(torch.empty_like(small), layers, up, 0, ctx.scale).transpose(0, 1).reshape(-1, count * rank)
+        d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_rows = ctx.frozen.back(gradient.reshape(-1, count * width)).addmm_(d_small, down)
+        d_up = _add(torch.empty_like(up), layers.transpose(1, 2), small, 0, ctx.scale)
+        return d_rows, d_small.t() @ rows, d_up, None, None, None
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta * total + alpha * a b for K matrices, where `total` lies."""
+    if torch.compiler.is_compiling():  # it gives its sums places of its own
+        return torch.baddbmm(total, a, b, beta=beta, alpha=alpha)
+    return total.baddbmm_(a, b, beta=beta, alpha=alpha)
+
+
+class FusedLinear(Linear):
+    """What one of peft's layers becomes. While another adapter is worn, or none, it is what it was.
+
+    Another class, and not another function on each layer: torch.compile would compile every one of those anew."""
+
+    alone: Projections
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alone(x)[0] if _in_training(self) else super().forward(x)
 
 
 class FusedAttention:
@@ -52,7 +97,7 @@ class FusedAttention:
         temb: Tensor | None = None,
         **rest,
     ) -> Tensor:
-        if attn.to_q.disable_adapters or attn.to_q.active_adapters != [ADAPTER] or attention_mask is not None:
+        if not _in_training(attn.to_q) or attention_mask is not None:
             return self._before(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **rest)
         if len(self._groups) == 1:
             q, k, v = self._groups[0](hidden_states)
@@ -63,27 +108,29 @@ class FusedAttention:
         return attn.to_out[1](attn.to_out[0](seen))
 
 
-def fuse(unet: UNet2DConditionModel, learnt: Flat) -> int:
-    """Put FusedAttention where the attention's LoRA allows it; returns into how many.
+def fuse(unet: UNet2DConditionModel, learnt: Flat) -> None:
+    """Let the linear layers of `unet` that wear a LoRA and nothing more compute it as above.
 
     In `learnt` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
     offsets, start = {}, 0
     for parameter in learnt.parameters:
         offsets[parameter] = start
         start += parameter.numel()
-    fused = 0
+    alone = {layer: None for layer in unet.modules() if isinstance(layer, Linear) and _plain_lora(layer)}
     for attn in unet.modules():
         if not isinstance(attn, Attention) or not _plain(attn):
             continue
         q, k, v = attn.to_q, attn.to_k, attn.to_v
-        if not all(_plain_lora(layer) for layer in (q, k, v)):
+        if not all(layer in alone and layer.base_layer.bias is None for layer in (q, k, v)):
             continue
         together = ((q, k, v),) if q.in_features == k.in_features and not attn.is_cross_attention else ((q,), (k, v))
         groups = [_projections(layers, learnt, offsets) for layers in together]
         if all(groups):
             attn.set_processor(FusedAttention(tuple(groups), attn.processor))
-            fused += 1
-    return fused
+            for layer in (q, k, v):
+                del alone[layer]
+    for layer in alone:
+        layer.alone, layer.__class__ = _projections((layer,), learnt, offsets), FusedLinear
 
 
 def _plain(attn: Attention) -> bool:
@@ -97,21 +144,24 @@ def _plain(attn: Attention) -> bool:
     )
 
 
-def _plain_lora(layer: nn.Module) -> bool:
-    """Whether a linear layer without bias wears a LoRA, and nothing more than that."""
+def _in_training(layer: Linear) -> bool:
+    return not layer.disable_adapters and layer.active_adapters == [ADAPTER]
+
+
+def _plain_lora(layer: Linear) -> bool:
+    """Whether a linear layer wears a LoRA, and nothing more than that."""
     return (
-        isinstance(layer, Linear)
-        and layer.active_adapters == [ADAPTER]
+        layer.active_adapters == [ADAPTER]
         and type(layer.base_layer) in (nn.Linear, StoredLinear)
-        and layer.base_layer.bias is None
         and ADAPTER not in layer.lora_variant
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and layer.lora_B[ADAPTER].bias is None
     )
 
 
-def _projections(layers: tuple[Linear, ...], learnt: Flat, offsets: dict[nn.Parameter, int]) -> Projections | None:
-    """The layers as one; None where they differ in size or scale, or are no neighbours."""
+def _projections(layers: Sequence[Linear], learnt: Flat, offsets: dict[nn.Parameter, int]) -> Projections | None:
+    """The layers as one: a single one, or several without bias. None where they differ in size or scale, or are no
+    neighbours."""
     downs = [layer.lora_A[ADAPTER].weight for layer in layers]
     ups = [layer.lora_B[ADAPTER].weight for layer in layers]
     alike = {(x.scaling[ADAPTER], d.shape, u.shape) for x, d, u in zip(layers, downs, ups, strict=True)}
@@ -122,7 +172,8 @@ def _projections(layers: tuple[Linear, ...], learnt: Flat, offsets: dict[nn.Para
         return None
     count, (width, rank) = len(layers), ups[0].shape
     down = learnt.leaf(offsets[downs[0]], (count * rank, downs[0].shape[1]))
-    return Projections(frozen, down, learnt.leaf(offsets[ups[0]], (count, width, rank)), layers[0].scaling[ADAPTER])
+    up = learnt.leaf(offsets[ups[0]], (count, width, rank))
+    return Projections(frozen, layers[0].base_layer.bias, down, up, layers[0].scaling[ADAPTER])
 
 
 def _neighbours(parameters: list[nn.Parameter], offsets: dict[nn.Parameter, int]) -> bool:

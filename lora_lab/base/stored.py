@@ -3,7 +3,8 @@
 A product keeps nothing of the whole weight for its backward pass, but makes it again: it is the reading of an eighth
 of a number, and what is saved is the memory of a base that does not learn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from lora_lab.errors import InputError
 
 BLOCK = 64  # numbers that share a scale in NF4; SDXL has no layer that is no multiple
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # the ends and the time embedding are small, and stay as they are
+LEAST = 1024  # rows and outputs of a product in fp8: with fewer, rounding x takes longer than the product saves (H100)
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -38,14 +40,16 @@ class Rows(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype) * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
 
-    def linear(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self._codes_as) * self.scale  # of the outputs, which are fewer than the weights
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.linear(x, self.codes.to(x.dtype))
+        # The scale belongs to the outputs, which are fewer than the weights.
+        return out * self.scale if bias is None else torch.addcmul(bias, out, self.scale)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        return (gradient * self.scale) @ self.codes.to(gradient.dtype)
 
     def convolve(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        return _Convolution.apply(x, self._codes_as, layer) * self.scale.view(-1, 1, 1)
-
-    def _codes_as(self, dtype: torch.dtype) -> Tensor:
-        return self.codes.to(dtype)
+        return _Convolution.apply(x, self.codes, layer) * self.scale.view(-1, 1, 1)
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
@@ -60,14 +64,25 @@ class Products(Rows):
     """fp8 in the products too, forward and backward, where the hardware multiplies fp8 twice as fast as bf16.
 
     What is multiplied with the weight is rounded to fp8 with a scale of its own for each row. A second copy of the
-    codes lies the other way round, as the backward product needs it: memory is that of bf16."""
+    codes lies the other way round, as the backward product needs it: memory is that of bf16. Products that would not
+    gain by it are made of whole numbers."""
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__(codes, scale)
         self.register_buffer("turned", codes.t().contiguous(), persistent=False)
 
-    def linear(self, x: Tensor) -> Tensor:
-        return _Fp8Product.apply(x, self.codes, self.turned, self.scale)
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not _gains(x, self.codes):
+            return super().product(x, bias)
+        out = _fp8_product(x, self.codes, self.scale)
+        return out if bias is None else out + bias
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """The rows' scale belongs to the gradient's columns."""
+        if not _gains(gradient, self.turned):
+            return super().back(gradient)
+        ones = torch.ones_like(self.scale[:1]).expand(len(self.turned))
+        return _fp8_product(gradient * self.scale, self.turned, ones)
 
     def cut(self, count: int) -> list[Rows]:
         return [Rows(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
@@ -101,8 +116,11 @@ class Nf4(nn.Module):
         state = QuantState(self.scale, rows, self.levels, BLOCK, "nf4", dtype=dtype)
         return dequantize_4bit(self.codes, state).view(self.shape)
 
-    def linear(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight)
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight(x.dtype), bias)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.weight(gradient.dtype)
 
     @classmethod
     def joined(cls, parts: Sequence["Nf4"]) -> "Nf4":
@@ -114,6 +132,22 @@ class Nf4(nn.Module):
         shape = torch.Size((self.shape[0] // count, *self.shape[1:]))
         parts = zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)
         return [Nf4(codes, scale, self.levels, shape) for codes, scale in parts]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A weight as it is, with what the stored ones can do."""
+
+    matrix: Tensor  # (outputs, inputs)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.matrix, bias)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.matrix
+
+
+Stored = Rows | Nf4 | Whole  # product: x (..., I) times the weight (O, I) turned, and the bias (O,); back: the way back
 
 
 class StoredLinear(nn.Linear):
@@ -130,8 +164,7 @@ class StoredLinear(nn.Linear):
         return self.stored.weight(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.stored.linear(x)
-        return out if self.bias is None else out + self.bias
+        return _Product.apply(x, self.stored, self.bias)
 
 
 class StoredConv2d(nn.Conv2d):
@@ -200,63 +233,55 @@ def _stored_linear(layer: nn.Linear, form: str) -> StoredLinear:
     return StoredLinear(layer.in_features, layer.out_features, layer.bias, stored, weight.dtype)
 
 
-def joined(layers: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
-    """What `layers` of one input and one output size, without biases, compute side by side, as one product.
+def joined(layers: Sequence[nn.Linear]) -> Stored | None:
+    """The weights of `layers`, of one input and one output size, one below the other: they make one product.
 
-    They share its memory from now on. None where they can't be one."""
+    The layers share its memory from now on. None where they can't be one."""
     if all(type(layer) is nn.Linear for layer in layers):
-        whole = torch.cat([layer.weight.detach() for layer in layers])
+        whole = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
         for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
             layer.weight.data = part
-        return lambda x: F.linear(x, whole)
+        return Whole(whole)
     kinds = {type(layer.stored) if isinstance(layer, StoredLinear) else None for layer in layers}
     if len(kinds) > 1 or None in kinds:
         return None
+    if len(layers) == 1:
+        return layers[0].stored
     whole = kinds.pop().joined([layer.stored for layer in layers])
     for layer, part in zip(layers, whole.cut(len(layers)), strict=True):
         layer.stored = part
-    return whole.linear
+    return whole
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T, where `weight(dtype)` makes the weight once for each direction."""
+    """x times a stored weight, of which nothing whole is kept for the way back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight(x.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.weight(gradient.dtype), None
-
-
-class _Convolution(torch.autograd.Function):
-    """`layer`'s convolution without its bias; likewise."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Callable[[torch.dtype], Tensor], layer: nn.Conv2d) -> Tensor:
-        ctx.weight, ctx.shape, ctx.layer = weight, x.shape, layer
-        return F.conv2d(x, weight(x.dtype), None, layer.stride, layer.padding)
+    def forward(ctx, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+        ctx.stored = stored
+        return stored.product(x, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        layer, weight = ctx.layer, ctx.weight(gradient.dtype)
+        return ctx.stored.back(gradient), None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """`layer`'s convolution by `codes`, without its bias; likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, layer: nn.Conv2d) -> Tensor:
+        ctx.codes, ctx.shape, ctx.layer = codes, x.shape, layer
+        return F.conv2d(x, codes.to(x.dtype), None, layer.stride, layer.padding)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        layer, weight = ctx.layer, ctx.codes.to(gradient.dtype)
         return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding), None, None
 
 
-class _Fp8Product(torch.autograd.Function):
-    """x @ (codes * scale).T in fp8. The rows' scale belongs to the gradient's columns on the way back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, turned: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(turned, scale)
-        return _fp8_product(x, codes, scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        turned, scale = ctx.saved_tensors
-        return _fp8_product(gradient * scale, turned, torch.ones_like(scale[:1]).expand(len(turned))), None, None, None
+def _gains(x: Tensor, codes: Tensor) -> bool:
+    return min(x.shape[:-1].numel(), len(codes)) >= LEAST
 
 
 def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-SHAPES = 128  # graphs that one function may have: every block is one, in every size of picture
+SHAPES = 128  # graphs that one function may have: one for every width of a block and size of picture
 
 
 class GroupNorm(nn.Module):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Linear
 
-from lora_lab.adapters.fused import FusedAttention, fuse
+from lora_lab.adapters.fused import FusedAttention, FusedLinear, fuse
 from lora_lab.base.load import load_base
 from lora_lab.config import compose
 from lora_lab.training.flat import Flat
@@ -42,6 +43,13 @@ def ask(unet):
     return unet(noisy, torch.tensor([50, 700]), text, added_cond_kwargs=conditions, return_dict=False)[0]
 
 
+def unfuse(unet):
+    unet.set_attn_processor(AttnProcessor2_0())
+    for module in unet.modules():
+        if isinstance(module, FusedLinear):
+            module.__class__ = Linear
+
+
 def answer(unet, learnt):
     drawn = ask(unet)
     drawn.square().mean().backward()
@@ -51,12 +59,24 @@ def answer(unet, learnt):
     return drawn.detach(), gradient
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": [*ATTENTION, "ff.net.2"]}])
-def test_output_and_gradient_are_those_of_peft(unet, settings):
+def fused_layers(unet) -> tuple[int, int]:
+    """How many attentions are fused, and how many single layers."""
+    processors = unet.attn_processors.values()
+    return sum(isinstance(p, FusedAttention) for p in processors), sum(
+        isinstance(module, FusedLinear) for module in unet.modules()
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "single"),
+    [({}, 22), ({"use_rslora": True}, 22), ({"target_modules": [*ATTENTION, "ff.net.2"]}, 33)],
+)
+def test_output_and_gradient_are_those_of_peft(unet, settings, single):
     learnt = learner(unet, **settings)
     unet.train()
     drawn, gradient = answer(unet, learnt)
-    assert fuse(unet, learnt) == 22
+    fuse(unet, learnt)
+    assert fused_layers(unet) == (22, single)
     fused_drawn, fused_gradient = answer(unet, learnt)
     assert torch.allclose(drawn, fused_drawn, atol=1e-5)
     assert (gradient - fused_gradient).norm() < 1e-5 * gradient.norm()
@@ -71,7 +91,7 @@ def test_an_update_reaches_both_ways_of_computing(unet):
     learnt.publish()
     fused = ask(unet).detach()
     assert not torch.allclose(before, fused, atol=1e-3)
-    unet.set_attn_processor(AttnProcessor2_0())
+    unfuse(unet)
     assert torch.allclose(fused, ask(unet), atol=1e-5)
     ups = [value.flatten() for key, value in get_peft_model_state_dict(unet).items() if "lora_B" in key]
     assert torch.equal(torch.cat(ups), learnt.master.detach()[-sum(map(len, ups)) :])
@@ -82,18 +102,22 @@ def test_without_the_adapter_in_training_the_base_is_untouched(unet):
     fuse(unet, learnt)
     unet.disable_adapters()
     bare = ask(unet).detach()
-    unet.set_attn_processor(AttnProcessor2_0())
+    unfuse(unet)
     assert torch.equal(bare, ask(unet))
     unet.enable_adapters()
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.5}])
 def test_what_is_more_than_a_lora_is_left_to_peft(unet, settings):
-    learnt = learner(unet, **settings)
-    assert fuse(unet, learnt) == 0
-    assert not any(isinstance(processor, FusedAttention) for processor in unet.attn_processors.values())
+    fuse(unet, learner(unet, **settings))
+    assert fused_layers(unet) == (0, 0)
 
 
-def test_only_keys_and_values_of_the_same_rank_are_joined(unet):
+def test_keys_of_another_rank_than_values_are_multiplied_alone(unet):
     learnt = learner(unet, rank_pattern={"to_k": 2})
-    assert fuse(unet, learnt) == 0
+    drawn, gradient = answer(unet, learnt)
+    fuse(unet, learnt)
+    assert fused_layers(unet) == (0, 4 * 22)
+    fused_drawn, fused_gradient = answer(unet, learnt)
+    assert torch.allclose(drawn, fused_drawn, atol=1e-5)
+    assert (gradient - fused_gradient).norm() < 1e-5 * gradient.norm()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters.fused import FusedAttention, fuse
+from lora_lab.base import stored as storing
 from lora_lab.base.load import load_base
 from lora_lab.base.stored import StoredConv2d, StoredLinear, joined, refuse_unfit, store
 from lora_lab.config import compose
@@ -17,6 +18,12 @@ from lora_lab.training.flat import Flat
 
 CPU = torch.device("cpu")
 ERROR = {"fp8": 0.03, "int8": 0.012, "nf4": 0.11, "fp8_products": 0.05}  # relative, of random numbers
+
+
+@pytest.fixture(autouse=True)
+def products_of_every_size(monkeypatch):
+    """These are too small to gain by fp8."""
+    monkeypatch.setattr(storing, "LEAST", 1)
 
 
 class Blocks(nn.Module):
@@ -109,10 +116,22 @@ def test_layers_joined_into_one_product_compute_what_each_of_them_does(form):
     store(blocks, form, "base", CPU)
     x, layers = torch.randn(7, 128), list(blocks.up_blocks)
     alone = [layer(x) for layer in layers]
-    together = joined(layers)(x).chunk(3, dim=1)
+    together = joined(layers).product(x, None).chunk(3, dim=1)
     for one, other in zip(alone, together, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     assert all(apart(layer(x), one) < ERROR.get(form, 1e-6) for layer, one in zip(layers, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "forward", "backward"), [(64, False, True), (63, False, False)]
+)  # of 32 outputs and 64 inputs, which are what the way back gives
+def test_only_products_that_gain_by_it_are_made_in_fp8(rows, forward, backward, monkeypatch):
+    monkeypatch.setattr(storing, "LEAST", 64)
+    torch.manual_seed(0)
+    stored = storing.Products.of(torch.randn(32, 64), torch.float8_e4m3fn)
+    x, gradient, whole = torch.randn(rows, 64), torch.randn(rows, 32), stored.weight(torch.float32)
+    assert (apart(stored.product(x, None), x @ whole.T) > 0.01) == forward
+    assert (apart(stored.back(gradient), gradient @ whole) > 0.01) == backward
 
 
 @pytest.mark.parametrize("form", ["fp8", "nf4", "fp8_products"])
@@ -132,7 +151,7 @@ def test_fused_attention_over_stored_weights_is_peft_over_them(form):
             [p for _, b in (("A", False), ("B", True)) for n, p in named if (".lora_B." in n) == b], torch.float32
         )
         if fused:
-            assert fuse(unet, learnt) == 22
+            fuse(unet, learnt)
             assert sum(isinstance(m.processor, FusedAttention) for m in unet.modules() if hasattr(m, "processor")) == 22
         return unet
 

@@ -35,7 +35,8 @@ def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
         return job.learnt.master.grad.clone()
 
     plain, compiled = gradient("off"), gradient(how)
-    assert counters["stats"]["unique_graphs"] < 30 and not counters["graph_break"]
+    graphs = counters["stats"]["unique_graphs"]  # blocks of one width share theirs
+    assert graphs <= {"blocks": 3, "full": 17}[how] and not counters["graph_break"]
     assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
 
 
