@@ -313,6 +313,7 @@ class Memory:
     linear_weights: str
     convolution_weights: str
     capture: bool
+    cudnn_benchmark: bool
 
     def __post_init__(self) -> None:
         _one_of("memory.linear_weights", self.linear_weights, ("base", "fp8", "int8", "nf4", "fp8_products"))

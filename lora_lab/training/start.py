@@ -69,6 +69,7 @@ def start_job(
             asked,
             config.stage.gradient_accumulation,
             capture,
+            config.memory.cudnn_benchmark,
             read,
             base_is_prior=config.prior.kind == "prediction",
         ),

@@ -134,16 +134,25 @@ def backward_pass(
     asked: Objective,
     parts: int,
     capture: bool,
+    cudnn_benchmark: bool,
     read: Reader | None,
     base_is_prior: bool,
 ) -> Callable[[Batch], Tensor]:
     """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch.
 
+    With `cudnn_benchmark` the first of a kind try convolutions out, which those that are recorded then use.
     With `base_is_prior` the target of a batch of the prior is what the base predicts; that costs a forward pass."""
 
     networks = [unet, *(read.encoders.values() if read else [])]
 
     def run(inputs: Tensors) -> Tensor:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
+        try:
+            return both_ways(inputs)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    def both_ways(inputs: Tensors) -> Tensor:
         batch, target = Batch(**inputs), None
         of_prior = batch.prior_weight is not None  # another kind of batch, so another graph
         if of_prior and base_is_prior:

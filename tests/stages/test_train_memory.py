@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
 from lora_lab.config import compose
 from lora_lab.demo import TOFU
@@ -19,6 +21,19 @@ def train(folder: str, *overrides: str) -> float:
     """The loss of the first step."""
     run(compose(*FAST, *overrides), Path(folder).absolute())
     return json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_cudnn_tries_convolutions_out_in_training_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forward, seen = UNet2DConditionModel.forward, []
+
+    def noting(self, *args, **kwargs):
+        seen.append((torch.is_grad_enabled(), torch.backends.cudnn.benchmark))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noting)
+    train("run", "memory.cudnn_benchmark=true")
+    assert set(seen) == {(True, True), (False, False)}
 
 
 @pytest.mark.slow
