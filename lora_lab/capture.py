@@ -35,12 +35,12 @@ class Captured:
 
     _alive: ClassVar["WeakSet[Captured]"] = WeakSet()
     _pool: ClassVar[tuple[int, int]]
+    _stream: ClassVar[torch.cuda.Stream]  # memory is used again on the stream alone that it was taken on
 
     def __init__(self, function: Callable[[Tensors], Tensor], device: torch.device) -> None:
         self._function = function
-        self._stream = torch.cuda.Stream(device)
         if not Captured._alive:  # a pool ends with its last graph
-            Captured._pool = torch.cuda.graph_pool_handle()
+            Captured._pool, Captured._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         Captured._alive.add(self)
         self._recorded: dict[tuple, _Recorded] = {}
         self._refused = False  # the function does what no graph can hold, so it stays eager

@@ -71,7 +71,7 @@ def test_graphs_share_their_memory_and_any_of_them_may_end_first(capsys):
     one = reserved() - before
     second = Captured(far, torch.device("cuda"))
     called(second)
-    assert one >= 256 and reserved() - before < 1.5 * one
+    assert one >= 256 and reserved() - before - one < 0.2 * one
     del first, second
     called(waiting)  # in a pool whose graphs have all ended
     assert "can't be recorded" not in capsys.readouterr().out
