@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder, TextEmbedding, in_turn, micro_conditioning
-from lora_lab.base.load import pick_dtype
+from lora_lab.base.load import pick_dtype, tile_vae
 from lora_lab.capture import Captured, Tensors
-from lora_lab.console import bar
+from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.schema import Sampler
 
@@ -211,7 +211,17 @@ class _Denoiser:
 def _decode(pipe: StableDiffusionXLPipeline, request: Request, latents: Tensor) -> Image.Image:
     vae = pipe.vae
     _refuse_not_finite(latents, request, "the UNet")
-    picture = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor
+    try:
+        picture = vae.decode(latents, return_dict=False)[0]
+    except torch.OutOfMemoryError:
+        if vae.use_tiling:
+            raise
+        picture = None  # made anew outside, where the failed attempt holds nothing any more
+    if picture is None:
+        say("the VAE goes on in tiles, for the GPU's memory is not enough for whole pictures")
+        tile_vae(vae, max(latents.shape[2:]) * pipe.vae_scale_factor // 2)
+        picture = vae.decode(latents, return_dict=False)[0]
     _refuse_not_finite(picture, request, "the VAE")
     pixels = ((picture[0] / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

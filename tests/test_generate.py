@@ -324,3 +324,18 @@ def test_a_vae_in_tiles_draws_nearly_the_same_and_has_latents_of_its_own_in_the_
     assert (tiled - latents).abs().mean() < 0.1 * latents.std()
     for ours, theirs in zip(draw(pipe, *requests), whole, strict=True):
         assert ours.shape == theirs.shape and 0 < far(ours, theirs) < 4
+
+
+def test_where_the_memory_ends_the_vae_goes_on_in_tiles(capsys):
+    pipe = load_base(CONFIG.model, torch.device("cpu"))
+    requests = [Request(PROMPT, seed, (128, 128)) for seed in (0, 1)]
+    whole, decoder = draw(pipe, *requests), pipe.vae.decoder
+
+    def small(module, inputs):
+        if inputs[0].shape[-1] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with decoder.register_forward_pre_hook(small):
+        tiled = draw(pipe, *requests)
+    assert all(0 < far(one, other) < 12 for one, other in zip(whole, tiled, strict=True))
+    assert capsys.readouterr().out.count("in tiles") == 1

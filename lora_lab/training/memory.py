@@ -18,12 +18,12 @@ CONTEXT = 750  # MiB of the process beside torch's tensors: CUDA itself and its 
 LEARNT = 1.45e6  # numbers a rank, of a LoRA on the attention
 ACTIVATIONS = {False: (200, 5400), True: (450, 560)}  # MiB without checkpointing and with it: at all, and a picture
 DRAWING = 1300  # MiB of the UNet while it draws
-DECODING = {False: 1900, True: 550}  # MiB of the VAE, whole pictures and tiles
+DECODING = 1050  # MiB of the VAE in tiles; where there are 3,400 it decodes whole pictures
 AREA = 1024 * 1024  # pixels of such a picture
 
 
 def expected_mib(config: Config) -> float:
-    """Peak of a training run on a CUDA GPU in half precision, validation pictures included, as nvidia-smi shows it.
+    """What a training run needs of a CUDA GPU in half precision, validation pictures included, as nvidia-smi shows it.
 
     What a recorded step computes with stays the graph's; without one the memory is free for the VAE between steps."""
     memory = config.memory
@@ -34,8 +34,8 @@ def expected_mib(config: Config) -> float:
     learnt = config.rank * LEARNT * (2 + 4 + 2 + 4 + kept + (4 if config.stage.ema_decay else 0))
     at_all, a_picture = ACTIVATIONS[memory.gradient_checkpointing]
     pictures = config.batch_size * config.model.resolution**2 / AREA
-    working, decoding = max(at_all + a_picture * pictures, DRAWING), DECODING[memory.vae_tiling]
-    working = working + decoding if memory.capture else max(working, decoding)
+    working = max(at_all + a_picture * pictures, DRAWING)
+    working = working + DECODING if memory.capture else max(working, DECODING)
     return CONTEXT + (base + learnt) / 2**20 + working
 
 
