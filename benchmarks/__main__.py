@@ -10,6 +10,7 @@ for the next time. A row is a whole run with data, logging and checkpoint, in a 
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -99,6 +100,7 @@ def markdown(rows: list[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run is stopped too
     try:
         sys.exit(main())
     except subprocess.CalledProcessError as error:  # a run failed: its own words say why

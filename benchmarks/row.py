@@ -45,8 +45,11 @@ def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: 
     seen = Seen()
     watcher = threading.Thread(target=watch, args=(run, folder / "metrics.jsonl", steps, began, seen))
     watcher.start()
-    said, _ = run.communicate()
-    watcher.join()
+    try:
+        said, _ = run.communicate()
+    finally:
+        run.kill()  # where this process is stopped: the GPU would not be free for who comes next
+        watcher.join()
     if run.returncode:
         raise subprocess.CalledProcessError(run.returncode, command, said[-3000:])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
