@@ -4,31 +4,33 @@ A LoRA's matrices are small, and three quarters of a step's products at batch 1 
 peft's layers, whose parameters these are: only who multiplies them is changed. Sums are made where they lie, so that
 nothing of a layer's size is copied or read once more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_lab.base.stored import Stored, StoredLinear, joined
-from lora_lab.training.flat import Flat
 
 ADAPTER = "default"  # peft's name of the adapter in training
 
 
 @dataclass(frozen=True)
 class Projections:
-    """K linear layers with their LoRA on one input (B, N, I): each gives (B, N, O)."""
+    """K linear layers on one input (B, N, I), with the LoRAs of J jobs: the first B / J samples meet those of the first,
+    and so on. Each layer gives (B, N, O)."""
 
     frozen: Stored  # of the weights (K * O, I)
     bias: Tensor | None  # (K * O,)
-    down: nn.Parameter  # (K * R, I)
-    up: nn.Parameter  # (K, O, R)
-    scale: float  # of the LoRA
+    down: nn.Parameter  # (J, K * R, I)
+    up: nn.Parameter  # (J, K, O, R)
+    scale: float | Tensor  # of the LoRAs; (J, 1, 1) where they differ
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
@@ -37,38 +39,68 @@ class Projections:
 
 
 class _Projected(torch.autograd.Function):
-    """rows (N, I) -> K times (N, O): rows W.T + bias + scale * rows down.T up.T."""
+    """rows (J * M, I) -> K times (J * M, O): rows W.T + bias + scale * rows down.T up.T."""
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, down: Tensor, up: Tensor, scale: float, frozen: Stored, bias: Tensor | None
+        ctx, rows: Tensor, down: Tensor, up: Tensor, scale: float | Tensor, frozen: Stored, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        count, width, rank = up.shape
-        small = F.linear(rows, down)
-        out = frozen.product(rows, bias).view(-1, count, width).transpose(0, 1)
+        jobs, count, width, rank = up.shape
+        small = _product(rows.view(jobs, -1, rows.shape[1]), down.mT)
+        small, alpha = (small * scale, 1.0) if isinstance(scale, Tensor) else (small, scale)
+        out = frozen.product(rows, bias).view(jobs, -1, count, width)
+        out = _products(out, small.view(jobs, -1, count, rank), up.mT, 1, alpha)
         ctx.save_for_backward(rows, small, down, up)
-        ctx.scale, ctx.frozen = scale, frozen
-        return _add(out, small.view(-1, count, rank).transpose(0, 1), up.transpose(1, 2), 1, scale).unbind()
+        ctx.scale, ctx.alpha, ctx.frozen = scale, alpha, frozen
+        return out.flatten(0, 1).unbind(1)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, small, down, up = ctx.saved_tensors
-        count, width, rank = up.shape
-        gradient = torch.stack(gradients, 1) if count > 1 else gradients[0].unsqueeze(1)  # (N, K, O)
-        layers, small = gradient.transpose(0, 1), small.view(-1, count, rank).transpose(0, 1)
-        d_small = _add(torch.empty_like(small), layers, up, 0, ctx.scale).transpose(0, 1).reshape(-1, count * rank)
+        jobs, count, width, rank = up.shape
+        gradient = torch.stack(gradients, 1) if count > 1 else gradients[0].unsqueeze(1)
+        layers, small = gradient.view(jobs, -1, count, width), small.view(jobs, -1, count, rank)
+        d_small = _products(torch.empty_like(small), layers, up, 0, ctx.alpha).reshape(jobs, -1, count * rank)
+        d_small = d_small * ctx.scale if isinstance(ctx.scale, Tensor) else d_small
         d_rows = None
         if ctx.needs_input_grad[0]:
-            d_rows = ctx.frozen.back(gradient.reshape(-1, count * width)).addmm_(d_small, down)
-        d_up = _add(torch.empty_like(up), layers.transpose(1, 2), small, 0, ctx.scale)
-        return d_rows, d_small.t() @ rows, d_up, None, None, None
+            d_rows = ctx.frozen.back(gradient.reshape(-1, count * width))
+            _add(d_rows.view(jobs, -1, rows.shape[1]), d_small, down)
+        nothing = small.new_empty(())
+        d_up = [
+            torch.baddbmm(nothing, of.mT, by, beta=0, alpha=ctx.alpha)
+            for of, by in zip(_each(layers), _each(small), strict=True)
+        ]
+        d_up = d_up[0].unsqueeze(0) if jobs == 1 else torch.stack(d_up, 1)
+        return d_rows, _product(d_small.mT, rows.view(jobs, -1, rows.shape[1])), d_up, None, None, None
 
 
-def _add(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta * total + alpha * a b for K matrices, where `total` lies."""
-    if torch.compiler.is_compiling():  # it gives its sums places of its own
-        return torch.baddbmm(total, a, b, beta=beta, alpha=alpha)
-    return total.baddbmm_(a, b, beta=beta, alpha=alpha)
+def _each(layers: Tensor) -> Sequence[Tensor]:
+    """(J, M, K, X) as a few times many matrices: one job's layers (K, M, X), or each layer's jobs (J, M, X)."""
+    return [layers[0].transpose(0, 1)] if len(layers) == 1 else layers.unbind(2)
+
+
+def _products(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta * total + alpha * a b where `total` lies, for K layers of J jobs: (J, M, K, X), (J, M, K, Y), (J, K, Y, X)."""
+    matrices = [b[0]] if len(b) == 1 else b.unbind(1)
+    sums = zip(_each(total), _each(a), matrices, strict=True)
+    if not torch.compiler.is_compiling():
+        for its, left, right in sums:
+            its.baddbmm_(left, right, beta=beta, alpha=alpha)
+        return total
+    parts = [torch.baddbmm(*each, beta=beta, alpha=alpha) for each in sums]  # a compiler gives sums places of its own
+    return parts[0].transpose(0, 1).unsqueeze(0) if len(total) == 1 else torch.stack(parts, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if len(total) == 1:
+        total[0].addmm_(a[0], b[0])
+    else:
+        total.baddbmm_(a, b)
 
 
 class FusedLinear(Linear):
@@ -108,15 +140,34 @@ class FusedAttention:
         return attn.to_out[1](attn.to_out[0](seen))
 
 
-def fuse(unet: UNet2DConditionModel, learnt: Flat) -> None:
-    """Let the linear layers of `unet` that wear a LoRA and nothing more compute it as above.
+class Learnt(Protocol):
+    """Where the numbers of a UNet's LoRA lie, of one job or of several."""
+
+    parameters: Sequence[nn.Parameter]  # of the UNet, in the order in which they lie
+
+    def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
+        """The numbers of J jobs from `start` on, as one parameter (J, *shape)."""
+
+
+def scale_of(layer: Linear) -> tuple[float, ...]:
+    return (layer.scaling[ADAPTER],)
+
+
+def fuse(
+    unet: UNet2DConditionModel, learnt: Learnt, scales: Callable[[Linear], tuple[float, ...]] = scale_of
+) -> list[str]:
+    """Let the linear layers of `unet` that wear a LoRA and nothing more compute it as above; returns the names of the
+    layers with an adapter that are left to peft. `scales` are those of a layer's LoRA in every job.
 
     In `learnt` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
     offsets, start = {}, 0
     for parameter in learnt.parameters:
         offsets[parameter] = start
         start += parameter.numel()
-    alone = {layer: None for layer in unet.modules() if isinstance(layer, Linear) and _plain_lora(layer)}
+    in_attention, alone = (
+        [],
+        {layer: None for layer in unet.modules() if isinstance(layer, Linear) and _plain_lora(layer)},
+    )
     for attn in unet.modules():
         if not isinstance(attn, Attention) or not _plain(attn):
             continue
@@ -124,13 +175,17 @@ def fuse(unet: UNet2DConditionModel, learnt: Flat) -> None:
         if not all(layer in alone and layer.base_layer.bias is None for layer in (q, k, v)):
             continue
         together = ((q, k, v),) if q.in_features == k.in_features and not attn.is_cross_attention else ((q,), (k, v))
-        groups = [_projections(layers, learnt, offsets) for layers in together]
+        groups = [_projections(layers, learnt, offsets, scales) for layers in together]
         if all(groups):
             attn.set_processor(FusedAttention(tuple(groups), attn.processor))
+            in_attention.append((q, k, v))
             for layer in (q, k, v):
                 del alone[layer]
     for layer in alone:
-        layer.alone, layer.__class__ = _projections((layer,), learnt, offsets), FusedLinear
+        layer.alone, layer.__class__ = _projections((layer,), learnt, offsets, scales), FusedLinear
+    adapted = ((name, layer) for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer))
+    fused = {layer for group in in_attention for layer in group} | alone.keys()
+    return [name for name, layer in adapted if layer not in fused]
 
 
 def _plain(attn: Attention) -> bool:
@@ -159,12 +214,17 @@ def _plain_lora(layer: Linear) -> bool:
     )
 
 
-def _projections(layers: Sequence[Linear], learnt: Flat, offsets: dict[nn.Parameter, int]) -> Projections | None:
+def _projections(
+    layers: Sequence[Linear],
+    learnt: Learnt,
+    offsets: dict[nn.Parameter, int],
+    scales: Callable[[Linear], tuple[float, ...]],
+) -> Projections | None:
     """The layers as one: a single one, or several without bias. None where they differ in size or scale, or are no
     neighbours."""
     downs = [layer.lora_A[ADAPTER].weight for layer in layers]
     ups = [layer.lora_B[ADAPTER].weight for layer in layers]
-    alike = {(x.scaling[ADAPTER], d.shape, u.shape) for x, d, u in zip(layers, downs, ups, strict=True)}
+    alike = {(scales(x), d.shape, u.shape) for x, d, u in zip(layers, downs, ups, strict=True)}
     if len(alike) > 1 or not (_neighbours(downs, offsets) and _neighbours(ups, offsets)):
         return None
     frozen = joined([layer.base_layer for layer in layers])
@@ -173,7 +233,9 @@ def _projections(layers: Sequence[Linear], learnt: Flat, offsets: dict[nn.Parame
     count, (width, rank) = len(layers), ups[0].shape
     down = learnt.leaf(offsets[downs[0]], (count * rank, downs[0].shape[1]))
     up = learnt.leaf(offsets[ups[0]], (count, width, rank))
-    return Projections(frozen, layers[0].base_layer.bias, down, up, layers[0].scaling[ADAPTER])
+    its = scales(layers[0])
+    scale = its[0] if len(set(its)) == 1 else down.new_tensor(its).view(-1, 1, 1)
+    return Projections(frozen, layers[0].base_layer.bias, down, up, scale)
 
 
 def _neighbours(parameters: list[nn.Parameter], offsets: dict[nn.Parameter, int]) -> bool:

@@ -35,10 +35,10 @@ class Flat:
         return list(map(_learning, self.views(self.master), self.views(self.master.grad)))
 
     def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
-        """Numbers from `start` on as another parameter of that shape: neighbours seen as one. What it is given as
-        gradient is theirs."""
+        """Numbers from `start` on as another parameter (1, *shape): neighbours seen as one. What it is given as gradient
+        is theirs."""
         end = start + math.prod(shape)
-        return _learning(self.working[start:end].view(shape), self._gradient[start:end].view(shape))
+        return _learning(self.working[start:end].view(1, *shape), self._gradient[start:end].view(1, *shape))
 
     def pieces(self, counts: Sequence[int]) -> list[nn.Parameter]:
         """The master of the first counts[0] parameters, of the next counts[1], and so on to the last, for an optimizer

@@ -31,9 +31,16 @@ class Group:
 
 
 def start_job(
-    unet: UNet2DConditionModel, asked: Objective, config: Config, plan: Plan, read: Reader | None = None
+    unet: UNet2DConditionModel,
+    asked: Objective,
+    config: Config,
+    plan: Plan,
+    read: Reader | None = None,
+    alone: bool = True,
 ) -> Job:
-    """Put a fresh adapter into `unet`, and make what trains it and what of the text `read` has that learns."""
+    """Put a fresh adapter into `unet`, and make what trains it and what of the text `read` has that learns.
+
+    A job that is not `alone` is for a training.pack.Pack, which does the backward pass."""
     torch.manual_seed(seed_of(config.seed, "adapter"))
     begin(unet, plan.adapter)
     # Only dropout draws in a step. Its state is kept for recomputing at the price of a wait a block, which also
@@ -44,8 +51,10 @@ def start_job(
             lambda module, *args: recompute(module.__call__, *args, use_reentrant=False, preserve_rng_state=dropout)
         )
     groups = groups_of(unet, read, config)
-    learnt, optimizer = learner(unet, plan, groups)
-    compile_blocks(unet, config.compile, config.cache and Path(config.cache))
+    learnt, optimizer = learner(plan, groups)
+    if alone:
+        fuse(unet, learnt)
+        compile_blocks(unet, config.compile, config.cache and Path(config.cache))
     if hasattr(optimizer, "train"):  # a schedule-free one; see Job.finished
         optimizer.train()
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16)
@@ -113,10 +122,9 @@ def _stop(share: float, config: Config) -> int | None:
     return stop_after(share, config.steps) if share < 1 else None
 
 
-def learner(unet: UNet2DConditionModel, plan: Plan, groups: list[Group]) -> tuple[Flat, torch.optim.Optimizer]:
+def learner(plan: Plan, groups: list[Group]) -> tuple[Flat, torch.optim.Optimizer]:
     """All that learns, laid end to end, and its optimizer with these groups."""
     learnt = Flat([p for group in groups for p in group.parameters], plan.dtype)
-    fuse(unet, learnt)
     if len(groups) == 1:
         return learnt, plan.make_optimizer([learnt.master] if plan.elementwise else learnt.matrices())
     counts = [len(group.parameters) for group in groups]

@@ -138,22 +138,14 @@ def backward_pass(
     read: Reader | None,
     base_is_prior: bool,
 ) -> Callable[[Batch], Tensor]:
-    """What `Job.backward` is: one function, run eagerly or, with `capture`, as a CUDA graph for each kind of batch.
+    """What `Job.backward` is, by `of_batches`.
 
-    With `cudnn_benchmark` the first of a kind try convolutions out, which those that are recorded then use.
     With `base_is_prior` the target of a batch of the prior is what the base predicts; that costs a forward pass."""
 
     networks = [unet, *(read.encoders.values() if read else [])]
 
-    def run(inputs: Tensors) -> Tensor:
-        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
-        try:
-            return both_ways(inputs)
-        finally:
-            torch.backends.cudnn.benchmark = before
-
-    def both_ways(inputs: Tensors) -> Tensor:
-        batch, target = Batch(**inputs), None
+    def run(batch: Batch) -> Tensor:
+        target = None
         of_prior = batch.prior_weight is not None  # another kind of batch, so another graph
         if of_prior and base_is_prior:
             with torch.no_grad(), taken_off(*networks):
@@ -164,5 +156,22 @@ def backward_pass(
         learnt.collect()
         return loss.detach()
 
-    run = Captured(run, learnt.working.device) if capture else run
+    return of_batches(run, learnt.working.device, capture, cudnn_benchmark)
+
+
+def of_batches(
+    function: Callable[[Batch], Tensor], device: torch.device, capture: bool, cudnn_benchmark: bool
+) -> Callable[[Batch], Tensor]:
+    """`function` run eagerly or, with `capture`, as a CUDA graph for each kind of batch.
+
+    With `cudnn_benchmark` the first of a kind try convolutions out, which those that are recorded then use."""
+
+    def run(inputs: Tensors) -> Tensor:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
+        try:
+            return function(Batch(**inputs))
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    run = Captured(run, device) if capture else run
     return lambda batch: run({name: value for name, value in vars(batch).items() if value is not None})
