@@ -67,6 +67,8 @@ def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
     """All jobs of a sweep, into its folder `before` if it goes on."""
     hydra_part = command_line.hydra_part(overrides)
     named = any(command_line.name_of(o) == "hydra.sweep.dir" for o in overrides)
+    if before:
+        sweeps.refuse_running(before)
     # An absolute path, for a job that runs elsewhere.
     sweep = (before or sweeps.claim(Path(hydra_part.sweep.dir), named)).absolute()
     hydra_own = [o for o in overrides if command_line.name_of(o).startswith("hydra")]
@@ -88,7 +90,7 @@ def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
     finally:
         (sweep / sweeps.STOP).unlink(missing_ok=True)
         sweeps.release(sweep, named or before is not None)
-    return _worst(_tell(sweep))
+    return _worst([*_tell(sweep), *exit_codes])
 
 
 def _tell(sweep: Path) -> list[int]:

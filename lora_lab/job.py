@@ -22,7 +22,7 @@ from lora_lab.errors import InputError, RunError
 from lora_lab.sweeps import folder as sweeps
 from lora_lab.sweeps.points import searches
 
-exit_codes: list[int] = []  # of a run that failed here; the jobs of a sweep leave failed.json
+exit_codes: list[int] = []  # of what failed here and left no failed.json, as the jobs of a sweep do
 told: list[Path] = []  # folders of jobs whose failure was told on this process's stderr
 _home: int | None = None
 
@@ -70,23 +70,27 @@ def _of_sweep(cfg: DictConfig, settings: DictConfig, folder: Path) -> float | No
         os.chdir(settings.runtime.cwd)  # Ray's workers begin in a folder of their own
         speak_as(f"#{settings.job.num} ")
     stopping.stop_with(sweep / sweeps.STOP)
+    ours = False
     try:
         if stopping.asked():
             raise KeyboardInterrupt
-        own = sweeps.is_own(folder, overrides)
+        begun = sweeps.begun(folder, settings.job.num)
+        own = begun == sorted(overrides)
         if own and (result := sweeps.result_of(folder)):
             say(f"{folder} is done")
             return sweeps.score_of(result)
-        if searches(settings):
-            if own is False:
+        if begun and searches(settings):
+            if not own:
                 raise InputError(f"{folder} has another trial: the search cannot be repeated, start anew")
-            if own and (folder / "failed.json").is_file():  # what was proposed next took it for failed
+            if (folder / "failed.json").is_file():  # what was proposed next took it for failed
                 return None
+        ours = True
         typed = _settled(config.typed(cfg), sweep)
-        if own is not None:
-            _go_on(typed, folder)
-        sweeps.begin(folder, overrides)
-        score = _done(typed, folder)
+        with sweeps.held(folder):
+            if begun:
+                _go_on(typed, folder)
+            sweeps.begin(folder, settings.job.num, overrides)
+            score = _done(typed, folder)
         (folder / "failed.json").unlink(missing_ok=True)
         if elsewhere:
             say(f"done{'' if score is None else f', score {score:.3f}'}: {folder}")
@@ -97,8 +101,11 @@ def _of_sweep(cfg: DictConfig, settings: DictConfig, folder: Path) -> float | No
         return None  # an exception would make the launcher kill the others, which are saving their checkpoints
     except Exception as error:
         code = report(error, f"{' '.join(overrides)}: ")
-        sweeps.write_failure(folder, sentence(error), code)
-        told.append(folder)
+        if ours:
+            sweeps.write_failure(folder, sentence(error), code)
+            told.append(folder)
+        else:
+            exit_codes.append(code)
         return None
     finally:
         stopping.stop_with(None)

@@ -7,15 +7,19 @@ stop              there while Ctrl-C ends it: jobs stop after their step, and no
     failed.json   the sentence, if it failed"""
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lora_lab.errors import InputError
 from lora_lab.runs import write_json
 
-RECORD, STOP = "multirun.yaml", "stop"
+RECORD, STOP, LOCK = "multirun.yaml", "stop", ".lock"
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,48 @@ def write_record(folder: Path, hydra: Sequence[str], task: Sequence[str]) -> Non
     write_json(folder / RECORD, {"hydra": {"overrides": {"hydra": list(hydra), "task": list(task)}}})  # JSON is YAML
 
 
-def is_own(job: Path, overrides: Sequence[str]) -> bool | None:
-    """Whether the job that `job` was made for had these overrides; None if none has begun there."""
+def begun(job: Path, number: int) -> list[str] | None:
+    """The overrides, sorted, of what was begun in `job`; None if nothing was. Raises InputError if another's was."""
     record = job / "job.json"
     if not record.is_file():
         return None
-    return sorted(json.loads(record.read_text(encoding="utf-8"))["overrides"]) == sorted(overrides)
+    known = json.loads(record.read_text(encoding="utf-8"))
+    if known["number"] != number:
+        raise InputError(f"{job} is the folder of job {known['number']}: hydra.sweep.subdir must tell the jobs apart")
+    return sorted(known["overrides"])
 
 
-def begin(job: Path, overrides: Sequence[str]) -> None:
-    """Say whose folder `job` is. What an earlier, other job had for a result is none of this one's."""
-    if is_own(job, overrides) is False:
+def begin(job: Path, number: int, overrides: Sequence[str]) -> None:
+    """Say whose folder `job` is. A result that it had with other overrides is none any more, but kept."""
+    if begun(job, number) not in (None, sorted(overrides)):
         for name in ("result", "failed"):
             with suppress(FileNotFoundError):
                 (job / f"{name}.json").replace(job / f"{name}.before.json")
-    write_json(job / "job.json", {"overrides": list(overrides)})
+    known = {"number": number, "overrides": list(overrides), "host": socket.gethostname(), "pid": os.getpid()}
+    write_json(job / "job.json", known)
+
+
+@contextmanager
+def held(job: Path) -> Iterator[None]:
+    """Within the context no other process may work in `job`. The system lets go of it when this one is killed."""
+    try:
+        with FileLock(job / LOCK, timeout=60):  # a job that is queued again may still be ending
+            yield
+    except Timeout:
+        raise InputError(f"{job}: another process works there, wait for it or end it") from None
+
+
+def refuse_running(sweep: Path) -> None:
+    """Raise InputError if a job of `sweep` runs on though the sweep was killed: two would write into one folder."""
+    for lock in sweep.rglob(LOCK):
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            job = json.loads((lock.parent / "job.json").read_text(encoding="utf-8"))
+            raise InputError(
+                f"{lock.parent}: its job still runs, process {job['pid']} on {job['host']}: wait for it or end it"
+            ) from None
 
 
 def write_failure(job: Path, error: str, exit_code: int) -> None:

@@ -24,7 +24,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 AuthType=auth/munge
-AuthInfo=socket={home}/munge.socket
+AuthInfo=socket={home}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -108,3 +108,22 @@ def test_ctrl_c_reaches_jobs_that_no_signal_reaches(slurm, tmp_path):
     assert code == 1 and "go on with: python -m lora_lab resume=sweep" in err
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert last < 3000 and (run / "checkpoints" / f"step-{last:06d}" / "training.json").is_file()
+
+
+def test_a_preempted_job_is_queued_again_and_goes_on_from_its_checkpoint(slurm, tmp_path):
+    pictures(tmp_path)
+    run = tmp_path / "sweep" / "0"
+    long = ("lr=1e-3,1e-2", "steps=60", "hydra.launcher.array_parallelism=1")
+    started = start(tmp_path, *SHORT, NO_JUDGE, *long, *SLURM, SLURM_CONF=slurm)
+    until = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-000005").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    number = (tmp_path / "sweep" / ".submitit").glob("*_0")
+    job = next(number).name
+    subprocess.run(["scancel", "--signal=USR2", job], env=os.environ | {"SLURM_CONF": slurm}, check=True)
+    code, out, err = ended(started)
+    logs = "".join(log.read_text() for log in tmp_path.glob("sweep/.submitit/*/*_log.*"))
+    assert code == 0, out + err + logs
+    assert "goes on" in logs
+    steps = [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    assert steps == list(range(1, 61))

@@ -1,12 +1,13 @@
 """What a sweep's jobs leave behind and what becomes of it: with stage=convert, which takes no time."""
 
 import json
+import os
 import threading
 
 import pytest
 
 from lora_lab.errors import InputError
-from lora_lab.sweeps.folder import claim, score_of
+from lora_lab.sweeps.folder import claim, held, score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
 
@@ -54,6 +55,23 @@ def test_a_folder_that_has_a_sweep_is_not_written_over(type_in, tmp_path):
     code, out, err = type_in(*SWEEP)
     assert code == 2 and out == ""
     assert err == "lora_lab: sweep has a sweep already: name another folder, or go on with resume=sweep\n"
+
+
+def test_a_sweep_is_not_taken_up_while_a_job_of_it_still_runs(type_in, tmp_path):
+    caption(tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    assert type_in(*SWEEP)[0] == 2
+    with held(tmp_path / "sweep" / "0"):
+        code, out, err = type_in("resume=sweep")
+    assert (code, out) == (2, "") and f"sweep/0: its job still runs, process {os.getpid()} on " in err
+
+
+def test_two_jobs_of_one_folder_do_not_write_over_each_other(type_in, tmp_path):
+    caption(tmp_path / "full")
+    caption(tmp_path / "empty")
+    code, _, err = type_in(*SWEEP, "hydra.sweep.subdir=one")
+    assert code == 2 and "sweep/one is the folder of job 0: hydra.sweep.subdir must tell the jobs apart" in err
+    assert (tmp_path / "sweep/one/result.json").is_file() and not (tmp_path / "sweep/one/failed.json").exists()
 
 
 def test_sweeps_that_begin_in_one_second_get_folders_of_their_own(tmp_path):
