@@ -3,56 +3,32 @@
 Imports nothing heavy: a wrong command line is answered in half a second."""
 
 import os
-import shutil
+import shlex
 import sys
-import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab import __version__, command_line, config
-from lora_lab.errors import InputError, RunError
+from lora_lab import __version__, command_line, config, stopping
+from lora_lab.errors import InputError
+from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, told
+from lora_lab.resume import quoted, resumed
+from lora_lab.sweeps import folder as sweeps
+from lora_lab.sweeps.points import searches
 
-_failures: list[int] = []  # exit codes of the jobs that failed; without a sweep there is one job
-
-
-@hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """One run, or one job of a sweep. Its errors end here: Hydra would add lines of its own and tell only the first."""
-    from lora_lab.stages import run
-
-    settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
-    sweep = settings.mode == RunMode.MULTIRUN
-    try:
-        typed = config.typed(cfg)
-        if sweep and typed.tracker.group is None:  # one group for all jobs: date and time of the sweep
-            typed.tracker.group = "-".join(Path(settings.sweep.dir).parts[-2:])
-        run(typed, folder)
-    except Exception as error:
-        _failures.append(_report(error, f"{' '.join(settings.overrides.task)}: " if sweep else ""))
-        if _failures == [2] and not sweep:
-            _remove_if_unused(folder)
+main = hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)
 
 
 def cli() -> None:
     """Exit codes: 0 done, 2 wrong input or configuration (one sentence on stderr), 1 anything else."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a Korean file name must not end a run on an ASCII terminal
+    prepare_process()
     sys.exit(_exit_code(sys.argv[1:]))
 
 
 def _exit_code(argv: list[str]) -> int:
-    # A GPU's memory in pieces that grow: what was freed in one size can be used in another.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the sentence is ours
-    _failures.clear()
+    at_home()
     overrides: list[str] = []
     try:
         config.register()
@@ -63,49 +39,84 @@ def _exit_code(argv: list[str]) -> int:
         if given.help:
             print(command_line.help_text(), end="")
             return 0
-        overrides = command_line.resumed(given.overrides, given.multirun)
-        if not (given.hydra_help or given.shell_completion):
-            runs = command_line.check(overrides, given.multirun)
+        overrides, sweep = resumed(given.overrides, given.multirun)
+        multirun = given.multirun or sweep is not None
+        only_told = given.hydra_help or given.shell_completion
+        if not only_told:
+            runs = command_line.check(overrides, multirun)
             if not (given.cfg or given.info):
                 for run in runs:
                     command_line.refuse_missing(run)
         flags = [a for a in argv if a.startswith("-") or a in (given.cfg, given.package, given.info)]
         if given.cfg == "job" and not given.resolve:
             flags.append("--resolve")  # values, not where they come from
+        if multirun and not (only_told or given.cfg or given.info):
+            return _sweep(flags, overrides, sweep)
         sys.argv[1:] = [*flags, *overrides]
         main()
     except (OSError, ValueError) as error:  # Hydra could not make the run folder, or its flags contradict each other
-        return _report(InputError(command_line.explain(error)))
+        return report(InputError(command_line.explain(error)))
     except KeyboardInterrupt as interrupt:
-        print(f"\nlora_lab: {str(interrupt) or 'stopped'}", file=sys.stderr)
-        return 1
+        return _stopped(str(interrupt) or "stopped")
     except Exception as error:
-        return _report(error, overrides=overrides)
-    return 1 if 1 in _failures else max(_failures, default=0)
+        return report(error, overrides=overrides)
+    return _worst(exit_codes)
 
 
-def _report(error: Exception, job: str = "", overrides: Sequence[str] = ()) -> int:
-    """Say on stderr what went wrong; returns the exit code."""
-    if isinstance(error, (InputError, HydraException, OmegaConfBaseException)):
-        print(f"lora_lab: {job}{command_line.explain(error, overrides)}", file=sys.stderr)
-        return 2
-    if isinstance(error, RunError):
-        print(f"lora_lab: {job}{error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
+    """All jobs of a sweep, into its folder `before` if it goes on."""
+    hydra_part = command_line.hydra_part(overrides)
+    named = any(command_line.name_of(o) == "hydra.sweep.dir" for o in overrides)
+    if before:
+        sweeps.refuse_running(before)
+    # An absolute path, for a job that runs elsewhere.
+    sweep = (before or sweeps.claim(Path(hydra_part.sweep.dir), named)).absolute()
+    hydra_own = [o for o in overrides if command_line.name_of(o).startswith("hydra")]
+    sweeps.write_record(sweep, hydra_own, [o for o in overrides if o not in hydra_own])
+    (sweep / sweeps.STOP).unlink(missing_ok=True)
+    in_turn = hydra_part.launcher["_target_"].endswith(".BasicLauncher")
+    kept = [o for o in overrides if command_line.name_of(o) != "hydra.sweep.dir"]
+    sys.argv[1:] = [*dict.fromkeys([*flags, "--multirun"]), *kept, f"hydra.sweep.dir={quoted(sweep)}"]
+    try:
+        with nullcontext() if in_turn else stopping.stopping_jobs(sweep / sweeps.STOP):
+            main()
+    except KeyboardInterrupt as interrupt:
+        return _stopped(str(interrupt).partition(";")[0] or "stopped", sweep)
+    except Exception as error:  # of a launcher or a sweeper: what goes wrong in a job ends there
+        began, codes = sweeps.has_jobs(sweep), _tell(sweep)
+        why = "no job has a score" if began and searches(hydra_part) and not sweeps.scored(sweep) else sentence(error)
+        print(f"lora_lab: the sweep broke off: {why}{f'; {_goes_on(sweep)}' if began else ''}", file=sys.stderr)
+        return _worst([*codes, 1])
+    finally:
+        (sweep / sweeps.STOP).unlink(missing_ok=True)
+        sweeps.release(sweep, named or before is not None)
+    return _worst([*_tell(sweep), *exit_codes])
+
+
+def _tell(sweep: Path) -> list[int]:
+    """Say of the jobs that failed in other processes why; returns the exit codes of all that failed."""
+    failed = sweeps.failures(sweep)
+    for failure in failed:
+        if failure.folder not in told:
+            print(f"lora_lab: {_short(failure.folder)}: {failure.error}", file=sys.stderr)
+    return [failure.exit_code for failure in failed]
+
+
+def _worst(codes: list[int]) -> int:
+    return 1 if 1 in codes else max(codes, default=0)
+
+
+def _stopped(how: str, sweep: Path | None = None) -> int:
+    print(f"\nlora_lab: {how}{f'; {_goes_on(sweep)}' if sweep else ''}", file=sys.stderr)
     return 1
 
 
-def _remove_if_unused(folder: Path) -> None:
-    """A run that was refused leaves nothing behind, if all there is are Hydra's notes and an empty log."""
-    outputs = Path.cwd() / "outputs"
-    if outputs not in folder.parents:  # hydra.run.dir= may name any folder, also one with a past
-        return
-    if all(f.name == ".hydra" or (f.suffix == ".log" and not f.stat().st_size) for f in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
-        for empty in (folder.parent, outputs):
-            with suppress(OSError):
-                empty.rmdir()
+def _goes_on(sweep: Path) -> str:
+    return f"go on with: python -m lora_lab {shlex.quote(f'resume={_short(sweep)}')}"
+
+
+def _short(folder: Path) -> Path:
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 if __name__ == "__main__":

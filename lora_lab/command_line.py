@@ -1,4 +1,4 @@
-"""What a person types: checked before anything is made, explained in one sentence, and taken up again by `resume=`."""
+"""What a person types: checked before anything is made, and explained in one sentence."""
 
 import argparse
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 # Hydra's parser of flags is the only part of it that is used without being public: there is no other way to its -m.
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -24,6 +24,7 @@ from lora_lab import config, schema
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.errors import InputError
 from lora_lab.keys import keys_of, nearest, unknown_key
+from lora_lab.sweeps import points
 
 HELP = """\
 lora_lab teaches SDXL one character from 10 to 50 pictures, then turns photos into that character.
@@ -131,7 +132,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, MissingMandatoryValue):
         return f"{_key(cause)} is missing: say {_key(cause)}=..."
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and not isinstance(cause, InterpolationKeyError):
-        return prefix + unknown_key(_key(cause), known_keys(overrides), schema.KEYS_OF_STAGES)
+        known = hydra_keys(overrides) if _key(cause).startswith("hydra.") else known_keys(overrides)
+        return prefix + unknown_key(_key(cause), known, schema.KEYS_OF_STAGES)
     if isinstance(cause, ValidationError):
         return prefix + _wrong_value(_key(cause), _first_line(cause))
     ambiguous = re.match("Ambiguous value for argument '(.*)'", str(cause))
@@ -155,7 +157,7 @@ def _wrong_value(key: str, message: str) -> str:
 def known_keys(overrides: Sequence[str]) -> list[str]:
     """Every key that this command line may name: of the options it chooses, whatever else is wrong with it."""
     groups = tuple(f.name for f in config.CONF.iterdir() if f.is_dir())
-    chosen = [o for o in overrides if _name(o) in groups]
+    chosen = [o for o in overrides if name_of(o) in groups]
     for attempt in (chosen, []):
         try:
             return keys_of(OmegaConf.to_container(config.composed(attempt)))
@@ -164,13 +166,24 @@ def known_keys(overrides: Sequence[str]) -> list[str]:
     return []
 
 
+def hydra_keys(overrides: Sequence[str]) -> list[str]:
+    """Every key of Hydra's own, with the launcher and sweeper that this command line chooses."""
+    try:
+        cfg = config.with_hydra([o for o in overrides if name_of(o).startswith("hydra/")])
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return keys_of({"hydra": OmegaConf.to_container(cfg.hydra)})
+
+
 def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
     group, _, option = error.missing_cfg_file.rpartition("/")
     if group == "experiment" and option in config.unreadable_recipes:
         return config.unreadable_recipes[option]
+    if group.startswith("hydra/") and option in points.INSTALL:
+        return f"{group}={option} is not installed: {points.INSTALL[option]}"
     choices = sorted(error.options or ())
-    recipe = next((o.partition("=")[2] for o in overrides if _name(o) == "experiment"), None)
-    where = f"in experiment/{recipe}.yaml: " if recipe and group not in map(_name, overrides) else ""
+    recipe = next((o.partition("=")[2] for o in overrides if name_of(o) == "experiment"), None)
+    where = f"in experiment/{recipe}.yaml: " if recipe and group not in map(name_of, overrides) else ""
     return f"{where}{group}={option}: no such {group}{nearest(option, choices)} (there are {', '.join(choices)})"
 
 
@@ -190,13 +203,25 @@ def check(overrides: list[str], multirun: bool) -> list[schema.Config]:
                 f"{override}: cannot be read as KEY=VALUE (text with brackets or commas needs quotes: \"key='a, b'\")"
             )
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = points.parse(overrides)
         for override in parsed:
             _refuse_additions(override, overrides)
             _refuse_no_option(override)
-        return [config.typed(config.composed(p)) for p in (_points(parsed) if multirun else [overrides])]
+        if not multirun:
+            return [config.typed(config.composed(overrides))]
+        points.refuse_swept_hydra(parsed)
+        hydra = hydra_part(overrides)
+        runs = [config.typed(config.composed(p)) for p in points.points(points.with_params(parsed, hydra))]
+        if points.searches(hydra):
+            points.refuse_unscored(runs)
+        return runs
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from error
+
+
+def hydra_part(overrides: list[str]) -> DictConfig:
+    """Hydra's own part of a sweep's configuration: launcher, sweeper, folder."""
+    return config.with_hydra(points.points(points.parse(overrides))[0]).hydra
 
 
 def refuse_missing(run: schema.Config) -> None:
@@ -243,49 +268,6 @@ def _refuse_no_option(override: Override) -> None:
         raise InputError(f"{override.input_line}: {override.key_or_group} is one of {', '.join(options)}")
 
 
-def _points(parsed: list[Override]) -> list[list[str]]:
-    """The points of a sweep at which every swept value occurs at least once: as many as values, not their product."""
-    fixed, swept = [], []
-    for override in parsed:
-        if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP):
-            values = list(override.sweep_string_iterator())
-            if override.value_type == ValueType.RANGE_SWEEP:
-                values = [values[0], values[-1]]
-            swept.append([f"{override.key_or_group}={value}" for value in values])
-        elif not override.is_sweep_override():
-            fixed.append(override.input_line)
-    first = [values[0] for values in swept]
-    others = [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(swept) for value in values[1:]]
-    return [[*fixed, *point] for point in [first, *others]]
-
-
-def resumed(overrides: list[str], multirun: bool) -> list[str]:
-    """With `resume=FOLDER` among them: the overrides that started that run, then the new ones, into that very folder.
-
-    `latest` is the newest folder under outputs/ or multirun/ that has a checkpoint. Raises InputError if none has."""
-    given = {_name(o): o.partition("=")[2].strip("'\"") for o in overrides}
-    if given.get("resume") in (None, "null"):
-        return overrides
-    if multirun:
-        raise InputError(f"resume={given['resume']}: one run is taken up at a time, leave out the -m")
-    folder = _latest() if given["resume"] == "latest" else Path(given["resume"])
-    record = folder / ".hydra" / "overrides.yaml"
-    if not given["resume"] or not record.is_file():
-        raise InputError(f"resume={given['resume']}: name a run folder, one with {Path(*record.parts[-2:])} in it")
-    before = [str(o) for o in OmegaConf.load(record)]
-    kept = [o for o in before if _name(o) not in given and _name(o) != "resume"]
-    new = [o for o in overrides if _name(o) not in ("resume", "hydra.run.dir")]
-    quoted = QuotedString(str(folder), quote=Quote.single).with_quotes()
-    return [*kept, *new, f"resume={quoted}", f"hydra.run.dir={quoted}"]
-
-
-def _name(override: str) -> str:
+def name_of(override: str) -> str:
+    """`lr` of `+lr=1e-4`."""
     return override.partition("=")[0].lstrip("+~")
-
-
-def _latest() -> Path:
-    runs = [*Path("outputs").glob("*/*/checkpoints/step-*"), *Path("multirun").glob("*/*/*/checkpoints/step-*")]
-    found = sorted(runs, key=lambda f: f.stat().st_mtime)
-    if not found:
-        raise InputError("resume=latest: no run under outputs/ or multirun/ has a checkpoint, name the run folder")
-    return found[-1].parents[1]

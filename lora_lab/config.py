@@ -51,10 +51,15 @@ def compose(*overrides: str) -> Config:
     return typed(composed(list(overrides)))
 
 
+def with_hydra(overrides: list[str]) -> DictConfig:
+    """Hydra's composition with its own part: the launcher, the sweeper, the folders."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", overrides, return_hydra_config=True)
+
+
 def composed(overrides: list[str]) -> DictConfig:
     """Hydra's composition, without its own part. Raises InputError for a key that no file in conf/ has."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra_compose("config", overrides, return_hydra_config=True)
+    cfg = with_hydra(overrides)
     choices, search = cfg.hydra.runtime.choices, [o for o in overrides if o.startswith("hydra.searchpath")]
     with open_dict(cfg):
         del cfg["hydra"]

@@ -11,17 +11,27 @@ from tqdm import tqdm
 
 log = logging.getLogger("lora_lab")
 
+_job = ""  # stands before each line of a job that has others beside it
+
+
+def speak_as(job: str) -> None:
+    """From now on say which job a line is of, and show no bars: other jobs write to the same screen."""
+    global _job
+    _job = job
+
 
 def say(text: str) -> None:
     """Print, and keep in the run folder's log."""
-    print(text, flush=True)
+    lines = text.splitlines() if _job else [text]
+    sys.stdout.write("".join(f"{_job}{line}\n" for line in lines))  # in one piece, so that no other's comes between
+    sys.stdout.flush()
     log.info(text.strip())
 
 
 def bar(items: Iterable[Any] | None = None, **settings: Any) -> tqdm:
     """A progress bar with rate and remaining time. Where nobody watches (a file, CI) it speaks every ten seconds."""
     watched = sys.stderr.isatty()
-    return tqdm(items, mininterval=0.1 if watched else 10, dynamic_ncols=watched, **settings)
+    return tqdm(items, mininterval=0.1 if watched else 10, dynamic_ncols=watched, disable=bool(_job), **settings)
 
 
 def quiet_libraries() -> None:

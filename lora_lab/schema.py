@@ -453,6 +453,7 @@ class Config:
     seed: int = MISSING
     lora: str | None = None
     resume: str | None = None
+    publish: bool | None = None
     cache: str | None = None
     compile: str = MISSING
     device: str = MISSING

@@ -1,4 +1,6 @@
+import logging
 import os
+import sys
 
 import pytest
 
@@ -14,3 +16,23 @@ def composed():
     from lora_lab.config import compose
 
     return compose
+
+
+@pytest.fixture
+def type_in(tmp_path, monkeypatch, capsys):
+    """Type arguments in an empty folder; returns (exit code, stdout, stderr)."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lora_lab.__main__ import _exit_code
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lora_lab"])
+
+    def run(*argv):
+        code = _exit_code(list(argv))
+        return code, *capsys.readouterr()
+
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield run
+    logging.root.handlers[:], logging.root.level = handlers, level  # Hydra's log into a folder that goes
+    GlobalHydra.instance().clear()

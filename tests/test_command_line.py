@@ -1,33 +1,14 @@
 """What a person types: in-process, because each start of Python would cost more than the test."""
 
 import json
-import logging
 import subprocess
 import sys
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 import lora_lab
 from lora_lab import command_line
-from lora_lab.__main__ import _exit_code
 from lora_lab.errors import InputError, RunError
-
-
-@pytest.fixture
-def type_in(tmp_path, monkeypatch, capsys):
-    """Type arguments in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lora_lab"])
-
-    def run(*argv):
-        code = _exit_code(list(argv))
-        return code, *capsys.readouterr()
-
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield run
-    logging.root.handlers[:], logging.root.level = handlers, level  # Hydra's log into a folder that goes
-    GlobalHydra.instance().clear()
 
 
 def refused(answer, *words):
@@ -156,7 +137,18 @@ def refused(answer, *words):
         ("-m optimizer=adamw,adam8bit", ["optimizer=adam8bit: no such optimizer, did you mean adamw8bit?"]),
         ("-m rank=range(0,4)", ["rank=0: rank must be at least 1"]),
         ("hydra.mode=MULTIRUN rank=4,x", ["rank=x: not a whole number"]),
-        ("-m resume=x", ["leave out the -m"]),
+        ("-m resume=x", ["resume=x: not the folder of a sweep", "leave out the -m"]),
+        ("-m hydra/launcher=jobli", ["hydra/launcher=jobli: no such hydra/launcher, did you mean joblib?"]),
+        ("-m hydra/launcher=ray", ['hydra/launcher=ray is not installed: pip install "lora_lab[ray]"', "--no-deps"]),
+        ("-m hydra/launcher=joblib hydra.launcher.n_job=2", ["did you mean hydra.launcher.n_jobs?"]),
+        ("-m hydra/launcher=joblib,basic", ["hydra/launcher has one value for the whole sweep"]),
+        ("-m hydra/launcher=joblib rank=4,x", ["rank=x: not a whole number"]),
+        ("-m lr=interval(1e-4,1e-3)", ["lr=interval(1e-4,1e-3): an interval needs", "hydra/sweeper=optuna"]),
+        ("-m hydra/sweeper=optuna stage=train lr=1e-4,1e-3", ["say hydra.sweeper.direction=maximize"]),
+        ("-m stage=train experiment=optuna model=tiny dataset=tofu lr=interval(0,1)", ["lr=0.0: the learning rate"]),
+        ("-m stage=train experiment=optuna model=tiny dataset=tofu model.judge=null", ["model.judge=null", "a score"]),
+        ("-m stage=check experiment=optuna model=tiny dataset=tofu", ["which only training gives"]),
+        ("-m hydra.sweep.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another"]),
         ("rank=4,8", ["rank=4,8: several values are a sweep and need -m"]),
         # flags
         ("--foo", ["unrecognized arguments: --foo"]),
@@ -204,7 +196,7 @@ def test_help_fits_on_a_screen_and_its_examples_compose(type_in, tmp_path):
     code, out, err = type_in("--help")
     lines = out.splitlines()
     assert (code, err) == (0, "") and len(lines) <= 48 and max(map(len, lines)) <= 120
-    assert "model        sdxl  tiny*" in out and "experiment   sdxl  smoke" in out
+    assert "model        sdxl  tiny*" in out and "experiment   optuna  sdxl  smoke" in out
     assert "prior        generated  off*  pictures  prediction" in out
     for knob in ("lr=1e-3 ", "rank=16 ", "steps=300 ", "seed=0 ", "stage.strength=0.95 ", "trigger=HANA_TOFU "):
         assert knob in out
@@ -279,22 +271,6 @@ def test_a_fault_of_the_program_shows_its_traceback_and_exits_with_1(type_in, mo
     monkeypatch.setattr("lora_lab.stages.run", lambda config, folder: {}["gone"])
     code, _, err = type_in("stage=check")
     assert code == 1 and "Traceback" in err and "KeyError: 'gone'" in err and "Error executing job" not in err
-
-
-def test_resume_takes_up_the_overrides_of_the_run_and_the_new_ones_win(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    older, newer = (tmp_path / "outputs" / "2026-01-01" / name for name in ("10-00-00", "it's mine"))
-    for run in (older, newer):
-        (run / ".hydra").mkdir(parents=True)
-        (run / ".hydra" / "overrides.yaml").write_text("- stage=train\n- steps=100\n- resume=old\n- name=a\n")
-    (older / "checkpoints" / "step-000100").mkdir(parents=True)
-    here = older.relative_to(tmp_path)
-    expected = ["stage=train", "name=a", "steps=200", f"resume='{here}'", f"hydra.run.dir='{here}'"]
-    assert command_line.resumed([f"resume={here}", "steps=200"], False) == expected
-    assert command_line.resumed(["resume=latest", "steps=200"], False) == expected
-    assert command_line.resumed(["resume=null", "steps=200"], False) == ["resume=null", "steps=200"]
-    (run,) = command_line.check(command_line.resumed([f"resume={newer}"], False), False)
-    assert run.resume == str(newer) and run.steps == 100
 
 
 def test_a_wrong_command_line_is_answered_without_torch():

@@ -23,8 +23,8 @@ ADAPTER = "default"  # peft's name of the adapter in training
 
 @dataclass(frozen=True)
 class Projections:
-    """K linear layers on one input (B, N, I), with the LoRAs of J jobs: the first B / J samples meet those of the first,
-    and so on. Each layer gives (B, N, O)."""
+    """K linear layers on one input (B, N, I), each giving (B, N, O), with the LoRAs of J jobs: the first B / J samples
+    meet those of the first, and so on."""
 
     frozen: Stored  # of the weights (K * O, I)
     bias: Tensor | None  # (K * O,)
@@ -81,7 +81,8 @@ def _each(layers: Tensor) -> Sequence[Tensor]:
 
 
 def _products(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta * total + alpha * a b where `total` lies, for K layers of J jobs: (J, M, K, X), (J, M, K, Y), (J, K, Y, X)."""
+    """beta * total + alpha * a b where `total` lies, for K layers of J jobs: (J, M, K, X), (J, M, K, Y) and
+    (J, K, Y, X)."""
     matrices = [b[0]] if len(b) == 1 else b.unbind(1)
     sums = zip(_each(total), _each(a), matrices, strict=True)
     if not torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ class PipelineResult:
     name: str
     trigger: str
     lora: str
-    model: str
+    model: str | None
     steps: int
     seconds: float
     loss: float
@@ -64,7 +64,8 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     score = "" if trained.identity is None else f" (identity {trained.identity_before:.2f} -> {trained.identity:.2f})"
     say(f"\n{config.trigger} was learnt in {trained.steps} steps{score}: {trained.lora}")
     say(f"look at {overview}: photo, caption, without the LoRA, with it")
-    say(f"next, your own photo: python -m lora_lab stage=img2img {base}lora={config.name} stage.photo=me.jpg")
+    lora = config.name if trained.model else folder
+    say(f"next, your own photo: python -m lora_lab stage=img2img {base}lora={lora} stage.photo=me.jpg")
     return PipelineResult(
         stage="pipeline",
         name=config.name,

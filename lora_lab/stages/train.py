@@ -43,7 +43,7 @@ class TrainResult:
     name: str
     trigger: str
     lora: str  # the finished file, in the run folder
-    model: str  # its copy in models/lora
+    model: str | None  # its copy in models/lora, if it was published
     steps: int
     seconds: float  # wall time of this process, loading and drawing included
     loss: float  # mean of the last 50 steps
@@ -108,7 +108,7 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
         name=config.name,
         trigger=config.trigger,
         lora=str(lora),
-        model=str(publish(lora, config.name)),
+        model=None if config.publish is False else str(publish(lora, config.name)),
         steps=config.steps,
         seconds=round(time.perf_counter() - began, 1),
         loss=statistics.mean(line["loss"] for line in read_metrics(folder / "metrics.jsonl")[-50:]),

@@ -35,8 +35,8 @@ class Flat:
         return list(map(_learning, self.views(self.master), self.views(self.master.grad)))
 
     def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
-        """Numbers from `start` on as another parameter (1, *shape): neighbours seen as one. What it is given as gradient
-        is theirs."""
+        """Numbers from `start` on as another parameter (1, *shape): neighbours seen as one. What it is given as
+        gradient is theirs."""
         end = start + math.prod(shape)
         return _learning(self.working[start:end].view(1, *shape), self._gradient[start:end].view(1, *shape))
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock
+
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, network_notes, same_tensors, save_lora
 from lora_lab.adapters.tokens import TRIGGER, beside, save_tokens
 from lora_lab.adapters.wear import MODELS
@@ -68,7 +70,12 @@ def notes_for(config: Config, plan: Plan, loss: Loss, step: int, network: dict[s
 def publish(lora: Path, name: str) -> Path:
     """Copy the finished file to models/lora/NAME.safetensors, and the embeddings beside it; another one that stands
     there is given a number."""
-    target = MODELS / f"{name}.safetensors"
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with FileLock(MODELS.with_name(".lora.lock")):  # two that finish at once would both take the same number
+        return _publish(lora, MODELS / f"{name}.safetensors")
+
+
+def _publish(lora: Path, target: Path) -> Path:
     files = {lora: target} | ({beside(lora): beside(target)} if beside(lora).is_file() else {})
     if all(there.is_file() and same_tensors(there, file) for file, there in files.items()):
         return target  # a finished run was resumed

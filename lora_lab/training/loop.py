@@ -2,17 +2,16 @@
 
 import json
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_lab.console import bar, say
+from lora_lab.console import bar
 from lora_lab.errors import RunError
+from lora_lab.stopping import stop_on_signal
 from lora_lab.training.data import TrainingData
 from lora_lab.training.loss import Batch
 from lora_lab.training.prior import PriorData
@@ -53,7 +52,7 @@ def train_steps(
         report(step, numbers)
 
     readings = Readings(job.batch_size * parts, job.learnt.master.device, seen)
-    with _stop_on_signal() as stopped, bar(total=job.steps, initial=start, desc="train", unit="step") as shown:
+    with stop_on_signal() as stopped, bar(total=job.steps, initial=start, desc="train", unit="step") as shown:
         for step in range(start, job.steps):
             readings.begin()
             if not job.unet.training:  # a measurement left it in evaluation mode; to ask all modules takes 10 ms
@@ -99,25 +98,3 @@ class MetricsFile:
 
 def _whole_lines(path: Path) -> list[str]:
     return [s for s in path.read_text(encoding="utf-8").splitlines() if s.endswith("}")] if path.is_file() else []
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) waits for the end of the step, so that a checkpoint can be written."""
-    seen: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        say("stopping after this step (Ctrl-C again stops at once)")
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals go elsewhere
-        before = {}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

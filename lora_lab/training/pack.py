@@ -1,4 +1,4 @@
-"""Several LoRAs in one step: one forward and backward pass through the frozen base, in which every sample meets its own.
+"""Several LoRAs in one step: one pass through the frozen base, in which every sample meets its own.
 
 Eight different LoRAs cost what batch 8 of one costs. What each of them learns is what it would learn alone."""
 
@@ -28,7 +28,8 @@ def shell(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 class Stack:
     """What J jobs compute with, side by side: rows of the largest's layout, smaller ranks filled up with zeros.
 
-    `parameters` are the largest's, whose layout it is. A zero row of A meets a zero column of B, so neither ever gets a gradient that counts."""
+    `parameters` are the largest's, whose layout it is. A zero row of A meets a zero column of B, so neither ever gets a
+    gradient that counts."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:
         self._flats = list(flats)

@@ -157,7 +157,9 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
         "base": f"{config.model.base} on {plan.device} in {str(plan.dtype).removeprefix('torch.')}",
         "training": f"{config.steps} steps of {batch} ({epochs:.1f} epochs), rank {config.rank}, lr {config.rate:g}",
         "validation": f"{len(settings.prompts) * len(settings.seeds)} pictures {every}at the end",
-        "writes": f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
+        "writes": str(folder)
+        if config.publish is False
+        else f"{folder}, and the LoRA also to {MODELS / config.name}.safetensors",
     }
     if plan.start:
         lines["starts"] = f"with {plan.start}"
