@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab import __version__, command_line, config
+from lora_lab.board.hook import note_failure, rewrite_page, sweep_of
 from lora_lab.errors import InputError, RunError
 
 _failures: list[int] = []  # exit codes of the jobs that failed; without a sweep there is one job
@@ -31,15 +32,22 @@ def main(cfg: DictConfig) -> None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     sweep = settings.mode == RunMode.MULTIRUN
+    compared_in = Path(settings.sweep.dir) if sweep else sweep_of(folder)
     try:
         typed = config.typed(cfg)
         if sweep and typed.tracker.group is None:  # one group for all jobs: date and time of the sweep
             typed.tracker.group = "-".join(Path(settings.sweep.dir).parts[-2:])
         run(typed, folder)
+        note_failure(folder, None)
     except Exception as error:
         _failures.append(_report(error, f"{' '.join(settings.overrides.task)}: " if sweep else ""))
         if _failures == [2] and not sweep:
             _remove_if_unused(folder)
+        if compared_in:
+            note_failure(folder, _sentence(error))
+    finally:  # Ctrl-C is no failure, but how far the job came is on the page
+        if compared_in:
+            rewrite_page(compared_in)
 
 
 def cli() -> None:
@@ -94,6 +102,14 @@ def _report(error: Exception, job: str = "", overrides: Sequence[str] = ()) -> i
     else:
         traceback.print_exception(error)
     return 1
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, (InputError, HydraException, OmegaConfBaseException)):
+        return command_line.explain(error)
+    if isinstance(error, RunError):
+        return str(error)
+    return " ".join(traceback.format_exception_only(error)[-1].split())  # the traceback is in the terminal
 
 
 def _remove_if_unused(folder: Path) -> None:
