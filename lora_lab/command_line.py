@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 # Hydra's parser of flags is the only part of it that is used without being public: there is no other way to its -m.
@@ -19,6 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
+from yaml import YAMLError
 
 from lora_lab import config, schema
 from lora_lab.base.locate import locate_folder, locate_model
@@ -228,10 +230,13 @@ def refuse_missing(run: schema.Config) -> None:
     """Raise InputError for a picture, folder or model that is not there. Stages do so too, but import torch first."""
     stage = run.stage
     draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
-    if not isinstance(stage, (schema.Img2img, schema.Convert)):
+    if not isinstance(stage, (schema.Img2img, schema.Convert, schema.Compare)):
         trains = isinstance(stage, schema.Train)
         for root in [f.root for f in run.dataset.folders] if trains else [run.dataset.folder]:
             locate_folder("dataset.root", root)
+    if isinstance(stage, schema.Compare):
+        for folder in stage.folders:
+            locate_folder("stage.folder", folder)
     if draws:
         photo = stage.photo if isinstance(stage, schema.Img2img) else stage.img2img.photo
         for item in photo if isinstance(photo, list) else [photo]:
@@ -266,6 +271,29 @@ def _refuse_no_option(override: Override) -> None:
     if folder.is_dir() and not override.is_sweep_override() and not isinstance(override.value(), str):
         options = sorted(f.stem for f in folder.glob("*.yaml"))
         raise InputError(f"{override.input_line}: {override.key_or_group} is one of {', '.join(options)}")
+
+
+def planned(record: Path) -> list[list[str]]:
+    """The jobs that a sweep's multirun.yaml asks for, each as its overrides; none of a sweeper that searches."""
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(record), resolve=False)["hydra"]
+        if not settings["sweeper"]["_target_"].endswith("BasicSweeper"):
+            return []
+        params = [f"{key}={value}" for key, value in (settings["sweeper"].get("params") or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*params, *settings["overrides"]["task"]])
+    except (OSError, YAMLError, HydraException, OmegaConfBaseException, TypeError, KeyError):
+        return []
+    values = {}  # as Hydra's BasicSweeper does: a key that is said twice counts once
+    for override in parsed:
+        swept = override.is_sweep_override()
+        each = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        values[override.get_key_element()] = list(each)
+    return [[f"{key}={v}" for key, v in zip(values, point, strict=True)] for point in product(*values.values())]
+
+
+def value_of(override: str) -> object:
+    """What `KEY=VALUE` says, as YAML would."""
+    return OverridesParser.create().parse_override(override).value()
 
 
 def name_of(override: str) -> str:

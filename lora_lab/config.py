@@ -1,14 +1,22 @@
 """From conf/ and the command line to a checked Config. Beside command_line.py the only module that knows OmegaConf."""
 
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
-from yaml import YAMLError
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError, load
+
+try:
+    from yaml import CSafeLoader as SafeLoader  # a sweep has a hundred files, and Python takes 30 ms for one
+except ImportError:
+    from yaml import SafeLoader
 
 from lora_lab.errors import InputError
 from lora_lab.keys import keys_of, unknown_key
@@ -78,6 +86,29 @@ def typed(cfg: DictConfig) -> Config:
     if strays:
         raise InputError(f"unknown key: {', '.join(sorted(strays))} (a leading + goes past the schema: leave it out)")
     return OmegaConf.to_object(cfg)
+
+
+def recorded(run: Path) -> tuple[dict[str, Any], list[str]]:
+    """Every key of a run, dotted, with the option of every group, and its overrides, as Hydra wrote them down.
+
+    Nothing of a run whose record is not there, or not yet whole."""
+    try:
+        kept = {name: load((run / ".hydra" / f"{name}.yaml").read_text(encoding="utf-8"), SafeLoader)
+                for name in ("config", "hydra", "overrides")}  # fmt: skip
+        settings = OmegaConf.to_container(OmegaConf.create(kept["config"]), resolve=True)
+        choices = kept["hydra"]["hydra"]["runtime"]["choices"]
+        options = {key: option for key, option in choices.items() if not key.startswith("hydra/")}
+        return dict(_dotted(settings)) | options, [str(override) for override in kept["overrides"]]
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError, KeyError, ValueError, AttributeError):
+        return {}, []
+
+
+def _dotted(node: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 @cache

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab import command_line, config, schema, stopping
+from lora_lab.board.hook import rewrite_page, sweep_of
 from lora_lab.console import log, say, speak_as
 from lora_lab.errors import InputError, RunError
 from lora_lab.sweeps import folder as sweeps
@@ -46,12 +47,17 @@ def job(cfg: DictConfig) -> float | None:
     if settings.mode == RunMode.MULTIRUN:
         return _of_sweep(cfg, settings, folder)
     try:
-        return _done(config.typed(cfg), folder)
+        score = _done(config.typed(cfg), folder)
+        (folder / "failed.json").unlink(missing_ok=True)  # of a job of a sweep, taken up alone
+        return score
     except Exception as error:
         exit_codes.append(report(error))
         if exit_codes == [2]:
             _remove_if_unused(folder)
         return None
+    finally:
+        if sweep := sweep_of(folder):
+            rewrite_page(sweep)
 
 
 def prepare_process() -> None:
@@ -107,8 +113,9 @@ def _of_sweep(cfg: DictConfig, settings: DictConfig, folder: Path) -> float | No
         else:
             exit_codes.append(code)
         return None
-    finally:
+    finally:  # Ctrl-C is no failure, but how far the job came is on the page
         stopping.stop_with(None)
+        rewrite_page(sweep)
 
 
 def _settled(typed: schema.Config, sweep: Path) -> schema.Config:

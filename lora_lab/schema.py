@@ -419,6 +419,19 @@ class Img2img(Stage):
 
 
 @dataclass
+class Compare(Stage):
+    folder: Any  # a folder, or a list of folders; OmegaConf has no union of str and list
+
+    def __post_init__(self) -> None:
+        if not self.folders or not all(isinstance(f, str) and f.strip() for f in self.folders):
+            raise InputError(f"stage.folder={self.folder}: name a sweep's folder, or a list of run folders")
+
+    @property
+    def folders(self) -> list[str]:
+        return self.folder if isinstance(self.folder, list) else [self.folder]
+
+
+@dataclass
 class Pipeline(Stage):
     captions: str
     train: Train
@@ -490,6 +503,7 @@ STAGES: dict[str, type[Stage]] = {
     "convert": Convert,
     "train": Train,
     "img2img": Img2img,
+    "compare": Compare,
     "pipeline": Pipeline,
 }
 

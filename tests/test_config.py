@@ -19,7 +19,8 @@ RECIPES = sorted(file.stem for file in (HOME / "experiments").glob("*.yaml"))
 
 def needs(group, option):
     """What an option can't be composed without."""
-    missing = {("stage", "img2img"): "stage.photo=me.jpg", ("prior", "pictures"): "prior.root=data/CARTOONS",
+    missing = {("stage", "img2img"): "stage.photo=me.jpg", ("stage", "compare"): "stage.folder=multirun/1",
+               ("prior", "pictures"): "prior.root=data/CARTOONS",
                ("prior", "generated"): "prior.prompt='a cartoon character'"}  # fmt: skip
     return [missing[group, option]] if (group, option) in missing else []
 

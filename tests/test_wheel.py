@@ -53,9 +53,10 @@ def test_the_wheel_holds_configuration_recipes_and_demo(wheel):
     for folder in ("conf", "experiments"):
         expected = {f"lora_lab/{f.relative_to(CHECKOUT).as_posix()}" for f in (CHECKOUT / folder).rglob("*.yaml")}
         assert expected <= names
-    demo = CHECKOUT / "lora_lab" / "demo"
+    package = CHECKOUT / "lora_lab"
+    files = [*(package / "demo").rglob("*"), *(package / "board").iterdir()]
     missing = {
-        f.relative_to(CHECKOUT).as_posix() for f in demo.rglob("*") if f.is_file() and "__pycache__" not in f.parts
+        f.relative_to(CHECKOUT).as_posix() for f in files if f.is_file() and "__pycache__" not in f.parts
     } - names
     assert missing == set()
     assert not [name for name in names if name.startswith(("tests/", "docs/")) or "__pycache__" in name]

@@ -1,0 +1,42 @@
+"""What a sweep does for its page: after every job, and at its end in the process that started it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lora_lab.errors import InputError
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The sweep that a run is a job of, for one that is taken up alone."""
+    return next((above for above in folder.parents[:3] if (above / "multirun.yaml").is_file()), None)
+
+
+def rewrite_page(sweep: Path) -> Path | None:
+    """The sweep's page, from the files as they are; None where nothing trains.
+
+    A page that cannot be written costs a line on stderr, never a job."""
+    from lora_lab.board.page import write_page
+    from lora_lab.board.read import read_sweep
+    from lora_lab.board.verdict import verdict
+
+    try:
+        found = read_sweep([sweep])
+        return write_page(found, verdict(found), sweep) if found.runs else None
+    except InputError as error:
+        print(f"lora_lab: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"lora_lab: the comparison page of {sweep} could not be written ({error!r})", file=sys.stderr)
+    return None
+
+
+class SweepPage(Callback):
+    """Named in conf/config.yaml, for Hydra tells nobody else where the sweep's folder is."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        page = rewrite_page(Path(config.hydra.sweep.dir))
+        if page:
+            print(f"\ncompare the runs: {page}", flush=True)

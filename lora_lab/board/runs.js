@@ -1,0 +1,220 @@
+// All runs: their curves, and the table with their commands.
+
+// ---- curves
+
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#b8679a", "#c98a00", "#3f9ad4", "#8a6fd1", "#808080"];
+const few = runs.length <= COLOURS.length;
+const colour = (run) => (few ? COLOURS[run] : run === best ? css("--accent") : css("--soft") + "66");
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const charts = [];
+function chart(figure, curve) {
+  const shown = order.filter((run) => curve(runs[run])[0].length > 1).reverse(); // the best in front
+  figure.hidden = !shown.length;
+  if (!shown.length) return;
+  const axis = {
+    stroke: css("--soft"),
+    grid: { stroke: css("--line"), width: 1 },
+    ticks: { show: false },
+    font: "12px system-ui",
+  };
+  const digits = (value) => (value === null ? "" : Number(value.toPrecision(2)).toString());
+  const series = shown.map((run) => ({
+    label: runs[run].label,
+    stroke: colour(run),
+    width: run === best ? 3 : 1.25,
+    spanGaps: true,
+    points: { show: false },
+  }));
+  const width = () => figure.clientWidth - 24;
+  const plot = new uPlot(
+    {
+      width: width(),
+      height: 260,
+      legend: { show: false },
+      cursor: { y: false, points: { show: false } },
+      scales: { x: { time: false }, y: { distr: 3 } },
+      axes: [axis, { ...axis, size: 60, values: (_, ticks) => ticks.map(digits) }],
+      series: [{}, ...series],
+    },
+    uPlot.join(shown.map((run) => curve(runs[run]))),
+    figure,
+  );
+  charts.push({ plot, resize: () => plot.setSize({ width: width(), height: 260 }) });
+}
+function showCurves() {
+  charts.splice(0).forEach(({ plot }) => plot.destroy());
+  $("curves").hidden = !runs.some((run) => run.curve[0].length > 1 || run.validation[0].length > 1);
+  chart($("training-chart"), (run) => run.curve);
+  chart($("validation-chart"), (run) => run.validation);
+  const named = few ? order.filter((run) => runs[run].curve[0].length > 1) : best === null ? [] : [best];
+  $("legend").replaceChildren(
+    ...named.map((run) => {
+      const line = make("i");
+      line.style.background = colour(run);
+      return make("li", {}, line, runs[run].label + (run === best ? ` ★` : ""));
+    }),
+  );
+}
+addEventListener("resize", () => charts.forEach(({ resize }) => resize()));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showCurves);
+
+// ---- the table
+
+const scoreNames = [...new Set(runs.flatMap((run) => Object.keys(run.scores)))].sort(
+  (a, b) => (b === data.measure) - (a === data.measure),
+);
+const has = (read) => runs.some((run) => read(run) !== null && read(run) !== undefined);
+const columns = [
+  { id: "run", text: () => say("run"), of: (run) => run.name },
+  { id: "status", text: () => say("status"), of: (run) => run.status },
+  ...KEYS.map((key) => ({ id: key, text: () => key, of: (run) => run.settings[key] })),
+  ...scoreNames.map((name) => ({
+    id: `score:${name}`,
+    text: () => say(name),
+    of: (run) => run.scores[name]?.[0] ?? null,
+    down: true,
+    name,
+  })),
+  ...["validation_loss", "loss", "seconds"]
+    .filter((key) => has((run) => run[key]))
+    .map((key) => ({ id: key, text: () => say(key), of: (run) => run[key] })),
+];
+let sorted = {
+  id: data.measure === "validation_loss" ? "validation_loss" : data.measure ? `score:${data.measure}` : "run",
+  down: !!data.measure && !lowerIsBetter,
+};
+const opened = new Set();
+function ordered() {
+  const { of } = columns.find((column) => column.id === sorted.id);
+  const sign = sorted.down ? -1 : 1;
+  return [...runs.keys()].sort((a, b) => {
+    const [x, y] = [of(runs[a]), of(runs[b])];
+    const [noX, noY] = [x, y].map((v) => v === null || v === undefined); // what is missing comes last, either way
+    if (noX || noY) return noX - noY || a - b;
+    return (
+      sign *
+        (typeof x === "number" && typeof y === "number"
+          ? x - y
+          : String(x).localeCompare(String(y), undefined, { numeric: true })) || a - b
+    );
+  });
+}
+function showTable() {
+  $("table-note").textContent = say(scoreNames.length ? "table_note" : "table_note_plain");
+  const head = make(
+    "tr",
+    {},
+    ...columns.map((column) => {
+      const button = make(
+        "button",
+        {
+          type: "button",
+          "data-sort": column.id,
+          onclick: () => {
+            sorted = { id: column.id, down: sorted.id === column.id ? !sorted.down : !!column.down };
+            showTable();
+            $("table")
+              .querySelector(`[data-sort="${CSS.escape(column.id)}"]`)
+              .focus();
+          },
+        },
+        column.text(),
+      );
+      const heading = make("th", { scope: "col" }, button);
+      if (sorted.id === column.id) heading.setAttribute("aria-sort", sorted.down ? "descending" : "ascending");
+      return heading;
+    }),
+  );
+  $("table").tHead.replaceChildren(head);
+  $("table").tBodies[0].replaceChildren(
+    ...ordered().flatMap((index) => (opened.has(index) ? [row(index), details(index)] : [row(index)])),
+  );
+}
+function row(index) {
+  const run = runs[index];
+  const button = make(
+    "button",
+    {
+      type: "button",
+      className: "open",
+      "aria-expanded": String(opened.has(index)),
+      "aria-label": say("details", { run: run.label }),
+      onclick: () => {
+        if (!opened.delete(index)) opened.add(index);
+        showTable();
+        $("table").querySelector(`[data-run="${index}"] .open`).focus();
+      },
+    },
+    run.name,
+  );
+  return make(
+    "tr",
+    { className: index === best ? "best" : "", "data-run": index },
+    ...columns.map((column) => {
+      if (column.id === "run") return make("td", {}, button);
+      if (column.id === "status") {
+        const kind = index === best ? "best" : run.status,
+          tied = data.ties.includes(index);
+        const text = index === best ? `★ ${say("winner")}` : tied ? say("tied") : say(run.status);
+        return make("td", {}, make("span", { className: `state ${kind}` }, text));
+      }
+      const value = column.of(run);
+      if (column.name) {
+        const score = run.scores[column.name];
+        if (!score) return make("td", {}, "–");
+        if (column.name === data.measure) return make("td", {}, interval(...score, ...bounds(column.name)));
+        return make(
+          "td",
+          {},
+          score[0].toFixed(2),
+          " ",
+          make("small", {}, `${score[1].toFixed(2)}–${score[2].toFixed(2)}`),
+        );
+      }
+      if (column.id === "seconds") return make("td", {}, time(value));
+      return make(
+        "td",
+        {},
+        value === null || value === undefined ? "–" : column.id.endsWith("loss") ? value.toFixed(4) : number(value),
+      );
+    }),
+  );
+}
+function details(index) {
+  const run = runs[index],
+    seed = seeds[0] ?? 0;
+  const pictures = [...data.prompts.keys()]
+    .map((p) => pictureOf(index, LAST, p, seed))
+    .filter(Boolean)
+    .slice(0, 4);
+  const parts = [run.error ? make("p", { className: "error" }, run.error) : null];
+  if (run.status === "unfinished")
+    parts.push(make("p", { className: "note" }, say("reached", { step: run.step, steps: run.steps })));
+  if (pictures.length)
+    parts.push(
+      make(
+        "div",
+        { className: "strip" },
+        make(
+          "div",
+          {},
+          ...pictures.map((picture) =>
+            make(
+              "button",
+              { type: "button", "aria-label": describe(picture), onclick: () => zoom(picture) },
+              image(picture),
+            ),
+          ),
+        ),
+      ),
+    );
+  parts.push(
+    ...commandList(run, ["use", "repeat", "go_on"]),
+    make("p", { className: "note" }, `${say("folder")}: ${run.place}`),
+  );
+  return make(
+    "tr",
+    { className: "details" },
+    make("td", { colspan: columns.length }, make("div", { className: "inner" }, ...parts.filter(Boolean))),
+  );
+}

@@ -1,0 +1,98 @@
+"""Which run won, and why, in a sentence of either language."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lora_lab.board.read import Run, Sweep, validation_loss
+
+LANGUAGES = ("en", "ko")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    measure: str | None  # a score's name, validation_loss, or nothing to go by
+    ranking: tuple[int, ...]  # numbers of the done runs that have the measure, the best first
+    ties: tuple[int, ...]  # those within the interval of the best
+    sentence: Mapping[str, str]  # language -> who won and why
+
+
+@cache
+def words() -> dict[str, dict[str, str]]:
+    """Every visible text: key -> language -> text."""
+    return json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+
+
+def verdict(sweep: Sweep) -> Verdict:
+    """By the combined score; where there is none, by the validation loss; else by nobody.
+
+    A run is tied with the best if its value lies within the best one's interval."""
+    done = [(i, run) for i, run in enumerate(sweep.runs) if run.status == "done"]
+    names = dict.fromkeys(name for _, run in done for name in run.scores)
+    if names:
+        measure = "score" if "score" in names else next(iter(names))
+        scored = {i: run.scores[measure] for i, run in done if measure in run.scores}
+        ranking = tuple(sorted(scored, key=lambda i: -scored[i].value))
+        ties = tuple(i for i in ranking[1:] if scored[i].value >= scored[ranking[0]].low)
+    else:
+        losses = {i: loss for i, run in done if (loss := validation_loss(run)) is not None}
+        measure = "validation_loss" if losses else None
+        ranking, ties = tuple(sorted(losses, key=losses.__getitem__)), ()
+    sentence = {language: " ".join(_reasons(sweep, measure, ranking, ties, language)) for language in LANGUAGES}
+    return Verdict(measure, ranking, ties, sentence)
+
+
+def _reasons(sweep: Sweep, measure: str | None, ranking: tuple[int, ...], ties: tuple[int, ...], language: str):
+    def say(key: str, **values: Any) -> str:
+        return words()[key][language].format(**values)
+
+    if not ranking:
+        yield say("look" if any(run.status == "done" for run in sweep.runs) else "none_done")
+        return
+    best = sweep.runs[ranking[0]]
+    if measure == "validation_loss":
+        yield say("best_loss", run=label(best, sweep), value=f"{validation_loss(best):.4f}")
+        return
+    score, before = best.scores[measure], best.scores_before.get(measure)
+    value, low, high = (f"{number:.2f}" for number in (score.value, score.low, score.high))
+    interval = "best_score" if score.low < score.high else "best_score_alone"
+    yield say(interval, run=label(best, sweep), value=value, low=low, high=high)
+    if before and before.value >= score.value:
+        yield say("no_better_than_base", value=f"{before.value:.2f}")
+    if len(ties) == 1:
+        yield say("tie", run=label(sweep.runs[ties[0]], sweep))
+    elif ties:
+        shown = " / ".join(label(sweep.runs[i], sweep) for i in ties[:3]) + (" …" if len(ties) > 3 else "")
+        yield say("ties", runs=shown, number=len(ties))
+    elif len(ranking) > 1:
+        yield say("clear")
+
+
+def label(run: Run, sweep: Sweep) -> str:
+    """What tells the run from the others: `lr 0.001, rank 16`."""
+    told = [f"{key} {shown(run.settings.get(key))}" for key in sweep.swept]
+    return ", ".join(told) or run.name
+
+
+def shown(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return re.sub(r"e(-?)\+?0*", r"e\1", f"{value:.6g}")  # 1e-5, not 1e-05
+
+
+def axes(sweep: Sweep) -> tuple[str, str]:
+    """Rows and columns that show the most at first: `@run`, `@prompt`, `@step`, or a swept key.
+
+    Two swept keys whose points are nearly all there are the axes; of one key the prompts are the other axis."""
+    keys = sorted(sweep.swept, key=lambda key: key == "lr")  # the learning rate from left to right
+    if len(sweep.runs) == 1:
+        return "@step", "@prompt"
+    if len(keys) == 1:
+        return keys[0], "@prompt"
+    if len(keys) == 2 and len(sweep.runs) > len(sweep.swept[keys[0]]) * len(sweep.swept[keys[1]]) / 2:
+        return keys[0], keys[1]
+    return "@run", "@prompt"

@@ -1,0 +1,78 @@
+"""A real sweep on the tiny base: what every job leaves for the page, and what the page makes of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import interrupt_at
+
+from lora_lab.__main__ import cli
+from lora_lab.board.read import read_sweep
+from lora_lab.sweeps.folder import write_failure
+
+pytestmark = pytest.mark.slow
+
+SWEEP = ("-m", "stage=train", "tracker=off", "model.judge=null", "batch_size=1", "sampler.steps=2", "cache=null",
+         "stage.prompts=['A {trigger}']", "stage.validate_every=1", "steps=2", "rank=2")  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lora_lab", *argv])
+        with pytest.raises(SystemExit) as left:
+            cli()
+        return left.value.code or 0
+
+    return run
+
+
+def the_sweep() -> Path:
+    (folder,) = Path("multirun").glob("*/*")
+    return folder
+
+
+def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
+    assert run(*SWEEP, "lr=1e-3,1e20") == 1
+    folder = the_sweep()
+    assert capsys.readouterr().out.rstrip().endswith(f"compare the runs: {folder / 'index.html'}")
+    good, bad = read_sweep([folder]).runs
+    assert (good.status, bad.status) == ("done", "failed") and "not finite" in bad.error
+    assert (good.settings["lr"], bad.settings["lr"], good.settings["rank"]) == (1e-3, 1e20, 2)
+    assert {(p.step, p.prompt, p.seed) for p in good.pictures} == {(1, "A HANA_TOFU", 0), (2, "A HANA_TOFU", 0)}
+    assert len(good.loss) == 2 and good.seconds > 0
+    assert bad.error in (folder / "index.html").read_text()
+    assert (folder / "page/0/000002-p0-s0.webp").is_file() and (folder / "comparison.png").is_file()
+
+
+def test_a_job_that_works_the_second_time_has_failed_no_more(run):
+    folder = Path("multirun/day/time")
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "failed.json").write_text('{"error": "the machine was switched off"}')
+    assert run(*SWEEP, "lr=1e-3", f"hydra.sweep.dir={folder}") == 0
+    assert not (folder / "0" / "failed.json").exists()
+    assert [r.status for r in read_sweep([folder]).runs] == ["done"]
+
+
+def test_ctrl_c_is_no_failure_and_the_page_shows_how_far_it_came(run, monkeypatch):
+    with monkeypatch.context() as once:
+        interrupt_at(1, once)
+        assert run(*SWEEP, "lr=1e-3,1e-4") == 1
+    folder = the_sweep()
+    assert not list(folder.glob("*/failed.json"))
+    assert [(r.status, r.step) for r in read_sweep([folder]).runs] == [("unfinished", 1), ("missing", 0)]
+    assert '"status":"unfinished"' in (folder / "index.html").read_text()
+    write_failure(folder / "0", "the machine was switched off", 1)
+    assert run(f"resume={folder / '0'}") == 0  # alone, and yet the sweep's page has it
+    assert [r.status for r in read_sweep([folder]).runs] == ["done", "missing"]
+    assert '"status":"unfinished"' not in (folder / "index.html").read_text()
+
+
+def test_a_sweep_that_trains_nothing_has_no_page(run, capsys):
+    assert run("-m", "stage=check", "seed=1,2", "tracker=off") == 0
+    assert not (the_sweep() / "index.html").exists() and "compare the runs" not in capsys.readouterr().out
+    assert json.loads((the_sweep() / "0/result.json").read_text())["stage"] == "check"

@@ -1,0 +1,186 @@
+"""What a sweep's files say, whatever state they are in, and who won."""
+
+import json
+import math
+
+import pytest
+import yaml
+from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
+
+from lora_lab.board.read import read_sweep, validation_loss
+from lora_lab.board.verdict import axes, label, shown, verdict
+
+LRS = {"lr": [1e-5, 1e-3, 3e-2]}
+
+
+def test_every_job_that_was_planned_has_its_state(tmp_path):
+    folders = write_sweep(tmp_path / "sweep", {"rank": [4, 16], "lr": [1e-5, 1e-3]}, missing=1)
+    fail(folders[1], "the loss of step 3 is nan")
+    stop(folders[2])
+    sweep = read_sweep([tmp_path / "sweep"])
+    told = [(run.settings["rank"], run.settings["lr"], run.status, run.error) for run in sweep.runs]
+    assert told == [
+        (4, 1e-5, "done", None),
+        (4, 1e-3, "failed", "the loss of step 3 is nan"),
+        (16, 1e-5, "unfinished", None),
+        (16, 1e-3, "missing", None),
+    ]
+    assert sweep.runs[2].step == 4 and sweep.runs[3].step == 0
+    assert sweep.swept == {"rank": [4, 16], "lr": [1e-5, 1e-3]}
+
+
+def test_a_job_that_was_taken_up_alone_is_not_missing(tmp_path):
+    folders = write_sweep(tmp_path / "sweep", LRS)
+    record = folders[1] / ".hydra" / "overrides.yaml"
+    record.write_text(yaml.safe_dump([*yaml.safe_load(record.read_text()), f"resume={folders[1]}", "steps=9"]))
+    assert [run.status for run in read_sweep([tmp_path / "sweep"]).runs] == ["done"] * 3
+
+
+def test_a_sweeper_that_searches_plans_nothing(tmp_path):
+    write_sweep(tmp_path / "sweep", LRS, missing=1)
+    record = tmp_path / "sweep" / "multirun.yaml"
+    record.write_text(record.read_text().replace("BasicSweeper", "OptunaSweeper"))
+    assert len(read_sweep([tmp_path / "sweep"]).runs) == 2
+
+
+def test_options_of_a_group_are_settings_too_and_names_are_not(tmp_path):
+    for number, optimizer in enumerate(("adamw", "came")):
+        folder = write_run(tmp_path / f"{number}", {"optimizer": optimizer, "name": f"tofu-{number}", "cache": number})
+        assert folder.is_dir()
+    sweep = read_sweep([tmp_path])
+    assert sweep.swept == {"optimizer": ["adamw", "came"]}
+    assert [label(run, sweep) for run in sweep.runs] == ["optimizer adamw", "optimizer came"]
+
+
+def test_keys_of_the_stage_and_of_memory_are_settings(tmp_path):
+    swept = {"stage.ema_decay": [0, 0.9], "memory.linear_weights": ["base", "nf4"]}
+    for number in (0, 1):
+        write_run(tmp_path / f"{number}", {key: values[number] for key, values in swept.items()})
+    assert read_sweep([tmp_path]).swept == swept
+
+
+def test_a_pipelines_pictures_have_their_prompts(tmp_path):
+    folder = write_run(tmp_path / "0", {})
+    for name in ("config", "hydra"):
+        record = folder / ".hydra" / f"{name}.yaml"
+        told = yaml.safe_load(record.read_text())
+        if name == "config":
+            told["stage"] = {"captions": "new", "train": told["stage"]}
+        else:
+            told["hydra"]["runtime"]["choices"]["stage"] = "pipeline"
+        record.write_text(yaml.safe_dump(told))
+    (run,) = read_sweep([tmp_path]).runs
+    assert {p.prompt for p in run.pictures} == {"A MINT with a green background", "A MINT, winking"}
+
+
+def test_runs_of_different_days_differ_by_what_only_one_of_them_names(tmp_path):
+    write_run(tmp_path / "outputs/1/2", {})
+    write_run(tmp_path / "multirun/3/4/0", {"rank": 8})
+    sweep = read_sweep([tmp_path / "outputs/1/2", tmp_path / "multirun"])
+    assert [(run.name, run.settings["rank"]) for run in sweep.runs] == [("outputs/1/2", 4), ("multirun/3/4/0", 8)]
+    assert sweep.swept == {"rank": [4, 8]}
+
+
+def test_pictures_know_their_step_prompt_and_seed(tmp_path):
+    write_run(tmp_path / "0", {}, seeds=(0, 7))
+    draw(tmp_path / "0/samples/identity/3.png", 8)  # not a validation picture
+    (run,) = read_sweep([tmp_path]).runs
+    told = {(p.step, p.prompt, p.seed) for p in run.pictures}
+    prompts = ("A MINT with a green background", "A MINT, winking")
+    assert told == {(step, prompt, seed) for step in (-1, 2, 4) for prompt in prompts for seed in (0, 7)}
+
+
+def test_half_written_files_are_read_as_far_as_they_go(tmp_path):
+    folders = write_sweep(tmp_path / "sweep", LRS)
+    with (folders[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    (folders[1] / "result.json").write_text('{"stage"')
+    (folders[1] / "metrics.jsonl").write_text('{"ste\n{"step": 2}\n')
+    (folders[2] / ".hydra" / "config.yaml").write_text("lr: [")
+    sweep = read_sweep([tmp_path / "sweep"])
+    assert sweep.runs[0].step == 4
+    assert [run.status for run in sweep.runs if run.folder == folders[1]] == ["unfinished"]
+    assert folders[2] in [run.folder for run in sweep.runs]
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    folder = write_run(tmp_path / "0", {})
+    finish(folder, score=(math.nan, 0, 1), subject=(0.5, math.nan, 0.6))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": math.nan}) + "\n")
+    (run,) = read_sweep([tmp_path]).runs
+    assert list(run.scores) == ["subject"] and run.scores["subject"].low == 0.5
+    assert run.step == 4
+
+
+@pytest.fixture
+def three(tmp_path):
+    return write_sweep(tmp_path / "sweep", LRS)
+
+
+def judged(folders):
+    sweep = read_sweep([folders[0].parent])
+    return verdict(sweep), sweep
+
+
+def test_the_highest_score_wins_and_who_lies_within_its_interval_is_tied(three):
+    for folder, value in zip(three, (0.62, 0.68, 0.1), strict=True):
+        finish(folder, score=(value, value - 0.07, value + 0.05), subject=(1 - value, 0, 1))
+    found, _ = judged(three)
+    assert (found.measure, found.ranking, found.ties) == ("score", (1, 0, 2), (0,))
+    assert found.sentence["en"] == (
+        "lr 0.001 has the highest score: 0.68 (0.61 to 0.73). lr 1e-5 lies within that interval: a tie."
+    )
+    assert "lr 0.001" in found.sentence["ko"] and "0.68" in found.sentence["ko"] and "동점" in found.sentence["ko"]
+
+
+def test_a_clear_winner_is_called_that(three):
+    for folder, value in zip(three, (0.2, 0.68, 0.1), strict=True):
+        finish(folder, score=(value, value - 0.01, value + 0.01))
+    found, _ = judged(three)
+    assert found.ties == () and found.sentence["en"].endswith("No other run comes within that interval.")
+
+
+def test_a_winner_no_better_than_the_base_is_no_gain(three):
+    for folder in three:
+        finish(folder, before=0.5, score=(0.4, 0.3, 0.45))
+    found, _ = judged(three)
+    assert "the base without a LoRA has 0.50" in found.sentence["en"]
+
+
+def test_without_scores_the_validation_loss_decides_and_unfinished_runs_do_not_count(three):
+    for folder, loss in zip(three, (0.3, 0.2, 0.1), strict=True):
+        measure(folder, loss)
+    stop(three[2])
+    found, sweep = judged(three)
+    assert (found.measure, found.ranking) == ("validation_loss", (1, 0))
+    assert validation_loss(sweep.runs[1]) == 0.2
+    assert found.sentence["en"].startswith("lr 0.001 has the lowest validation loss: 0.2000.")
+
+
+def test_without_any_measure_nobody_wins(three):
+    found, _ = judged(three)
+    assert found.ranking == () and "let the pictures decide" in found.sentence["en"]
+    for folder in three:
+        stop(folder)
+    assert judged(three)[0].sentence["en"] == "No run is done yet."
+
+
+@pytest.mark.parametrize(
+    ("swept", "expected"),
+    [
+        ({"lr": [1e-5, 1e-3]}, ("lr", "@prompt")),
+        ({"lr": [1e-5, 1e-3], "rank": [4, 8]}, ("rank", "lr")),
+        ({"lr": [1e-5, 1e-3], "rank": [4, 8], "batch_size": [1, 2]}, ("@run", "@prompt")),
+        ({"lr": [1e-5]}, ("@step", "@prompt")),
+    ],
+)
+def test_the_first_axes_show_what_was_swept(tmp_path, swept, expected):
+    write_sweep(tmp_path / "sweep", swept)
+    assert axes(read_sweep([tmp_path / "sweep"])) == expected
+
+
+def test_numbers_are_written_as_one_types_them():
+    assert [shown(v) for v in (1e-5, 3e-4, 0.03, 1e20, 16, True, "came")] == [
+        "1e-5", "0.0003", "0.03", "1e20", "16", "True", "came",
+    ]  # fmt: skip
