@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 
 from lora_lab import __version__, command_line, config, stopping
+from lora_lab.board.hook import rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, told
 from lora_lab.resume import quoted, resumed
@@ -90,7 +91,10 @@ def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
     finally:
         (sweep / sweeps.STOP).unlink(missing_ok=True)
         sweeps.release(sweep, named or before is not None)
-    return _worst([*_tell(sweep), *exit_codes])
+    codes = _tell(sweep)
+    if page := rewrite_page(sweep):
+        print(f"\ncompare the runs: {_short(page)}", flush=True)
+    return _worst([*codes, *exit_codes])
 
 
 def _tell(sweep: Path) -> list[int]:

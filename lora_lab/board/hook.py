@@ -1,11 +1,7 @@
-"""What a sweep does for its page: after every job, and at its end in the process that started it."""
+"""What a sweep does for its page after every job, and at its end in the process that started it."""
 
 import sys
 from pathlib import Path
-from typing import Any
-
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
 
 from lora_lab.errors import InputError
 
@@ -31,12 +27,3 @@ def rewrite_page(sweep: Path) -> Path | None:
     except Exception as error:
         print(f"lora_lab: the comparison page of {sweep} could not be written ({error!r})", file=sys.stderr)
     return None
-
-
-class SweepPage(Callback):
-    """Named in conf/config.yaml, for Hydra tells nobody else where the sweep's folder is."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        page = rewrite_page(Path(config.hydra.sweep.dir))
-        if page:
-            print(f"\ncompare the runs: {page}", flush=True)
