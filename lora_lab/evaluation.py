@@ -64,8 +64,9 @@ class Questions:
 
     own: list[Asked]  # with the trigger
     others: list[Asked]  # without it
-    texts: list[str]  # the prompts with the class noun in the trigger's place
-    of_text: list[int]  # which of the texts each of `own` is
+    texts: list[str]  # what CLIP reads of all prompts: the class noun in the trigger's place
+    of_own: list[int]  # which of the texts each of `own` is of
+    of_others: list[int]
     patterns: list[re.Pattern]  # of the attributes
 
     @classmethod
@@ -77,8 +78,9 @@ class Questions:
             others=[
                 replace(each, name=f"other-{each.name}") for each in asked_of(others, score.seeds[:1], config.trigger)
             ],
-            texts=[text.replace("{trigger}", noun) for text in score.prompts],
-            of_text=[i for i in range(len(score.prompts)) for _ in score.seeds],
+            texts=[*(text.replace("{trigger}", noun) for text in score.prompts), *others],
+            of_own=[i for i in range(len(score.prompts)) for _ in score.seeds],
+            of_others=[len(score.prompts) + i for i in range(len(others))],
             patterns=[re.compile(pattern) for pattern in score.attributes],
         )
 
@@ -118,17 +120,15 @@ class Evaluation:
         asked = [*self._asks.own, *self._asks.others]
         pictures, files = draw_without(asked, self._config, base, dtype, folder, encoder)
         seen = look(self._config.model, pictures, [], self._device)
-        eye, (own, others) = self._eye, self._parts(self._of_eye(seen))
-        self._others_before = others
-        each_prompt = torch.cat([own[:: len(self._config.score.seeds)], others])
-        contrast = scoring.contrast(self._parts(seen.clip)[0], self._texts, self._asks.of_text)
-        captions = self._captions(pictures[: len(own)])
+        captions = self._captions(pictures[: len(self._asks.own)])
+        eye, (own, self._others_before) = self._eye, self._parts(self._of_eye(seen))
+        contrast, others = self._contrasts(seen)
         self._scale = Scale(
             subject_before=scoring.subject(own, eye.references).mean().item(),
             subject_alike=scoring.alike(eye.references),
             contrast_before=contrast.mean().item(),
             attributes_before=self._read(captions).nanmean().item(),
-            apart=1 - scoring.alike(each_prompt),
+            contrast_others_before=others.mean().item(),
         )
         return self._scored(None, pictures, files, seen, captions)
 
@@ -157,17 +157,18 @@ class Evaluation:
     ) -> Scored:
         eye, asks = self._eye, self._asks
         (own, others), (clip, _) = self._parts(self._of_eye(seen)), self._parts(seen.clip)
+        contrast, contrast_others = self._contrasts(seen)
         numbers = {"subject": scoring.subject(own, eye.references)}
         if self._dino:
             numbers["subject_clip"] = scoring.subject(clip, self._clip.references)
         numbers |= {
-            "prompt": scoring.prompt(clip, self._texts, asks.of_text),
-            "contrast": scoring.contrast(clip, self._texts, asks.of_text),
+            "prompt": scoring.prompt(clip, self._texts, asks.of_own),
+            "contrast": contrast,
             "attributes": self._read(captions),
         }
-        moved = {"leakage": scoring.leakage(others, self._others_before)}
+        moved = {"contrast_others": contrast_others, "leakage": scoring.leakage(others, self._others_before)}
         about_seeds = {
-            "diversity": scoring.diversity(own, asks.of_text),
+            "diversity": scoring.diversity(own, asks.of_own),
             "memorised": scoring.memorised(own, eye.training),
         }
         lines = [
@@ -199,9 +200,14 @@ class Evaluation:
         return torch.tensor([sum(right) / len(right) if right else math.nan for right in read])
 
     def _together(self, means: Mapping[str, Tensor]) -> Tensor:
-        return scoring.combined(
-            *(means[name] for name in ("subject", "contrast", "attributes", "leakage")), self._scale
-        )
+        used = ("subject", "contrast", "attributes", "contrast_others")
+        return scoring.combined(*(means[name] for name in used), self._scale)
+
+    def _contrasts(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Of pictures with the trigger, and of those without."""
+        own, others = self._parts(seen.clip)
+        texts, asks = self._texts, self._asks
+        return scoring.contrast(own, texts, asks.of_own), scoring.contrast(others, texts, asks.of_others)
 
 
 def _rounded(value: float) -> float | None:

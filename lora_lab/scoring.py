@@ -1,5 +1,6 @@
 """How good a LoRA is, read from its pictures: formulas on unit embeddings and on text (docs/scores.md)."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,13 @@ Scores = dict[str, Estimate | None]
 
 @dataclass(frozen=True)
 class Scale:
-    """What the measures are of the base and of the training pictures: where nothing and all that can be is reached."""
+    """What the measures are of the base and of the references: where nothing and where all that can be is reached."""
 
-    subject_before: float  # of the base's pictures of the same prompts
+    subject_before: float  # of the base's pictures of the same prompts, and so on
     subject_alike: float  # of the references with each other
     contrast_before: float
     attributes_before: float  # nan where nothing is asked of the captioner
-    apart: float  # how far the base's pictures of different prompts are from each other
+    contrast_others_before: float
 
 
 def subject(pictures: Tensor, references: Tensor) -> Tensor:
@@ -71,11 +72,6 @@ def leakage(pictures: Tensor, before: Tensor) -> Tensor:
     return 1 - (pictures * before).sum(dim=1)
 
 
-def apart(pictures: Tensor) -> float:
-    """How far pictures (M, D) of different prompts are from each other: the mean of one less the cosine."""
-    return 1 - alike(pictures)
-
-
 def diversity(pictures: Tensor, asked: Sequence[int]) -> Tensor:
     """How much the seed changes (N,): of each picture the mean of one less the cosine to those of its prompt under
     other seeds; nan where there is none (Ruiz et al. 2022, DIV, with an embedding in LPIPS's place)."""
@@ -110,20 +106,21 @@ def attributes(asked: str, caption: str, patterns: Sequence[re.Pattern]) -> list
     return read
 
 
-def combined(subject: Tensor, contrast: Tensor, attributes: Tensor, leakage: Tensor, scale: Scale) -> Tensor:
-    """The one number: the geometric mean of three shares between 0 and 1, the first of which counts twice, since it is
-    what a LoRA is trained for; of numbers of any one shape.
+def combined(subject: Tensor, contrast: Tensor, attributes: Tensor, contrast_others: Tensor, scale: Scale) -> Tensor:
+    """The one number, of numbers of any one shape: (learnt^2 followed)^(1/3), between 0 and 1.
 
     learnt: subject, from the base's to that of the references with each other.
-    followed: the mean of contrast and attributes, each from 0 to the base's; contrast alone where attributes is nan.
-    kept: leakage, from as far as different prompts are apart to 0.
-    A share of 0 makes it 0: nothing makes up for a LoRA that learnt nothing, follows nothing or keeps nothing."""
+    followed: the mean of contrast, attributes and contrast_others, each from 0 to the base's; without attributes that
+    are nan.
+    So it is 0 for a LoRA that learnt nothing and for one that follows nothing; what it learnt counts twice, since it is
+    trained for that, and since one that learnt nothing follows best."""
     learnt = _share(subject - scale.subject_before, scale.subject_alike - scale.subject_before)
-    followed = _share(contrast, scale.contrast_before)
-    read = _share(attributes, scale.attributes_before)
-    followed = torch.where(attributes.isnan(), followed, (followed + read) / 2)
-    kept = _share(scale.apart - leakage, scale.apart)
-    return (learnt**2 * followed * kept) ** (1 / 4)
+    shares = [
+        _share(contrast, scale.contrast_before),
+        _share(attributes, scale.attributes_before),
+        _share(contrast_others, scale.contrast_others_before),
+    ]
+    return (learnt**2 * torch.stack(shares).nanmean(dim=0)) ** (1 / 3)
 
 
 def estimates(
@@ -156,4 +153,4 @@ def _estimate(mean: Tensor, resampled: Tensor) -> Estimate | None:
 
 def _share(part: Tensor, whole: float) -> Tensor:
     """Between 0 and 1; where there is nothing to be had, 0."""
-    return (part / whole).clamp(0, 1) if whole > 0 else torch.zeros_like(part)
+    return (part / whole).clamp(0, 1) if whole > 0 or math.isnan(whole) else torch.zeros_like(part)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,40 +95,35 @@ def test_every_prompt_has_attributes_and_a_perfect_caption_names_them_all(option
         assert any(pattern.search(prompt.casefold()) for prompt in score.prompts) or option == "avatars", pattern
 
 
-SCALE = Scale(subject_before=0.2, subject_alike=0.8, contrast_before=0.4, attributes_before=0.9, apart=0.5)
-
-
-def combined(subject, contrast, attributes, leakage, scale=SCALE):
-    return scoring.combined(*map(torch.tensor, (subject, contrast, attributes, leakage)), scale).item()
-
-
-def test_the_score_is_1_for_the_character_as_in_its_pictures_prompts_as_before_and_nothing_else_moved():
-    assert combined(0.8, 0.4, 0.9, 0.0) == pytest.approx(1)
-    assert combined(0.8, 0.4, math.nan, 0.0) == pytest.approx(1)
-    assert combined(0.9, 0.7, 1.0, -0.1) == pytest.approx(1), "better than all that can be is no better"
-
-
-@pytest.mark.parametrize(
-    "nothing",
-    [
-        (0.2, 0.4, 0.9, 0.0),
-        (0.1, 0.4, 0.9, 0.0),
-        (0.8, 0.0, 0.0, 0.0),
-        (0.8, -0.1, math.nan, 0.0),
-        (0.8, 0.4, 0.9, 0.5),
-    ],
+SCALE = Scale(
+    subject_before=0.2, subject_alike=0.8, contrast_before=0.4, attributes_before=0.9, contrast_others_before=0.5
 )
-def test_the_score_is_0_where_nothing_was_learnt_is_followed_or_is_kept(nothing):
+NO_ATTRIBUTES = replace(SCALE, attributes_before=math.nan)
+
+
+def combined(subject, contrast, attributes, others, scale=SCALE):
+    return scoring.combined(*map(torch.tensor, (subject, contrast, attributes, others)), scale).item()
+
+
+def test_the_score_is_1_for_the_character_as_in_its_pictures_and_every_prompt_followed_as_before():
+    assert combined(0.8, 0.4, 0.9, 0.5) == pytest.approx(1)
+    assert combined(0.8, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
+    assert combined(0.9, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
+
+
+@pytest.mark.parametrize("nothing", [(0.2, 0.4, 0.9, 0.5), (0.1, 0.4, 0.9, 0.5), (0.8, 0.0, 0.0, -0.1)])
+def test_the_score_is_0_where_nothing_was_learnt_or_is_followed(nothing):
     assert combined(*nothing) == pytest.approx(0)
 
 
-def test_the_score_is_the_geometric_mean_of_its_shares():
-    assert combined(0.5, 0.4, 0.45, 0.25) == pytest.approx((0.5**2 * 0.75 * 0.5) ** (1 / 4))
+def test_the_score_weighs_its_shares_as_the_page_says():
+    assert combined(0.5, 0.4, 0.45, 0.25) == pytest.approx((0.5**2 * (1 + 0.5 + 0.5) / 3) ** (1 / 3))
+    assert combined(0.5, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5**2 * (1 + 0.5) / 2) ** (1 / 3))
 
 
 def test_each_share_alone_raises_the_score():
     middle = (0.5, 0.2, 0.5, 0.25)
-    for i, better in enumerate((0.6, 0.3, 0.6, 0.1)):
+    for i, better in enumerate((0.6, 0.3, 0.6, 0.3)):
         assert combined(*middle[:i], better, *middle[i + 1 :]) > combined(*middle)
 
 
