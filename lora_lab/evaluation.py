@@ -231,7 +231,7 @@ def table(scored: Sequence[Scored]) -> str:
     rows = [["", "score", "95 % of resamplings", *names[1:]]]
     for each in sorted(scored, key=lambda each: -each.scores["score"].value):
         score = each.scores["score"]
-        others = [f"{each.scores[name].value:.2f}" if each.scores[name] else "-" for name in names[1:]]
+        others = [f"{round(each.scores[name].value, 2) + 0:.2f}" if each.scores[name] else "-" for name in names[1:]]
         rows.append([each.name, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}", *others])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
