@@ -55,7 +55,8 @@ def main() -> int:
             overrides = [
                 "stage=train", "experiment=sdxl", f"model.base={base}", "model.vae=null", f"dataset.root={pictures}",
                 f"model.resolution={side}", f"memory={memory}", f"batch_size={batch}", "tracker=off",
-                "sampler.steps=1", "stage.prompts=['A {trigger}']", f"cache={out / 'cache'}", *asked.also,
+                "sampler.steps=1", "stage.prompts=['A {trigger}']", "model.judge=null", f"cache={out / 'cache'}",
+                *asked.also,
             ]  # fmt: skip
             folder = out / "runs" / f"{memory}-{batch}"
             rows.append(measure(folder, overrides, asked.steps, flops * batch, peak))

@@ -231,8 +231,8 @@ def refuse_missing(run: schema.Config) -> None:
     stage = run.stage
     draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
     if not isinstance(stage, (schema.Img2img, schema.Convert, schema.Compare)):
-        trains = isinstance(stage, schema.Train)
-        for root in [f.root for f in run.dataset.folders] if trains else [run.dataset.folder]:
+        several = isinstance(stage, (schema.Train, schema.Evaluate))
+        for root in [f.root for f in run.dataset.folders] if several else [run.dataset.folder]:
             locate_folder("dataset.root", root)
     if isinstance(stage, schema.Compare):
         for folder in stage.folders:
@@ -241,8 +241,10 @@ def refuse_missing(run: schema.Config) -> None:
         photo = stage.photo if isinstance(stage, schema.Img2img) else stage.img2img.photo
         for item in photo if isinstance(photo, list) else [photo]:
             locate_folder("stage.photo", str(item))
-    if draws or isinstance(stage, schema.Train):
+    if draws or isinstance(stage, (schema.Train, schema.Evaluate)):
         locate_model("model.base", run.model.base)
+    if isinstance(stage, (schema.Train, schema.Pipeline, schema.Evaluate)):
+        _refuse_missing_judges(run)
     trains = stage.train if isinstance(stage, schema.Pipeline) else stage
     if isinstance(trains, schema.Train) and trains.validation_root:
         locate_folder("stage.validation_root", trains.validation_root)
@@ -251,6 +253,18 @@ def refuse_missing(run: schema.Config) -> None:
     if isinstance(trains, schema.Train) and run.prior.root is not None:
         locate_folder("prior.root", run.prior.root)
     if isinstance(stage, (schema.Caption, schema.Pipeline)):
+        locate_model("captioner.base", run.captioner.base)
+
+
+def _refuse_missing_judges(run: schema.Config) -> None:
+    if run.model.judge is None:
+        return
+    locate_model("model.judge", run.model.judge)
+    if run.model.dino is not None:
+        locate_model("model.dino", run.model.dino)
+    if run.score.held_out is not None:
+        locate_folder("score.held_out", run.score.held_out)
+    if run.score.attributes:
         locate_model("captioner.base", run.captioner.base)
 
 

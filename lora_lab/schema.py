@@ -1,6 +1,7 @@
 """The shape of a run: every key of conf/, its type and its bounds."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Model:
     vae: str | None
     config: str | None
     judge: str | None
+    dino: str | None
     resolution: int
     bucket_step: int
     strength: float
@@ -321,6 +323,33 @@ class Memory:
 
 
 @dataclass
+class Score:
+    prompts: list[str]
+    other_prompts: list[str]
+    seeds: list[int]
+    attributes: list[str]
+    held_out: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "other_prompts", "seeds"):
+            if not getattr(self, key):
+                raise InputError(f"score.{key}=[]: name at least one")
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise InputError(f"score.{key}: each is drawn once, take out what is there twice")
+        for text in self.prompts:
+            if "{trigger}" not in text:
+                raise InputError(f"score.prompts: {text!r} is without the character, say {{trigger}} where it stands")
+        for text in self.other_prompts:
+            if "{trigger}" in text:
+                raise InputError(f"score.other_prompts: {text!r} has the trigger, these are prompts of others")
+        for pattern in self.attributes:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"score.attributes: {pattern!r} is no regular expression ({error})") from error
+
+
+@dataclass
 class Tracker:
     kind: str
     project: str | None
@@ -419,6 +448,11 @@ class Img2img(Stage):
 
 
 @dataclass
+class Evaluate(Stage):
+    pass
+
+
+@dataclass
 class Compare(Stage):
     folder: Any  # a folder, or a list of folders; OmegaConf has no union of str and list
 
@@ -456,15 +490,17 @@ class Config:
     prior: Prior
     sampler: Sampler
     memory: Memory
+    score: Score
     tracker: Tracker
     trigger: str = MISSING
+    class_noun: str = MISSING
     name: str = MISSING
     lr: float = MISSING
     rank: int = MISSING
     steps: int = MISSING
     batch_size: int = MISSING
     seed: int = MISSING
-    lora: str | None = None
+    lora: Any = None  # a name, or for stage=evaluate a list of them
     resume: str | None = None
     publish: bool | None = None
     cache: str | None = None
@@ -478,6 +514,11 @@ class Config:
             raise InputError(f"lr={self.lr}: the learning rate is a number above 0")
         if not self.trigger.strip() or self.trigger != " ".join(self.trigger.split()):
             raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
+        if self.trigger in self.class_noun or not self.class_noun.strip():
+            raise InputError(
+                f"class_noun={self.class_noun!r}: say what others of the kind of {self.trigger} are called, such as "
+                "character"
+            )
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
         if self.schedule.warmup_steps(self.steps) >= self.steps:
@@ -503,6 +544,7 @@ STAGES: dict[str, type[Stage]] = {
     "convert": Convert,
     "train": Train,
     "img2img": Img2img,
+    "evaluate": Evaluate,
     "compare": Compare,
     "pipeline": Pipeline,
 }

@@ -1,37 +1,156 @@
-"""How good a LoRA is, read from its pictures."""
+"""How good a LoRA is, read from its pictures: formulas on unit embeddings and on text (docs/scores.md)."""
 
-from pathlib import Path
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
 
-# Identity is measured on these prompts: no background is one that the bundled character was seen with, and most
-# accessories are new to it. A set of other prompts gives other figures, so it is part of the measure.
-IDENTITY_PROMPTS = (
-    "A {trigger} with a green background, wearing sunglasses, smiling",
-    "A {trigger} with an orange background, wearing a yellow crown, winking with its left eye",
-    "A {trigger} with a pink background, wearing a blue shirt, with long black hair, smiling",
-    "A {trigger} with a blue background, raising both hands, with its eyes closed",
-    "A {trigger} with a white background, wearing round glasses, smiling",
-    "A {trigger} with a red background, wearing a white beanie, smiling",
-    "A {trigger} with a teal background, with a moustache, smiling",
-    "A {trigger} with a beige background, wearing a red bow, smiling",
-)
+LOWER_IS_BETTER = ("leakage", "memorised")
+UNDIRECTED = ("diversity",)  # neither: of a character that is well learnt less changes than of none; of all others more
+RESAMPLES = 1000  # of the bootstrap; its seed is fixed, so that the same pictures give the same interval
 
 
-def identity(pictures: Tensor, references: Tensor) -> float:
-    """How much the pictures look like the character: the mean over pictures of the largest cosine to a reference.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pictures, and between which two numbers 95 of 100 resamplings of these pictures have it."""
 
-    pictures (N, D) and references (M, D) are unit vectors; the result lies in [-1, 1]."""
-    return (pictures @ references.T).amax(dim=1).mean().item()
+    value: float
+    low: float
+    high: float
 
 
-@torch.inference_mode()
-def embed_pictures(judge: Path, pictures: list[Image.Image]) -> Tensor:
-    """CLIP's unit image embeddings (N, D), float32, on the CPU."""
-    model = CLIPModel.from_pretrained(judge, dtype=torch.float32).eval()
-    processor = CLIPProcessor.from_pretrained(judge)
-    features = model.get_image_features(**processor(images=pictures, return_tensors="pt")).pooler_output
-    return torch.nn.functional.normalize(features, dim=-1)
+Scores = dict[str, Estimate | None]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the measures are of the base and of the references: where nothing and where all that can be is reached."""
+
+    subject_before: float  # of the base's pictures of the same prompts, and so on
+    subject_alike: float  # of the references with each other
+    contrast_before: float
+    attributes_before: float  # nan where nothing is asked of the captioner
+    contrast_others_before: float
+
+
+def subject(pictures: Tensor, references: Tensor) -> Tensor:
+    """Subject fidelity (N,): of each picture the mean cosine to the references (Ruiz et al. 2022, DINO and CLIP-I).
+
+    pictures (N, D) and references (M, D) are unit vectors."""
+    return (pictures @ references.T).mean(dim=1)
+
+
+def alike(references: Tensor) -> float:
+    """How alike references (M, D) are: the mean cosine of two different ones; 1 where there is only one."""
+    count = len(references)
+    cosines = references @ references.T
+    return 1.0 if count < 2 else ((cosines.sum() - cosines.trace()) / (count * (count - 1))).item()
+
+
+def prompt(pictures: Tensor, texts: Tensor, asked: Sequence[int]) -> Tensor:
+    """Prompt fidelity (N,): the cosine of picture i and text asked[i] (CLIP-T; Hessel et al. 2021, CLIPScore).
+
+    pictures (N, D) and texts (T, D) are unit vectors."""
+    return (pictures * texts[list(asked)]).sum(dim=1)
+
+
+def contrast(pictures: Tensor, texts: Tensor, asked: Sequence[int]) -> Tensor:
+    """How much better a picture fits its text than the other texts (N,): its cosine less their mean cosine.
+
+    What every picture has in common with every text falls out: a subject that CLIP does not know, or its own scale."""
+    cosines = pictures @ texts.T
+    own = cosines.gather(1, torch.tensor(list(asked))[:, None])[:, 0]
+    return own - (cosines.sum(dim=1) - own) / max(texts.shape[0] - 1, 1)
+
+
+def leakage(pictures: Tensor, before: Tensor) -> Tensor:
+    """How far pictures of prompts without the trigger moved (M,): one less the cosine to the base's picture of the same
+    prompt and seed. Both are unit vectors (M, D)."""
+    return 1 - (pictures * before).sum(dim=1)
+
+
+def diversity(pictures: Tensor, asked: Sequence[int]) -> Tensor:
+    """How much the seed changes (N,): of each picture the mean of one less the cosine to those of its prompt under
+    other seeds; nan where there is none (Ruiz et al. 2022, DIV, with an embedding in LPIPS's place)."""
+    groups = torch.tensor(list(asked))
+    same = (groups[:, None] == groups[None]) & ~torch.eye(len(groups), dtype=torch.bool)
+    return ((1 - pictures @ pictures.T) * same).sum(dim=1) / same.sum(dim=1)  # 0 / 0 is nan
+
+
+def memorised(pictures: Tensor, training: Tensor) -> Tensor:
+    """Whether a picture is the copy of a single training picture (N,), 0 or 1: it is nearer to that one than any other
+    training picture is (Alaa et al. 2022, authenticity). pictures (N, D) and training (M, D) are unit vectors; with
+    one training picture nothing can be said, nan."""
+    if len(training) < 2:
+        return torch.full((len(pictures),), torch.nan)
+    cosine, nearest = (pictures @ training.T).max(dim=1)
+    among = (training @ training.T).fill_diagonal_(-1).amax(dim=1)
+    return (cosine > among[nearest]).float()
+
+
+def attributes(asked: str, caption: str, patterns: Sequence[re.Pattern]) -> list[bool]:
+    """Whether the caption has what the prompt asked for, one for each of `patterns` that occurs in the prompt: it must
+    occur in the caption too, and if it has groups, with the same words in them.
+
+    >>> patterns = [re.compile(r"(\\w+) background"), re.compile("bicycle|bike"), re.compile("hat")]
+    >>> attributes("a cat on a bicycle with a red background", "a bike, with a blue background", patterns)
+    [False, True]
+    """
+    read = []
+    for pattern in patterns:
+        if found := pattern.search(asked.casefold()):
+            read.append(any(other.groups() == found.groups() for other in pattern.finditer(caption.casefold())))
+    return read
+
+
+def combined(subject: Tensor, contrast: Tensor, attributes: Tensor, contrast_others: Tensor, scale: Scale) -> Tensor:
+    """The one number, of numbers of any one shape: (learnt^2 followed)^(1/3), between 0 and 1.
+
+    learnt: subject, from the base's to that of the references with each other.
+    followed: the mean of contrast, attributes and contrast_others, each from 0 to the base's; without attributes that
+    are nan.
+    So it is 0 for a LoRA that learnt nothing and for one that follows nothing; what it learnt counts twice, since it is
+    trained for that, and since one that learnt nothing follows best."""
+    learnt = _share(subject - scale.subject_before, scale.subject_alike - scale.subject_before)
+    shares = [
+        _share(contrast, scale.contrast_before),
+        _share(attributes, scale.attributes_before),
+        _share(contrast_others, scale.contrast_others_before),
+    ]
+    return (learnt**2 * torch.stack(shares).nanmean(dim=0)) ** (1 / 3)
+
+
+def estimates(
+    groups: Sequence[Mapping[str, Tensor]], together: Callable[[Mapping[str, Tensor]], Tensor]
+) -> dict[str, Estimate | None]:
+    """Of every measure the mean and its bootstrap interval (Efron 1979, percentiles), and first, as score, of what
+    `together` makes of the means.
+
+    A group has its measures' numbers (N,) of the same pictures, which are drawn together, with replacement. A number
+    that is nan is left out; a measure of nothing else is None."""
+    generator = torch.Generator().manual_seed(0)
+    means, resampled = {}, {}
+    for group in groups:
+        count = len(next(iter(group.values())))
+        index = torch.randint(count, (RESAMPLES, count), generator=generator)
+        for name, numbers in group.items():
+            means[name] = numbers.double().nanmean()
+            resampled[name] = numbers.double()[index].nanmean(dim=1)
+    means = {"score": together(means), **means}
+    resampled = {"score": together(resampled), **resampled}
+    return {name: _estimate(mean, resampled[name]) for name, mean in means.items()}
+
+
+def _estimate(mean: Tensor, resampled: Tensor) -> Estimate | None:
+    if mean.isnan():
+        return None
+    low, high = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype))
+    return Estimate(*(round(number.item(), 4) for number in (mean, low, high)))
+
+
+def _share(part: Tensor, whole: float) -> Tensor:
+    """Between 0 and 1; where there is nothing to be had, 0."""
+    return (part / whole).clamp(0, 1) if whole > 0 or math.isnan(whole) else torch.zeros_like(part)

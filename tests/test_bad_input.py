@@ -57,8 +57,8 @@ def nothing_loads(monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("a model was loaded before the input was refused")
 
-    for module in ("train", "img2img"):
-        monkeypatch.setattr(f"lora_lab.stages.{module}.load_base", load)
+    for place in ("stages.train.load_base", "stages.train.Evaluation", "draw.load_base"):
+        monkeypatch.setattr(f"lora_lab.{place}", load)
     for module in ("caption", "img2img"):
         monkeypatch.setattr(f"lora_lab.stages.{module}.load_captioner", load)
 

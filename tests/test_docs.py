@@ -77,6 +77,14 @@ def test_every_key_of_a_group_is_explained_in_the_page_on_training(group, keys):
         assert f"\n| `{group}.{key}` | " in said, key
 
 
+def test_every_key_of_scores_is_explained_in_their_page():
+    said = (HOME / "docs" / "scores.md").read_text(encoding="utf-8")
+    for key in schema.Score.__dataclass_fields__:
+        assert f"\n| `score.{key}` | " in said, key
+    for key in ("class_noun", "model.judge", "model.dino"):
+        assert f"\n| `{key}` | " in said, key
+
+
 def test_the_changelog_has_this_version():
     assert f"\n## [{lora_lab.__version__}]" in (HOME / "CHANGELOG.md").read_text(encoding="utf-8")
 

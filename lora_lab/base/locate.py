@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_lab import demo
 from lora_lab.errors import InputError
+from lora_lab.runs import hash_files
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -29,6 +30,11 @@ def locate_model(key: str, value: str) -> str:
     if HUB_ID.fullmatch(value) and not value.endswith((".safetensors", ".ckpt")) and not value.startswith((".", "/")):
         return value
     raise InputError(f"{key}={value}: no such file or folder, and not a hub id like owner/name{_nearest(Path(value))}")
+
+
+def hash_model(location: str) -> str:
+    """What tells a model of `locate_model` from others: its files, of the hub the id."""
+    return hash_files(Path(location)) if Path(location).exists() else f"hub:{location}"
 
 
 def _nearest(path: Path) -> str:

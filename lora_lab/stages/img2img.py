@@ -1,23 +1,21 @@
 """Turn photos into the character: photo -> caption -> refined caption with the trigger -> img2img with the LoRA."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
-from safetensors import safe_open
 
-from lora_lab.adapters.tokens import tokens_of
-from lora_lab.adapters.wear import find_lora, worn
+from lora_lab.adapters.given import given_lora, what_it_predicts
+from lora_lab.adapters.wear import worn
 from lora_lab.base import stored
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
-from lora_lab.base.load import load_base, pick_device, tile_vae
+from lora_lab.base.load import pick_device
 from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.base.prediction import refuse_unfit, settle
+from lora_lab.base.prediction import refuse_unfit
 from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
+from lora_lab.draw import base_to_draw
 from lora_lab.errors import InputError
 from lora_lab.generate import Request, check_strength, generate
 from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
@@ -25,7 +23,7 @@ from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, save_picture, write_atomically, write_manifest, write_text
-from lora_lab.schema import Config, Loss
+from lora_lab.schema import Config
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     opened = [open_picture(path) for path in paths]
     photos = [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
     lora = _lora(config)
-    loss = _loss(config, lora)
+    loss = what_it_predicts(config, lora)
     refuse_unfit(model.base, loss)
     device = pick_device(config.device)
     stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
@@ -71,19 +69,11 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     names = _names(paths)
     asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
-    offload = config.memory.offload
-    pipe = load_base(model, device, waiting=offload)
-    if config.memory.vae_tiling:
-        tile_vae(pipe.vae, model.resolution // 2)
-    settle(pipe, loss)
-    stored.store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, device)
-    if offload:
-        pipe.unet.to("cpu")  # until its turn
-    encoder = Encoder(pipe, device, Cache(None), offload)  # a few prompts are encoded sooner than looked up
+    encoder = base_to_draw(config, loss, device)
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []
-    with worn(pipe, lora, stage.lora_weight, config.sampler.fuse):
-        for (i, seed), picture in zip(asked, generate(pipe, requests, config.sampler, encoder), strict=True):
+    with worn(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
+        for (i, seed), picture in zip(asked, generate(encoder.pipe, requests, config.sampler, encoder), strict=True):
             file = folder / f"{names[i]}-s{seed}.png"  # saved at once: Ctrl-C loses only what is not drawn yet
             notes = {"prompt": prompts[i], "seed": seed, "strength": stage.strength, "lora": lora and lora.name}
             save_picture(file, picture, notes)
@@ -111,39 +101,14 @@ def find_photos(value: object) -> list[Path]:
 
 
 def _lora(config: Config) -> Path | None:
-    """The file to wear. A trigger it was not trained on would draw anything but the character, so that is refused."""
+    """The file to wear. A prompt of one's own need not have the trigger."""
     if not config.stage.lora_weight:
         return None
     if config.lora is None:
         raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
-    lora = find_lora(config.lora)
-    tokens_of(lora)  # refuses a file without the embeddings that it needs
-    trigger = _notes(lora).get("modelspec.trigger_phrase")
-    if trigger and trigger != config.trigger and not config.stage.prompt:
-        raise InputError(
-            f"{lora.name} was trained on the trigger {trigger}, not {config.trigger}: say trigger={trigger}"
-        )
-    return lora
-
-
-def _loss(config: Config, lora: Path | None) -> Loss:
-    """What training said of this very base holds for drawing on it, where the command line leaves it open."""
-    notes, loss = _notes(lora) if lora else {}, config.loss
-    if notes.get("ss_sd_model_name") != config.model.base or "ss_zero_terminal_snr" not in notes:
-        return loss
-    velocity, zero = notes.get("modelspec.prediction_type") == "v", notes["ss_zero_terminal_snr"] == "True"
-    if loss.prediction == "auto":
-        loss = replace(loss, prediction="v_prediction" if velocity else "epsilon")
-    return replace(loss, zero_terminal_snr=zero) if loss.zero_terminal_snr is None else loss
-
-
-def _notes(lora: Path) -> dict[str, str]:
-    """The file's metadata."""
-    try:
-        with safe_open(str(lora), "pt") as file:
-            return file.metadata() or {}
-    except Exception as error:
-        raise InputError(f"{lora}: is not a readable .safetensors file ({error})") from error
+    if isinstance(config.lora, list):
+        raise InputError(f"lora={config.lora}: pictures are drawn with one LoRA, name that")
+    return given_lora(str(config.lora), None if config.stage.prompt else config.trigger)
 
 
 def _captions(pictures: list[Image.Image], config: Config, device: str) -> list[str]:

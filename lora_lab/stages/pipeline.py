@@ -13,6 +13,7 @@ from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, write_atomically
 from lora_lab.schema import Caption, Check, Config, Refine, Stage
+from lora_lab.scoring import Scores
 from lora_lab.training.state import checkpoints
 
 
@@ -26,8 +27,8 @@ class PipelineResult:
     steps: int
     seconds: float
     loss: float
-    identity_before: float | None
-    identity: float | None
+    scores_before: Scores | None
+    scores: Scores | None
     overview: str  # photo | caption | without the LoRA | with it
     dataset: str  # the captioned copy
 
@@ -61,7 +62,7 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     after = do("img2img", drawing, folder / "img2img" / "after", lora=trained.lora)
     overview = draw_overview(before.pictures, after.pictures, folder / "overview.png")
     base = "" if config.model.name == "tiny" else f"model={config.model.name} "
-    score = "" if trained.identity is None else f" (identity {trained.identity_before:.2f} -> {trained.identity:.2f})"
+    score = f" (score {trained.scores['score'].value:.2f})" if trained.scores else ""
     say(f"\n{config.trigger} was learnt in {trained.steps} steps{score}: {trained.lora}")
     say(f"look at {overview}: photo, caption, without the LoRA, with it")
     lora = config.name if trained.model else folder
@@ -75,8 +76,8 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
         steps=trained.steps,
         seconds=round(time.perf_counter() - began, 1),
         loss=trained.loss,
-        identity_before=trained.identity_before,
-        identity=trained.identity,
+        scores_before=trained.scores_before,
+        scores=trained.scores,
         overview=str(overview),
         dataset=str(copy),
     )

@@ -17,8 +17,10 @@ from lora_lab.base.prediction import settle
 from lora_lab.base.stored import store
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
+from lora_lab.evaluation import Evaluation, numbers, table, write_lines
 from lora_lab.runs import refuse_used, write_manifest
 from lora_lab.schema import Config
+from lora_lab.scoring import Scores
 from lora_lab.track import Track, tracking
 from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
 from lora_lab.training.keep import Keep, publish
@@ -48,8 +50,8 @@ class TrainResult:
     seconds: float  # wall time of this process, loading and drawing included
     loss: float  # mean of the last 50 steps
     validation_loss: float | None  # of the finished LoRA; None without stage.validation_loss_every
-    identity_before: float | None  # what scoring.identity gives without the LoRA; None without model.judge
-    identity: float | None
+    scores_before: Scores | None  # of the base without the LoRA; None without model.judge
+    scores: Scores | None  # docs/scores.md
     samples: dict[str, list[str]]  # step to its validation pictures
 
 
@@ -69,6 +71,8 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
     """What was planned, `began` being when the process's clock showed the start of it."""
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
+    references = [fitted.picture for fitted in plan.pictures]
+    evaluation = Evaluation(config, plan.device, references, plan.compared) if config.model.judge else None
     pipe = load_base(config.model, plan.device, waiting=True)  # each part has its turn, and then the UNet stays
     if config.memory.vae_tiling:
         tile_vae(pipe.vae, config.model.resolution // 2)
@@ -82,11 +86,11 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
     store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
     prior = prior_data(config, plan, data, encoder)
-    references = [fitted.picture for fitted in plan.pictures]
     if config.text.learns:  # then what a text is changes with every step
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
     look = Look(encoder, config, folder)
-    identity_before = look.identity(None, references)
+    look.base(plan.hashes["base"], plan.dtype)
+    before = evaluation and evaluation.begin(encoder, plan.hashes["base"], plan.dtype, folder)
     asked = objective(config.loss, pipe.scheduler.config)
     job = start_job(pipe.unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter))
     done = load_checkpoint(plan.goes_on, job) if plan.goes_on else 0
@@ -100,21 +104,24 @@ def carried_out(plan: Plan, config: Config, folder: Path, began: float) -> Train
     tracker = tracking(folder=folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker))
     with tracker as track:
         lora = learn(job, data, prior, measured, done, Keep(job, config, plan, folder), look, track)
-        identity = look.identity(lora, references)
-        if identity is not None:
-            track.numbers(config.steps, {"score/identity": identity, "score/identity_before": identity_before})
+        published = None if config.publish is False else str(publish(lora, config.name))
+        scored = evaluation and evaluation.score(lora, folder / "samples" / "score", encoder)
+        if scored:
+            write_lines(folder, [before, scored])
+            say(table([before, scored]))
+            track.numbers(config.steps, numbers(scored.scores))
     return TrainResult(
         stage="train",
         name=config.name,
         trigger=config.trigger,
         lora=str(lora),
-        model=None if config.publish is False else str(publish(lora, config.name)),
+        model=published,
         steps=config.steps,
         seconds=round(time.perf_counter() - began, 1),
         loss=statistics.mean(line["loss"] for line in read_metrics(folder / "metrics.jsonl")[-50:]),
         validation_loss=read_metrics(folder / VALIDATION)[-1]["loss"] if config.stage.validation_loss_every else None,
-        identity_before=identity_before,
-        identity=identity,
+        scores_before=before and before.scores,
+        scores=scored and scored.scores,
         samples=look.samples(),
     )
 

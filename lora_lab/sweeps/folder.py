@@ -124,9 +124,7 @@ def result_of(job: Path) -> dict | None:
 
 def score_of(result: dict) -> float | None:
     """The one number of a run, the higher the better; None where nothing was measured."""
-    if result.get("scores"):
-        return result["scores"]["score"]["value"]
-    return result.get("identity")
+    return result["scores"]["score"]["value"] if result.get("scores") else None
 
 
 def has_jobs(sweep: Path) -> bool:

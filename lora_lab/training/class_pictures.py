@@ -11,6 +11,7 @@ from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.console import say
 from lora_lab.dataset import Sample, read_dataset
+from lora_lab.draw import key_of_base, side_of
 from lora_lab.errors import InputError
 from lora_lab.generate import Request, generate
 from lora_lab.images.scan import find_pictures
@@ -71,15 +72,9 @@ def _drawn_folder(config: Config, folder: Path, base: str, dtype: torch.dtype) -
     """Where the base's class pictures lie: a name of all that decides what they show, so that runs find each other's.
 
     Their number is no part of it: asking for more adds to them. Without a cache they lie in the run `folder`."""
-    model, loss, prior = config.model, config.loss, config.prior
-    of_base = (base, model.vae, model.config, model.variant, dtype, loss.prediction, loss.zero_terminal_snr)
-    key = key_of("class pictures", *of_base, vars(config.sampler), prior.prompt, prior.seed, _side(config))
+    prior = config.prior
+    key = key_of("class pictures", key_of_base(config, base, dtype), prior.prompt, prior.seed, side_of(config))
     return (folder if config.cache is None else Path(config.cache)) / "class" / key
-
-
-def _side(config: Config) -> int:
-    """Of a drawn picture, in pixels: that of the square bucket."""
-    return config.model.resolution // config.model.bucket_step * config.model.bucket_step
 
 
 def hash_of(samples: Sequence[Sample], config: Config) -> str:
@@ -95,7 +90,7 @@ def draw_missing(samples: Sequence[Sample], config: Config, encoder: Encoder) ->
 
     Each is saved as it is done, so whoever stops it loses the one being drawn; two runs that draw the same write the
     same."""
-    missing, side = [s for s in samples if not s.path.is_file()], _side(config)
+    missing, side = [s for s in samples if not s.path.is_file()], side_of(config)
     if not missing:
         return
     requests = [

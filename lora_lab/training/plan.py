@@ -9,16 +9,18 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from peft import PeftConfig
+from PIL import Image
 
 from lora_lab.adapters import fresh
 from lora_lab.adapters.tokens import beside, tokens_of
 from lora_lab.adapters.wear import MODELS, find_lora
 from lora_lab.base import stored
 from lora_lab.base.load import pick_device, pick_dtype
-from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.base.prediction import refuse_unfit
 from lora_lab.dataset import Sample, read_dataset, read_folders
 from lora_lab.errors import InputError
+from lora_lab.evaluation import held_out_pictures, refuse_unfit_judges
 from lora_lab.images.buckets import Fitted
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
@@ -42,6 +44,7 @@ class Plan:
     elementwise: bool  # whether that may be given all that learns as one tensor
     held_out: list[Sample]  # of stage.validation_root; [] without one
     held_out_pictures: list[Fitted]  # of those, in their order
+    compared: list[Image.Image]  # that scores compare with in place of the training pictures; [] if none are held out
     class_samples: list[Sample]  # of the prior; [] without class pictures
     class_pictures: list[Fitted]  # of those that are on disk, in their order; prior=generated draws the others
     adapter: PeftConfig
@@ -63,7 +66,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
     check_trigger(texts, config.trigger)
     device = pick_device(config.device)
     hashes = {
-        "base": hash_files(Path(base)) if Path(base).exists() else f"hub:{base}",
+        "base": hash_model(base),
         "dataset": hash_files(*(s.path for s in samples)),
         "captions": hash_text("\n".join("\t".join([s.name, *s.captions]) for s in samples)),
     }
@@ -93,17 +96,20 @@ def make_plan(config: Config, folder: Path) -> Plan:
         refuse_other_recipe(goes_on, recipe)
     if held_out:  # not in the recipe: what is measured decides nothing
         hashes["validation"] = hash_files(*(s.path for s in held_out))
+    refuse_unfit_judges(config)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
     resolution, step = config.model.resolution, config.model.bucket_step
     pictures = fit_pictures(samples, resolution, step, masks)
+    measured = fit_pictures(held_out, resolution, step, None)
     return Plan(
         samples=samples,
         pictures=pictures,
         crops=crop_pictures(samples, pictures, masks, dataset.crops if dataset.random_crop else 1),
         texts=texts,
         held_out=held_out,
-        held_out_pictures=fit_pictures(held_out, resolution, step, None),
+        held_out_pictures=measured,
+        compared=held_out_pictures(config) or [fitted.picture for fitted in measured],
         class_samples=of_class,
         class_pictures=fit_pictures([s for s in of_class if s.path.is_file()], resolution, step, None),
         make_optimizer=make_optimizer,

@@ -83,7 +83,7 @@ def test_runs_of_different_days_differ_by_what_only_one_of_them_names(tmp_path):
 
 def test_pictures_know_their_step_prompt_and_seed(tmp_path):
     write_run(tmp_path / "0", {}, seeds=(0, 7))
-    draw(tmp_path / "0/samples/identity/3.png", 8)  # not a validation picture
+    draw(tmp_path / "0/samples/score/3.png", 8)  # not a validation picture
     (run,) = read_sweep([tmp_path]).runs
     told = {(p.step, p.prompt, p.seed) for p in run.pictures}
     prompts = ("A MINT with a green background", "A MINT, winking")

@@ -234,7 +234,8 @@ def test_a_single_checkpoint_file_is_the_same_base(place, measured):
 
 
 def composed(place: Place, *overrides: str) -> Config:
-    common = ["experiment=sdxl", f"model.base={place.base}", "model.vae=null", "model.variant=null", "tracker=off"]
+    common = ["experiment=sdxl", f"model.base={place.base}", "model.vae=null", "model.variant=null"]
+    common += ["model.judge=null", "tracker=off"]
     dry = ["model.resolution=128", "device=cpu", "model.precision=bf16"] if DRY else []
     return compose(*common, f"dataset.root={place.pictures}", "sampler.steps=4", *dry, *overrides)
 

@@ -5,9 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_runs import inside, train
 
+from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.base.load import load_base
+from lora_lab.config import compose
 from lora_lab.demo import TOFU
 
 
@@ -42,6 +47,17 @@ def three_steps(tmp_path_factory, pictures):
     with inside(tmp_path_factory.mktemp("three_steps"), pictures) as folder:
         train("run", "steps=3")
     return load_file(folder / "run/lora/HANA_TOFU.safetensors")
+
+
+@pytest.fixture(scope="session")
+def made_lora(tmp_path_factory):
+    """A LoRA that does something: random matrices in a file of the program's own."""
+    unet = load_base(compose().model, torch.device("cpu")).unet
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("lora")
+    notes = {"modelspec.trigger_phrase": "HANA_TOFU"}
+    return save_lora(folder / "made.safetensors", kohya_state({"unet": unet}), torch.float32, notes)
 
 
 @pytest.fixture

@@ -20,25 +20,8 @@ def draw(folder: Path, *overrides: str):
     return run(compose(*FAST, *overrides), folder)
 
 
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    """A LoRA that does something: random matrices in a file of the program's own."""
-    import torch
-    from peft import LoraConfig
-
-    from lora_lab.adapters.files import kohya_state, save_lora
-    from lora_lab.base.load import load_base
-
-    unet = load_base(compose().model, torch.device("cpu")).unet
-    torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    folder = tmp_path_factory.mktemp("lora")
-    notes = {"modelspec.trigger_phrase": "HANA_TOFU"}
-    return save_lora(folder / "made.safetensors", kohya_state({"unet": unet}), torch.float32, notes)
-
-
-def test_a_photo_is_captioned_refined_and_drawn(tmp_path, lora):
-    result = draw(tmp_path / "run", f"lora={lora}", f"stage.photo={PHOTOS / '1.png'}")
+def test_a_photo_is_captioned_refined_and_drawn(tmp_path, made_lora):
+    result = draw(tmp_path / "run", f"lora={made_lora}", f"stage.photo={PHOTOS / '1.png'}")
     (drawn,) = result.pictures
     assert "green background" in drawn.caption and "HANA_TOFU" not in drawn.caption
     assert drawn.prompt.startswith("A HANA_TOFU with a green background") and "skin" not in drawn.prompt
@@ -50,7 +33,7 @@ def test_a_photo_is_captioned_refined_and_drawn(tmp_path, lora):
     assert sheet.width > 3 * 256 and json.loads((tmp_path / "run/result.json").read_text())["sheet"] == result.sheet
 
 
-def test_the_lora_and_its_weight_matter(tmp_path, lora):
+def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}"
 
     def pixels(name, *overrides):
@@ -58,13 +41,13 @@ def test_the_lora_and_its_weight_matter(tmp_path, lora):
         assert result.pictures[0].prompt == "A HANA_TOFU" and result.pictures[0].caption is None
         return np.asarray(Image.open(result.pictures[0].picture)).astype(int)
 
-    full, half = pixels("full", f"lora={lora}"), pixels("half", f"lora={lora}", "stage.lora_weight=0.5")
+    full, half = pixels("full", f"lora={made_lora}"), pixels("half", f"lora={made_lora}", "stage.lora_weight=0.5")
     none = pixels("none", "stage.lora_weight=0")
     assert np.abs(full - none).mean() > np.abs(half - none).mean() > 1
 
 
-def test_what_the_sampler_and_memory_are_asked_reaches_the_pictures(tmp_path, lora):
-    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={lora}", "model.precision=bf16"
+def test_what_the_sampler_and_memory_are_asked_reaches_the_pictures(tmp_path, made_lora):
+    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}", "model.precision=bf16"
 
     def pixels(name, *overrides):
         pictures = draw(tmp_path / name, *asked, "stage.seeds=[0,1]", *overrides).pictures
@@ -75,7 +58,7 @@ def test_what_the_sampler_and_memory_are_asked_reaches_the_pictures(tmp_path, lo
         assert 0 < np.abs(pixels(option, option) - plain).mean() < 4, option
 
 
-def test_with_offload_the_parts_take_turns_and_the_pictures_are_the_same(tmp_path, lora, monkeypatch):
+def test_with_offload_the_parts_take_turns_and_the_pictures_are_the_same(tmp_path, made_lora, monkeypatch):
     import torch
 
     moved, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
@@ -86,7 +69,7 @@ def test_with_offload_the_parts_take_turns_and_the_pictures_are_the_same(tmp_pat
         return to(self, *arguments, **settings)
 
     turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
-    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={lora}"
+    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}"
     (plain,) = draw(tmp_path / "plain", *asked).pictures
     monkeypatch.setattr(torch.nn.Module, "to", watched)
     (drawn,) = draw(tmp_path / "offload", *asked, "memory.offload=true", "device='cpu:0'").pictures
@@ -95,7 +78,7 @@ def test_with_offload_the_parts_take_turns_and_the_pictures_are_the_same(tmp_pat
     assert np.array_equal(*(np.asarray(Image.open(each.picture)) for each in (plain, drawn)))
 
 
-def test_a_list_and_a_folder_of_photos_with_two_seeds(tmp_path, lora):
+def test_a_list_and_a_folder_of_photos_with_two_seeds(tmp_path, made_lora):
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.open(PHOTOS / "2.png").resize((300, 200)).save(folder / "wide.png")
@@ -103,7 +86,7 @@ def test_a_list_and_a_folder_of_photos_with_two_seeds(tmp_path, lora):
     other.mkdir()
     shutil.copy(folder / "wide.png", other / "wide.png")  # two photos of one name
     result = draw(
-        tmp_path / "run", f"lora={lora}", f"stage.photo=['{folder}','{other / 'wide.png'}']", "stage.seeds=[1,2]",
+        tmp_path / "run", f"lora={made_lora}", f"stage.photo=['{folder}','{other / 'wide.png'}']", "stage.seeds=[1,2]",
         "stage.prompt='a {trigger}'",
     )  # fmt: skip
     assert len(result.pictures) == 4 and len({drawn.picture for drawn in result.pictures}) == 4
@@ -128,16 +111,16 @@ def test_low_strength_keeps_more_of_the_photo(tmp_path):
     assert distance(0.2) < distance(1.0)
 
 
-def test_what_cannot_be_drawn_is_refused_before_the_base_loads(tmp_path, lora, monkeypatch):
-    monkeypatch.setattr("lora_lab.stages.img2img.load_base", lambda *_: pytest.fail("the base was loaded"))
+def test_what_cannot_be_drawn_is_refused_before_the_base_loads(tmp_path, made_lora, monkeypatch):
+    monkeypatch.setattr("lora_lab.stages.img2img.base_to_draw", lambda *_: pytest.fail("the base was loaded"))
     photo = f"stage.photo={PHOTOS / '1.png'}"
     for overrides, words in (
-        ((photo, f"lora={lora}", "stage.strength=0.1"), "leaves no step to run"),
+        ((photo, f"lora={made_lora}", "stage.strength=0.1"), "leaves no step to run"),
         ((photo,), "lora is missing"),
-        ((photo, f"lora={lora}", "trigger=OTHER"), "say trigger=HANA_TOFU"),
-        ((f"lora={lora}", f"stage.photo={tmp_path / 'nobody.jpg'}"), r"nobody\.jpg"),
+        ((photo, f"lora={made_lora}", "trigger=OTHER"), "say trigger=HANA_TOFU"),
+        ((f"lora={made_lora}", f"stage.photo={tmp_path / 'nobody.jpg'}"), r"nobody\.jpg"),
         ((photo, "lora=HANNA"), "HANNA"),
-        ((photo, f"lora={lora}", "loss.zero_terminal_snr=true"), "predicts epsilon"),
+        ((photo, f"lora={made_lora}", "loss.zero_terminal_snr=true"), "predicts epsilon"),
     ):
         with pytest.raises(InputError, match=words):
             draw(tmp_path / "run", *overrides)

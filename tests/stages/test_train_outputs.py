@@ -110,11 +110,32 @@ def test_a_second_run_into_the_same_folder_is_refused():
     assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*") if p.is_file()} == before
 
 
-def test_identity_is_measured_before_and_after():
-    result = train("run", "steps=1", "model.judge=demo:tiny-clip")
-    assert -1 <= result.identity_before <= 1 and -1 <= result.identity <= 1
-    assert len(list(Path("run/samples/identity-before").glob("*.png"))) == 8
-    assert json.loads(Path("run/result.json").read_text())["identity"] == result.identity
+def test_scores_stand_in_the_result_with_every_picture_they_are_read_from(capsys):
+    few = "score.prompts=['A {trigger} with a red background']", "score.other_prompts=['A {class_noun}']"
+    result = train("run", "steps=2", "lr=0.05", "model.judge=demo:tiny-clip", *few)
+    kept = json.loads(Path("run/result.json").read_text())
+    assert kept["scores"]["score"]["value"] == result.scores["score"].value
+    assert kept["scores"]["leakage"]["value"] > 0 and abs(kept["scores_before"]["leakage"]["value"]) < 1e-3
+    assert kept["scores"]["subject"] != kept["scores_before"]["subject"]
+    drawn = [json.loads(line)["picture"] for line in Path("run/scores.jsonl").read_text().splitlines()]
+    assert len(drawn) == 6 and all(Path(file).is_file() for file in drawn)
+    assert {Path(file).name for file in drawn[3:]} == {p.name for p in Path("run/samples/score").iterdir()}
+    said = capsys.readouterr().out
+    assert "subject" in said and f"{result.scores['score'].value:.2f}" in said
+
+
+def test_what_the_base_draws_of_the_validation_prompts_lies_beside_what_the_lora_draws():
+    train("run", "steps=1", "lr=0.05")
+    before, after = (Image.open(f"run/samples/{name}/p0-s0.png") for name in ("base", "step-000001"))
+    assert before.text["prompt"] == after.text["prompt"] and before.text["lora"] == "none"
+    assert before.size == after.size and not np.array_equal(np.asarray(before), np.asarray(after))
+    train("other", "steps=1", "lr=0.01")
+    assert np.array_equal(np.asarray(before), np.asarray(Image.open("other/samples/base/p0-s0.png")))
+
+
+def test_without_a_judge_there_are_no_scores():
+    result = train("run", "steps=1")
+    assert result.scores is None and result.scores_before is None and not Path("run/scores.jsonl").exists()
 
 
 def test_an_offline_wandb_run_holds_the_losses_the_pictures_and_the_settings(monkeypatch):

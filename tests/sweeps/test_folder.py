@@ -99,7 +99,6 @@ def test_a_sweep_that_never_began_leaves_nothing(type_in, tmp_path):
     [
         ({"scores": {"score": {"value": 0.61, "low": 0.5, "high": 0.7}, "subject": {"value": 1.0}}}, 0.61),
         ({"scores": None, "loss": 0.1}, None),
-        ({"identity": 0.4, "identity_before": 0.2}, 0.4),
         ({"captions": 1}, None),
     ],
 )

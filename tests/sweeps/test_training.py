@@ -113,7 +113,7 @@ def test_optuna_finds_the_run_with_the_highest_score_and_passes_over_a_failed_on
     overrides = {job: json.loads((job / "job.json").read_text())["overrides"] for job in jobs}
     assert failed and failed == [job for job in jobs if "lr=1e+30" in overrides[job]]
     results = {job: json.loads((job / "result.json").read_text()) for job in jobs if job not in failed}
-    scores = {job: r["scores"]["score"]["value"] if "scores" in r else r["identity"] for job, r in results.items()}
+    scores = {job: r["scores"]["score"]["value"] for job, r in results.items()}
     best = max(scores, key=scores.get)
     found = OmegaConf.load(work / "sweep" / "optimization_results.yaml")
     assert found.best_value == scores[best]

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from random import Random
 
 import torch
@@ -16,7 +15,7 @@ from experiments.tiny_base.held_out import HELD_OUT
 from experiments.tiny_base.palette import background
 from experiments.tiny_base.render import picture
 from experiments.tiny_base.vocabulary import altered, full_caption
-from lora_lab.scoring import embed_pictures
+from lora_lab.judge import look
 
 
 @torch.inference_mode()
@@ -25,8 +24,11 @@ def clip(bench: Bench, size: int = 256) -> dict:
     folder = bench.bundle / "tiny-clip"
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CLIPProcessor.from_pretrained(folder)
-    see = partial(embed_pictures, folder)
+    settings = bench.config("stage=train").model
     rng = Random(f"{SEED}/clip")
+
+    def see(pictures: list[Image.Image]) -> Tensor:
+        return look(settings, pictures, [], torch.device("cpu")).clip
 
     def understand(texts: list[str]) -> Tensor:
         tokens = processor(text=texts, return_tensors="pt", padding="max_length", truncation=True)

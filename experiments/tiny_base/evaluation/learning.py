@@ -28,7 +28,7 @@ STRENGTHS, GUIDANCES = (0.8, 0.9, 0.95, 1.0), (3.0, 5.0, 7.0)
 
 
 def lora(bench: Bench, looks: int = 12) -> dict:
-    """Three characters that the base has never seen, rank 16, 300 steps: identity, and what the judge reads."""
+    """Three characters that the base has never seen, rank 16, 300 steps: its scores, and what the judge reads."""
     return {name: taught(bench, name, lessons(bench, c), looks) for name, c in HELD_OUT.items()}
 
 
@@ -54,7 +54,8 @@ def taught(bench: Bench, name: str, root: Path, looks: int, *overrides: str) -> 
         judge.correct(judge.read(image, look, character), look, ground, character)
         for image, (look, ground) in zip(images, asked * 2, strict=True)
     )
-    figures = {"identity before": round(result.identity_before, 3), "identity": round(result.identity, 3)}
+    figures = {name: round(result.scores[name].value, 3) for name in ("score", "subject")}
+    figures = {"subject before": round(result.scores_before["subject"].value, 3)} | figures
     return figures | {"seeds": spread(zip(images[:looks], images[looks:], strict=True))} | right
 
 
@@ -74,14 +75,14 @@ def learnt(bench: Bench, character: HeldOut, root: Path, *overrides: str) -> Tra
 
 def sweep(bench: Bench) -> dict:
     """The demo's settings on the bundled tofu: trainings first, then img2img of the eight photos with the best."""
-    kept = ("identity", "kind", "own", "background", "all attributes")
+    kept = ("score", "subject", "kind", "own", "background", "all attributes")
     figures: dict[str, dict] = {}
     for rank, rate, steps in TRAININGS:
         rows = [taught(bench, "tofu", demo.TOFU, 12, *_settings(rank, rate, steps, seed)) for seed in range(2)]
         name = f"rank {rank}, lr {rate:g}, {steps} steps"
         figures[name] = {key: round(mean(row[key] for row in rows), 3) for key in kept}
         print(name, figures[name], flush=True)
-    worth = [row["identity"] + row["own"] + row["all attributes"] for row in figures.values()]
+    worth = [row["subject"] + row["own"] + row["all attributes"] for row in figures.values()]
     best = _folder(bench, HELD_OUT["tofu"], _settings(*TRAININGS[worth.index(max(worth))], 0))
     for strength, guidance in product(STRENGTHS, GUIDANCES):
         name = f"strength {strength}, guidance {guidance:g}"

@@ -1,0 +1,237 @@
+"""Score LoRAs: draw the prompts of `score` with them and by the base, let the judges look, put the numbers together."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_lab import scoring
+from lora_lab.base.encode import Encoder
+from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.captions.rules import Rules, refine
+from lora_lab.draw import Asked, asked_of, draw_with, draw_without
+from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
+from lora_lab.images.pixels import open_picture
+from lora_lab.images.scan import find_pictures
+from lora_lab.judge import Seen, judges, look, read_back
+from lora_lab.runs import write_text
+from lora_lab.schema import Config
+from lora_lab.scoring import Scale, Scores
+
+
+def refuse_unfit_judges(config: Config) -> None:
+    """Raise InputError for a judge, or a captioner that is asked, that is not there."""
+    if config.model.judge is None:
+        return
+    judges(config.model)
+    if config.score.attributes:
+        locate_model("captioner.base", config.captioner.base)
+
+
+def held_out_pictures(config: Config) -> list[Image.Image]:
+    """Those of score.held_out as training would see them; [] without it. Raises InputError."""
+    if config.model.judge is None or config.score.held_out is None:
+        return []
+    return pictures_in(locate_folder("score.held_out", config.score.held_out), "score.held_out", config)
+
+
+def pictures_in(root: Path, key: str, config: Config) -> list[Image.Image]:
+    """Every picture under `root`, cut into its bucket. Raises InputError, naming `key`, where there is none."""
+    buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
+    opened = [open_picture(path) for path in find_pictures(root, key).values()]
+    return [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the pictures of one LoRA, or of the base alone, say of it."""
+
+    name: str  # for people
+    scores: Scores
+    lines: list[dict]  # one a picture: lora, prompt, seed, picture, caption, and its numbers
+    pictures: list[Image.Image]  # those with the trigger in the order of prompts and seeds, then the others
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is drawn, and what is asked of it."""
+
+    own: list[Asked]  # with the trigger
+    others: list[Asked]  # without it
+    texts: list[str]  # what CLIP reads of all prompts: the class noun in the trigger's place
+    of_own: list[int]  # which of the texts each of `own` is of
+    of_others: list[int]
+    patterns: list[re.Pattern]  # of the attributes
+
+    @classmethod
+    def of(cls, config: Config) -> "Questions":
+        score, noun = config.score, config.class_noun
+        others = [text.replace("{class_noun}", noun) for text in score.other_prompts]
+        return cls(
+            own=asked_of(score.prompts, score.seeds, config.trigger),
+            others=[
+                replace(each, name=f"other-{each.name}") for each in asked_of(others, score.seeds[:1], config.trigger)
+            ],
+            texts=[*(text.replace("{trigger}", noun) for text in score.prompts), *others],
+            of_own=[i for i in range(len(score.prompts)) for _ in score.seeds],
+            of_others=[len(score.prompts) + i for i in range(len(others))],
+            patterns=[re.compile(pattern) for pattern in score.attributes],
+        )
+
+
+@dataclass(frozen=True)
+class Eye:
+    """What one judge makes of the character's pictures."""
+
+    training: Tensor  # (M, D)
+    references: Tensor  # (R, D): what drawn pictures are compared with
+
+    @classmethod
+    def of(cls, known: Tensor, held_out: int) -> "Eye":
+        """`known` are the training pictures, then those held out, which are the references if there are any."""
+        training, held = known[: len(known) - held_out], known[len(known) - held_out :]
+        return cls(training, held if held_out else training)
+
+
+class Evaluation:
+    """Scores LoRAs of one character on one base.
+
+    It is made before the base is loaded: a judge that cannot be loaded costs seconds then, not a training."""
+
+    def __init__(
+        self, config: Config, device: torch.device, training: Sequence[Image.Image], held_out: Sequence[Image.Image]
+    ) -> None:
+        """`training` is what the LoRAs learnt from; they are compared with `held_out`, if there are any."""
+        self._config, self._device, self._asks = config, device, Questions.of(config)
+        known = look(config.model, [*training, *held_out], self._asks.texts, device)
+        self._texts = known.texts
+        self._clip = Eye.of(known.clip, len(held_out))
+        self._dino = None if known.dino is None else Eye.of(known.dino, len(held_out))
+        self._rules = Rules.from_config(**asdict(config.refiner))
+
+    def begin(self, encoder: Encoder, base: str, dtype: torch.dtype, folder: Path) -> Scored:
+        """Score the base, which the LoRAs are measured by. `base` is the hash of its files."""
+        asked = [*self._asks.own, *self._asks.others]
+        pictures, files = draw_without(asked, self._config, base, dtype, folder, encoder)
+        seen = look(self._config.model, pictures, [], self._device)
+        captions = self._captions(pictures[: len(self._asks.own)])
+        eye, (own, self._others_before) = self._eye, self._parts(self._of_eye(seen))
+        contrast, others = self._contrasts(seen)
+        self._scale = Scale(
+            subject_before=scoring.subject(own, eye.references).mean().item(),
+            subject_alike=scoring.alike(eye.references),
+            contrast_before=contrast.mean().item(),
+            attributes_before=self._read(captions).nanmean().item(),
+            contrast_others_before=others.mean().item(),
+        )
+        return self._scored(None, pictures, files, seen, captions)
+
+    def score(self, lora: Path, folder: Path, encoder: Encoder) -> Scored:
+        """Draw with the file into `folder`, and score that; after `begin`."""
+        asked = [*self._asks.own, *self._asks.others]
+        drawn = draw_with(lora, asked, folder, self._config, encoder)
+        files = [folder / f"{each.name}.png" for each in asked]
+        seen = look(self._config.model, drawn, [], self._device)
+        return self._scored(lora, drawn, files, seen, self._captions(drawn[: len(self._asks.own)]))
+
+    @property
+    def _eye(self) -> Eye:
+        """DINOv2 tells subjects of a class better apart than CLIP, which looks for what captions say."""
+        return self._dino or self._clip
+
+    def _of_eye(self, seen: Seen) -> Tensor:
+        return seen.clip if seen.dino is None else seen.dino
+
+    def _parts(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of pictures with the trigger, and of those without."""
+        return seen[: len(self._asks.own)], seen[len(self._asks.own) :]
+
+    def _scored(
+        self, lora: Path | None, pictures: list[Image.Image], files: list[Path], seen: Seen, captions: list[str | None]
+    ) -> Scored:
+        eye, asks = self._eye, self._asks
+        (own, others), (clip, _) = self._parts(self._of_eye(seen)), self._parts(seen.clip)
+        contrast, contrast_others = self._contrasts(seen)
+        numbers = {"subject": scoring.subject(own, eye.references)}
+        if self._dino:
+            numbers["subject_clip"] = scoring.subject(clip, self._clip.references)
+        numbers |= {
+            "prompt": scoring.prompt(clip, self._texts, asks.of_own),
+            "contrast": contrast,
+            "attributes": self._read(captions),
+        }
+        moved = {"contrast_others": contrast_others, "leakage": scoring.leakage(others, self._others_before)}
+        about_seeds = {
+            "diversity": scoring.diversity(own, asks.of_own),
+            "memorised": scoring.memorised(own, eye.training),
+        }
+        lines = [
+            {"lora": lora and str(lora), "prompt": each.prompt, "seed": each.seed, "picture": str(file)}
+            for each, file in zip([*asks.own, *asks.others], files, strict=True)
+        ]
+        for i, line in enumerate(lines):
+            group, at = (numbers | about_seeds, i) if i < len(own) else (moved, i - len(own))
+            line["caption"] = captions[i] if i < len(own) else None
+            line["scores"] = {name: _rounded(values[at].item()) for name, values in group.items()}
+        found = scoring.estimates([numbers | about_seeds, moved], self._together)
+        scores = {name: found[name] for name in ("score", *numbers, *moved, *about_seeds)}
+        return Scored(lora.stem if lora else "without a LoRA", scores, lines, pictures)
+
+    def _captions(self, pictures: list[Image.Image]) -> list[str | None]:
+        """What the captioner says, in the words of the prompts; None where nothing is asked of it."""
+        if not self._asks.patterns:
+            return [None] * len(pictures)
+        said = read_back(self._config.captioner, pictures, self._device)
+        return [refine(text, self._config.trigger, self._rules) for text in said]
+
+    def _read(self, captions: list[str | None]) -> Tensor:
+        """The share of a prompt's attributes that the caption names (N,), nan where there is none."""
+        prompts = [each.prompt for each in self._asks.own]
+        read = [
+            scoring.attributes(prompt, caption or "", self._asks.patterns)
+            for prompt, caption in zip(prompts, captions, strict=True)
+        ]
+        return torch.tensor([sum(right) / len(right) if right else math.nan for right in read])
+
+    def _together(self, means: Mapping[str, Tensor]) -> Tensor:
+        used = ("subject", "contrast", "attributes", "contrast_others")
+        return scoring.combined(*(means[name] for name in used), self._scale)
+
+    def _contrasts(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Of pictures with the trigger, and of those without."""
+        own, others = self._parts(seen.clip)
+        texts, asks = self._texts, self._asks
+        return scoring.contrast(own, texts, asks.of_own), scoring.contrast(others, texts, asks.of_others)
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
+def write_lines(folder: Path, scored: Sequence[Scored]) -> Path:
+    """scores.jsonl: what every picture got."""
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for each in scored for line in each.lines]
+    return write_text(folder / "scores.jsonl", "".join(lines))
+
+
+def numbers(scores: Scores) -> dict[str, float]:
+    """For the tracker."""
+    return {f"score/{name}": estimate.value for name, estimate in scores.items() if estimate}
+
+
+def table(scored: Sequence[Scored]) -> str:
+    """A line for each LoRA, the best first, under the names of the measures."""
+    names = [name for name in scored[0].scores if any(each.scores[name] for each in scored)]
+    rows = [["", "score", "95 % of resamplings", *names[1:]]]
+    for each in sorted(scored, key=lambda each: -each.scores["score"].value):
+        score = each.scores["score"]
+        others = [f"{round(each.scores[name].value, 2) + 0:.2f}" if each.scores[name] else "-" for name in names[1:]]
+        rows.append([each.name, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}", *others])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

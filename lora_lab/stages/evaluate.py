@@ -1,0 +1,131 @@
+"""Score LoRA files, of any trainer, by what they draw: how well they learnt, listen, and leave the rest alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lora_lab.adapters.given import given_lora, what_it_predicts
+from lora_lab.base import stored
+from lora_lab.base.load import pick_device, pick_dtype
+from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.base.prediction import refuse_unfit
+from lora_lab.console import say
+from lora_lab.draw import base_to_draw
+from lora_lab.errors import InputError
+from lora_lab.evaluation import (
+    Evaluation,
+    Scored,
+    held_out_pictures,
+    pictures_in,
+    refuse_unfit_judges,
+    table,
+    write_lines,
+)
+from lora_lab.images.sheet import contact_sheet
+from lora_lab.runs import refuse_used, write_atomically, write_manifest
+from lora_lab.schema import Config, Loss
+from lora_lab.scoring import Scores
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    lora: str
+    scores: Scores
+    samples: str  # the folder of its pictures
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    stage: str
+    trigger: str
+    scores_before: Scores  # of the base without a LoRA
+    loras: list[Evaluated]  # in the order they were named
+    lines: str  # scores.jsonl: what every picture got
+    sheet: str  # the base's pictures and every LoRA's side by side
+
+
+def evaluate(config: Config, folder: Path) -> EvaluateResult:
+    """Score every file of `config.lora` in `folder`. Raises InputError before any model is loaded."""
+    if not config.resume:
+        refuse_used(folder, "scores.jsonl")
+    if config.model.judge is None:
+        raise InputError("model.judge=null: scores need a CLIP, name one with model.judge=")
+    loras = _loras(config)
+    loss = _loss(config, loras)
+    base = locate_model("model.base", config.model.base)
+    refuse_unfit(config.model.base, loss)
+    refuse_unfit_judges(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.model.precision, device)
+    stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
+    training = _training_pictures(config)
+    held_out = held_out_pictures(config)
+    of = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
+    drawn = len(config.score.prompts) * len(config.score.seeds) + len(config.score.other_prompts)
+    say(f"{len(loras)} LoRA of {config.trigger}, {drawn} pictures each, next to {of}, {config.model.base} on {device}")
+    hashes = {"base": hash_model(base)}
+    write_manifest(folder, device, hashes)
+    evaluation = Evaluation(config, device, training, held_out)
+    encoder = base_to_draw(config, loss, device)
+    before = evaluation.begin(encoder, hashes["base"], dtype, folder)
+    places = [folder / "samples" / name for name in _names(loras)]
+    scored = [evaluation.score(lora, place, encoder) for lora, place in zip(loras, places, strict=True)]
+    lines = write_lines(folder, [before, *scored])
+    sheet = _sheet([before, *scored], folder / "sheet.png")
+    say(f"\n{table([before, *scored])}\n\npictures side by side in {sheet}, one by one in {lines}")
+    return EvaluateResult(
+        stage="evaluate",
+        trigger=config.trigger,
+        scores_before=before.scores,
+        loras=[
+            Evaluated(str(lora), each.scores, str(place))
+            for lora, each, place in zip(loras, scored, places, strict=True)
+        ],
+        lines=str(lines),
+        sheet=str(sheet),
+    )
+
+
+def _loras(config: Config) -> list[Path]:
+    values = config.lora if isinstance(config.lora, list) else [config.lora]
+    if not values or None in values:
+        raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, lora=RUN FOLDER, or lora=[A,B]")
+    return [given_lora(str(value), config.trigger) for value in values]
+
+
+def _loss(config: Config, loras: list[Path]) -> Loss:
+    """What the base predicts, on which all files have to agree."""
+    first, *others = [what_it_predicts(config, lora) for lora in loras]
+    for lora, loss in zip(loras[1:], others, strict=True):
+        if loss != first:
+            raise InputError(
+                f"{lora.name} and {loras[0].name} were trained on a base that predicts otherwise: score them apart"
+            )
+    return first
+
+
+def _training_pictures(config: Config) -> list[Image.Image]:
+    roots = [locate_folder("dataset.root", folder.root) for folder in config.dataset.folders]
+    return [picture for root in roots for picture in pictures_in(root, "dataset.root", config)]
+
+
+def _names(loras: list[Path]) -> list[str]:
+    """File stems, with a number where two share one."""
+    names: list[str] = []
+    for lora in loras:
+        name, number = lora.stem, 2
+        while name in names:
+            name, number = f"{lora.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _sheet(scored: list[Scored], path: Path) -> Path:
+    """A row for each prompt and seed, a column for the base and for each LoRA."""
+    pictures = zip(*(each.pictures for each in scored), strict=True)
+    rows = [
+        [f"{line['prompt']} (seed {line['seed']})", *row] for line, row in zip(scored[0].lines, pictures, strict=True)
+    ]
+    sheet = contact_sheet(rows, ["prompt", *(each.name for each in scored)])
+    return write_atomically(path, sheet.save)

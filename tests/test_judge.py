@@ -1,0 +1,96 @@
+"""The judges, on CLIP and DINOv2 with the real ones' architecture and random weights."""
+
+import gc
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
+
+from lora_lab.config import compose
+from lora_lab.demo import HERE, TOFU
+from lora_lab.errors import InputError
+from lora_lab.judge import look, read_back
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A CLIP of clip-vit-large-patch14's settings and a DINOv2 of dinov2-base's, but for width and depth."""
+    torch.manual_seed(0)
+    clip, dino = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("dino")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=size | {"vocab_size": 1143, "projection_dim": 24},
+        vision_config=size | {"patch_size": 14, "image_size": 224, "projection_dim": 24},
+        projection_dim=24,
+    )
+    CLIPModel(config).half().save_pretrained(clip)
+    CLIPImageProcessor().save_pretrained(clip)  # 224 px, cut at the centre
+    for file in (HERE / "tiny-clip").iterdir():
+        if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
+            shutil.copy(file, clip)
+    size = {key: value for key, value in size.items() if key != "intermediate_size"}
+    Dinov2Model(Dinov2Config(**size, patch_size=14, image_size=518)).save_pretrained(dino)
+    (dino / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "crop_size": {"height": 224, '
+        '"width": 224}, "do_center_crop": true, "do_convert_rgb": true, "do_normalize": true, "do_rescale": true, '
+        '"do_resize": true, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3, '
+        '"rescale_factor": 0.00392156862745098}'
+    )
+    return replace(compose().model, judge=str(clip), dino=str(dino))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.open(TOFU / f"{i:02d}.png").convert("RGB").resize((128 + 32 * (i % 2), 128)) for i in range(18)]
+
+
+def test_what_the_judges_see_are_unit_vectors_of_every_picture_and_text(large, pictures):
+    seen = look(large, pictures, ["a tofu", "a tofu with a hat " * 40], CPU)
+    assert seen.clip.shape == (18, 24) and seen.dino.shape == (18, 32) and seen.texts.shape == (2, 24)
+    for vectors in (seen.clip, seen.dino, seen.texts):
+        assert vectors.dtype == torch.float32 and torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)))
+    alone = look(large, pictures[17:], [], CPU)
+    assert torch.allclose(alone.clip[0], seen.clip[17], atol=1e-5), "a picture does not depend on its company"
+    assert torch.allclose(alone.dino[0], seen.dino[17], atol=1e-5)
+
+
+def test_what_clip_sees_is_what_its_own_forward_pass_compares(pictures):
+    """The bundled CLIP finds the caption of a picture, and two tofus more alike than a tofu and a face."""
+    texts = ["A character with a purple background, wearing round glasses", "A cartoon person with a red background"]
+    photo = Image.open(HERE / "photos" / "1.png").convert("RGB")
+    seen = look(compose().model, [pictures[3], pictures[4], photo], texts, CPU)
+    assert seen.dino is None
+    own, other = seen.texts @ seen.clip[0]
+    assert own > other + 0.2
+    assert cosine_similarity(seen.clip[0], seen.clip[1], dim=0) > cosine_similarity(seen.clip[0], seen.clip[2], dim=0)
+
+
+def test_the_captioner_reads_a_picture_back(pictures):
+    (caption,) = read_back(compose().captioner, pictures[4:5], CPU)
+    assert "purple background" in caption and "glasses" in caption
+
+
+def test_a_judge_is_let_go_after_its_turn(large, pictures):
+    look(large, pictures[:1], ["a tofu"], CPU)
+    gc.collect()
+    assert not [True for held in gc.get_objects() if isinstance(held, (CLIPModel, Dinov2Model))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"judge": "demo:tiny-blip"}, r"model\.judge=.*tiny-blip is a blip model, not one of clip"),
+        ({"dino": "demo:tiny-clip"}, r"model\.dino=.*tiny-clip is a clip model, not one of dino: .*model\.dino=null"),
+        ({"judge": "demo:tofu"}, r"model\.judge=.*tofu: cannot be loaded \("),
+        ({"judge": "demo:tiny-clop"}, r"model\.judge=demo:tiny-clop: there is no such .* did you mean .*tiny-clip\?"),
+    ],
+)  # fmt: skip
+def test_what_is_no_judge_is_refused(pictures, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        look(replace(compose().model, **changes), pictures[:1], ["a tofu"], CPU)
