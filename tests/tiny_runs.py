@@ -17,7 +17,7 @@ from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.config import compose
 from lora_lab.stages import run
-from lora_lab.training import loop
+from lora_lab.training import run as files
 from lora_lab.training.data import TrainingData, encode_dataset
 from lora_lab.training.plan import Plan, make_plan
 
@@ -32,9 +32,12 @@ MEASURED = ("stage.validation_loss_every=1", "stage.validation_timesteps=[300,60
 
 @contextmanager
 def inside(root: Path, pictures: Path) -> Iterator[Path]:
-    """Within the context the working folder is a new one in `root`, beside `pictures` as `tofu`."""
-    before, folder = Path.cwd(), root / "work"
+    """Within the context the working folder is a new one in `root`, beside `pictures` as `tofu` and a `cache` that all
+    such folders share."""
+    before, folder, cache = Path.cwd(), root / "work", pictures.parent / "cache"
     (root / "tofu").symlink_to(pictures)
+    cache.mkdir(exist_ok=True)
+    (root / "cache").symlink_to(cache)
     folder.mkdir()
     os.chdir(folder)
     try:
@@ -62,14 +65,14 @@ def metrics(folder: str) -> list[dict]:
 
 def interrupt_at(step: int, monkeypatch) -> None:
     """Ctrl-C while `step` is done."""
-    write = loop.MetricsFile.write
+    write = files.MetricsFile.write
 
     def and_interrupt(self, number, numbers):
         write(self, number, numbers)
         if number == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop.MetricsFile, "write", and_interrupt)
+    monkeypatch.setattr(files.MetricsFile, "write", and_interrupt)
 
 
 def planned(*overrides: str) -> Plan:

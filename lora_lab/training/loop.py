@@ -1,73 +1,83 @@
 """The training loop, and only the loop: loading, pictures and files are calls."""
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_lab.console import bar
-from lora_lab.errors import RunError
+from lora_lab.errors import InputError, RunError
 from lora_lab.stopping import stop_on_signal
-from lora_lab.training.data import TrainingData
 from lora_lab.training.loss import Batch
-from lora_lab.training.prior import PriorData
+from lora_lab.training.pack import Pack
 from lora_lab.training.randomness import seed_of
-from lora_lab.training.readings import Readings
+from lora_lab.training.run import Base, Run
 from lora_lab.training.step import Job
 
 
-def train_steps(
-    job: Job,
-    data: TrainingData,
-    prior: PriorData | None,
-    start: int,
-    report: Callable[[int, dict[str, float]], None],
-    after_step: Callable[[int, Callable[[], None]], None],
-) -> int:
-    """Do steps start .. job.steps; returns the steps done, which are fewer when Ctrl-C asked for the end.
+def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]], Pack] | None = None) -> None:
+    """Do the steps that `runs` have left, or fewer where Ctrl-C asks for the end; those that end before others finish.
 
-    `report(step, numbers)` is called for every step, on a GPU a little late; `after_step(step, settle)` at once. What
-    that does with the weights it does after `settle()`, which waits for all numbers and stops at a bad one."""
-    settings, parts = job.settings, job.settings.gradient_accumulation
-
-    # The scaler of float16 expects gradients that overflow: it leaves the update out and scales less.
-    finite = {"loss": "loss"} | ({"prior_loss": "prior's loss"} if prior else {})
-    finite |= {} if job.scaler.is_enabled() else {"grad_norm": "gradient's norm"}
-
-    def seen(step: int, numbers: dict[str, float]) -> None:
-        for key, what in finite.items():
-            if not math.isfinite(numbers[key]):
-                source = prior if key == "prior_loss" else data
-                names = ", ".join(source.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
-                raise RunError(
-                    f"the {what} of step {step} is {numbers[key]}, at {names}: lower lr, or look at these pictures; "
-                    f"the last checkpoint is from before it"
-                )
-        shown.set_postfix(loss=f"{numbers['loss']:.4f}", lr=f"{numbers['lr']:.1e}", refresh=False)
-        shown.update()
-        report(step, numbers)
-
-    readings = Readings(job.batch_size * parts, job.learnt.master.device, seen)
-    with stop_on_signal() as stopped, bar(total=job.steps, initial=start, desc="train", unit="step") as shown:
-        for step in range(start, job.steps):
-            readings.begin()
-            if not job.unet.training:  # a measurement left it in evaluation mode; to ask all modules takes 10 ms
-                job.mode(training=True)
-            torch.manual_seed(seed_of(job.seed, "dropout", step))  # only an adapter's dropout draws from it
-            loss = _backward(job, partial(data.batch, caption_dropout=settings.caption_dropout), step)
-            # The prior comes after all of the character's batches, whose dropout is then what it is without.
-            others = {"prior_loss": _backward(job, prior.batch, step)} if prior else {}
-            lr = job.rate()
-            readings.put(step + 1, loss, job.update(), lr, **others)
-            after_step(step + 1, readings.settle)
-            if stopped():
+    With `packed` the jobs of several runs share every step. Then a run that fails leaves the others to go on."""
+    together: list[Job] = []
+    first, last = min(run.reached for run in runs), max(run.steps for run in runs)
+    with stop_on_signal() as stopped, bar(total=last, initial=first, desc="train", unit="step") as shown:
+        for step in range(first, last):
+            now = [run for run in runs if run.left and run.reached == step]
+            jobs = list({id(run.job): run.job for run in now}.values())
+            if packed and list(map(id, jobs)) != list(map(id, together)):
+                pack = None  # its memory goes before that of the next comes
+                together, pack = jobs, packed(jobs)
+            for run in now:
+                run.step_begins()
+            if packed:
+                losses, others = _packed_step(pack, jobs, base, step), {}
+            else:
+                losses, others = _step(*jobs, base, step)
+            updates = [(job.rate(), job.update()) for job in jobs]
+            if packed:
+                pack.publish()
+            for run in now:
+                i = next(i for i, job in enumerate(jobs) if job is run.job)
+                with _apart(run, packed):
+                    run.put(losses[i], updates[i][1], updates[i][0], **others)
+                    run.after_step()
+                    if run.reached == run.steps < last:
+                        run.finish()
+            numbers = [run.latest for run in now if run.latest]
+            if numbers:
+                loss = sum(each["loss"] for each in numbers) / len(numbers)
+                shown.set_postfix(loss=f"{loss:.4f}", lr=f"{numbers[0]['lr']:.1e}", refresh=False)
+            shown.update()
+            if stopped() or not any(run.left for run in runs):
                 break
-        readings.settle()
-        return step + 1 if start < job.steps else job.steps
+        for run in runs:
+            if run.error is None and run.result is None:
+                with _apart(run, packed):
+                    run.settle()
+
+
+@contextmanager
+def _apart(run: Run, packed: object) -> Iterator[None]:
+    try:
+        yield
+    except (RunError, InputError, OSError) as error:
+        if not packed:
+            raise
+        run.fail(error)
+
+
+def _step(job: Job, base: Base, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The backward passes of one job's step: its loss (1,), and other losses by name."""
+    if not job.unet.training:  # a measurement left it in evaluation mode; to ask all modules takes 10 ms
+        job.mode(training=True)
+    torch.manual_seed(seed_of(job.seed, "dropout", step))  # only an adapter's dropout draws from it
+    loss = _backward(job, partial(base.data.batch, caption_dropout=job.settings.caption_dropout), step)
+    # The prior comes after all of the character's batches, whose dropout is then what it is without.
+    others = {"prior_loss": _backward(job, base.prior.batch, step)} if base.prior else {}
+    return loss.unsqueeze(0), others
 
 
 def _backward(job: Job, batch: Callable[..., Batch], step: int) -> Tensor:
@@ -80,21 +90,22 @@ def _backward(job: Job, batch: Callable[..., Batch], step: int) -> Tensor:
     return loss
 
 
-class MetricsFile:
-    """metrics.jsonl: one line a step. Going on from a checkpoint drops the lines that come after it."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.path = path
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    return [s for s in path.read_text(encoding="utf-8").splitlines() if s.endswith("}")] if path.is_file() else []
+def _packed_step(pack: Pack, jobs: Sequence[Job], base: Base, step: int) -> Tensor:
+    """The backward passes of a step of all jobs at once: their losses (J,)."""
+    losses, parts = torch.zeros(len(jobs), device=jobs[0].learnt.master.device), jobs[0].settings.gradient_accumulation
+    for part in range(parts):
+        losses += pack.backward(
+            [
+                base.data.batch(
+                    seed=job.seed,
+                    step=step,
+                    part=part,
+                    parts=parts,
+                    batch_size=job.batch_size,
+                    asked=job.asked,
+                    caption_dropout=job.settings.caption_dropout,
+                )
+                for job in jobs
+            ]
+        )
+    return losses

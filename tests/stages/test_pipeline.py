@@ -14,7 +14,7 @@ from lora_lab.demo import PHOTOS
 from lora_lab.images.pixels import open_picture
 from lora_lab.stages import run
 from lora_lab.stages.pipeline import draw_overview
-from lora_lab.training import loop
+from lora_lab.training import run as files
 
 SHORT = (
     "steps=2", "rank=2", "batch_size=1", "sampler.steps=2", "device=cpu", "tracker=off",
@@ -42,7 +42,7 @@ def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_a_pipeline_killed_before_its_first_checkpoint_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write = loop.MetricsFile.write
+    write = files.MetricsFile.write
 
     def and_die(self, number, numbers):
         write(self, number, numbers)
@@ -50,7 +50,7 @@ def test_a_pipeline_killed_before_its_first_checkpoint_goes_on(tmp_path, monkeyp
 
     short = (*SHORT, "model.judge=null", f"stage.img2img.photo={PHOTOS / '1.png'}")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(loop.MetricsFile, "write", and_die)
+        patch.setattr(files.MetricsFile, "write", and_die)
         run(compose(*short), tmp_path / "run")
     died = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     run(compose(*short, f"resume={tmp_path / 'run'}"), tmp_path / "run")

@@ -33,7 +33,7 @@ from lora_lab.training.text import begin_text
 
 # Four of the tofu pictures, encoded once for all tests.
 FAST = (
-    "stage=train", "dataset=folder", "dataset.root=../tofu", "cache=../tofu/cache", "refiner=off", "device=cpu",
+    "stage=train", "dataset=folder", "dataset.root=../tofu", "cache=../cache", "refiner=off", "device=cpu",
     "tracker=off", "model.judge=null", "rank=4", "batch_size=2", "sampler.steps=1", "stage.save_dtype=fp32",
     "stage.prompts=['A {trigger} with a green background']", "stage.validate_every=0",
 )  # fmt: skip
