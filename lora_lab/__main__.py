@@ -16,6 +16,7 @@ from lora_lab.errors import InputError
 from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, told
 from lora_lab.resume import quoted, resumed
 from lora_lab.sweeps import folder as sweeps
+from lora_lab.sweeps import packed
 from lora_lab.sweeps.points import searches
 
 main = hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)
@@ -33,6 +34,7 @@ def _exit_code(argv: list[str]) -> int:
     overrides: list[str] = []
     try:
         config.register()
+        packed.register()
         if "--version" in argv:
             print(f"lora_lab {__version__}")
             return 0
@@ -75,11 +77,11 @@ def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
     hydra_own = [o for o in overrides if command_line.name_of(o).startswith("hydra")]
     sweeps.write_record(sweep, hydra_own, [o for o in overrides if o not in hydra_own])
     (sweep / sweeps.STOP).unlink(missing_ok=True)
-    in_turn = hydra_part.launcher["_target_"].endswith(".BasicLauncher")
+    here = hydra_part.launcher["_target_"].endswith((".BasicLauncher", ".PackedLauncher"))
     kept = [o for o in overrides if command_line.name_of(o) != "hydra.sweep.dir"]
     sys.argv[1:] = [*dict.fromkeys([*flags, "--multirun"]), *kept, f"hydra.sweep.dir={quoted(sweep)}"]
     try:
-        with nullcontext() if in_turn else stopping.stopping_jobs(sweep / sweeps.STOP):
+        with nullcontext() if here else stopping.stopping_jobs(sweep / sweeps.STOP):
             main()
     except KeyboardInterrupt as interrupt:
         return _stopped(str(interrupt).partition(";")[0] or "stopped", sweep)

@@ -91,10 +91,10 @@ def _of_sweep(cfg: DictConfig, settings: DictConfig, folder: Path) -> float | No
             if (folder / "failed.json").is_file():  # what was proposed next took it for failed
                 return None
         ours = True
-        typed = _settled(config.typed(cfg), sweep)
+        typed = settled(config.typed(cfg), sweep)
         with sweeps.held(folder):
             if begun:
-                _go_on(typed, folder)
+                go_on(typed, folder)
             sweeps.begin(folder, settings.job.num, overrides)
             score = _done(typed, folder)
         (folder / "failed.json").unlink(missing_ok=True)
@@ -106,19 +106,23 @@ def _of_sweep(cfg: DictConfig, settings: DictConfig, folder: Path) -> float | No
             raise
         return None  # an exception would make the launcher kill the others, which are saving their checkpoints
     except Exception as error:
-        code = report(error, f"{' '.join(overrides)}: ")
         if ours:
-            sweeps.write_failure(folder, sentence(error), code)
-            told.append(folder)
+            failed(folder, overrides, error)
         else:
-            exit_codes.append(code)
+            exit_codes.append(report(error, f"{' '.join(overrides)}: "))
         return None
     finally:  # Ctrl-C is no failure, but how far the job came is on the page
         stopping.stop_with(None)
         rewrite_page(sweep)
 
 
-def _settled(typed: schema.Config, sweep: Path) -> schema.Config:
+def failed(folder: Path, overrides: Sequence[str], error: Exception) -> None:
+    """Tell and write down why the job of `folder` failed."""
+    sweeps.write_failure(folder, sentence(error), report(error, f"{' '.join(overrides)}: "))
+    told.append(folder)
+
+
+def settled(typed: schema.Config, sweep: Path) -> schema.Config:
     """One group for the tracker, and nothing published unless that is asked for."""
     if typed.tracker.group is None:
         typed.tracker.group = "-".join(sweep.parts[-2:])  # date and time
@@ -126,7 +130,7 @@ def _settled(typed: schema.Config, sweep: Path) -> schema.Config:
     return typed
 
 
-def _go_on(typed: schema.Config, folder: Path) -> None:
+def go_on(typed: schema.Config, folder: Path) -> None:
     """With what this job left in `folder` when it was stopped."""
     if isinstance(typed.stage, schema.Train) and not any(folder.glob("checkpoints/step-*/training.json")):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # training begins again and writes the very same lines

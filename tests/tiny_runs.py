@@ -64,12 +64,13 @@ def metrics(folder: str) -> list[dict]:
 
 
 def interrupt_at(step: int, monkeypatch) -> None:
-    """Ctrl-C while `step` is done."""
-    write = files.MetricsFile.write
+    """Ctrl-C, once, while `step` is done."""
+    write, sent = files.MetricsFile.write, []
 
     def and_interrupt(self, number, numbers):
         write(self, number, numbers)
-        if number == step:
+        if number == step and not sent:
+            sent.append(number)
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(files.MetricsFile, "write", and_interrupt)

@@ -67,3 +67,15 @@ def explained(config: Config, folder: Path) -> Iterator[None]:
         goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
         advice = what_helps(config.memory, config.batch_size)
         raise RunError(f"the GPU's memory is not enough: {advice}{goes_on}") from error
+
+
+@contextmanager
+def explained_together(jobs: int) -> Iterator[None]:
+    """The same of jobs that train together."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the GPU's memory is not enough for {jobs} jobs at once: go on with resume= of the sweep and "
+            f"hydra.launcher.max_jobs={max(jobs // 2, 1)}"
+        ) from error

@@ -81,7 +81,7 @@ class Pack:
 
     The jobs' own UNets are shells of one base; none of them runs here."""
 
-    def __init__(self, jobs: Sequence[Job], memory: Memory, how_compiled: str, cache: Path | None) -> None:
+    def __init__(self, jobs: Sequence[Job], memory: Memory, compiled: str, cache: str | None) -> None:
         self._stack = Stack([job.learnt for job in jobs])
         largest = max(jobs, key=lambda job: job.learnt.master.numel())
         unet = shell(largest.unet)
@@ -93,7 +93,7 @@ class Pack:
         left = fuse(unet, self._stack, scales)
         if left:
             raise ValueError(f"{left[0]} has an adapter that is no plain LoRA of a linear layer")
-        compile_blocks(unet, how_compiled, cache)
+        compile_blocks(unet, compiled, cache and Path(cache))
         unet.train()
         asked, parts, count = jobs[0].asked, jobs[0].settings.gradient_accumulation, len(jobs)
 

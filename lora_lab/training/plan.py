@@ -196,6 +196,15 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     return "\n".join(f"{name:>10}  {said}" for name, said in lines.items())
 
 
+def describe_together(configs: dict[str, Config], plan: Plan, folder: Path) -> str:
+    """The plan of jobs that train together, by their names; `plan` and `folder` are those of one of them."""
+    lines = describe(plan, next(iter(configs.values())), folder).splitlines()
+    kept = [line for line in lines if line.split()[0] in ("character", "sizes", "base", "memory")]
+    each = [f"#{name} rank {c.rank}, lr {c.rate:g}, {c.steps} steps" for name, c in configs.items()]
+    said = f"\n{'':>12}".join([f"{len(each)} jobs on one base", *each])
+    return "\n".join([*kept, f"{'together':>10}  {said}"])
+
+
 def describe_prior(plan: Plan, config: Config) -> str:
     prior, count = config.prior, len(plan.class_samples)
     of = f" of {prior.prompt!r}" if prior.prompt else ""

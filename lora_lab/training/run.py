@@ -4,7 +4,8 @@ import json
 import math
 import statistics
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,12 +65,23 @@ class Run:
 
     Several runs may follow one job, each up to its own `steps`."""
 
-    def __init__(self, config: Config, plan: Plan, folder: Path, job: Job, base: Base, done: int, began: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        folder: Path,
+        job: Job,
+        base: Base,
+        done: int,
+        began: float,
+        ended: Callable[["Run", Exception | None], None] = lambda run, error: None,
+    ) -> None:
+        """`ended` is called when it is done, or with the error for which it left the others."""
         self.config, self.folder, self.job, self.steps, self.reached = config, folder, job, config.steps, done
         self.error: Exception | None = None  # for which it left the others
         self.result: TrainResult | None = None
         self.latest: dict[str, float] = {}
-        self._base, self._began, self._done = base, began, done
+        self._base, self._began, self._done, self._ended = base, began, done, ended
         self._keep, self._look = Keep(job, config, plan, folder), Look(base.encoder, config, folder)
         self._look.base(plan.hashes["base"], plan.dtype)
         pictures = job.batch_size * job.settings.gradient_accumulation
@@ -99,7 +111,9 @@ class Run:
     def fail(self, error: Exception) -> None:
         """Leave the runs that train beside this one."""
         self.error = error
-        self.__exit__(type(error), error, error.__traceback__)
+        with suppress(type(error)):  # the tracker marks it as failed, and lets it pass
+            self.__exit__(type(error), error, error.__traceback__)
+        self._ended(self, error)
 
     @property
     def left(self) -> bool:
@@ -173,6 +187,7 @@ class Run:
             scores=scored and scored.scores,
             samples=self._look.samples(),
         )
+        self._ended(self, None)
         return self.result
 
     def _measure(self, step: int) -> None:

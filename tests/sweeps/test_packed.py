@@ -1,0 +1,147 @@
+"""hydra/launcher=packed: what every job leaves is what it leaves alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import interrupt_at
+
+from lora_lab.__main__ import cli
+from lora_lab.config import compose
+from lora_lab.demo import TOFU
+from lora_lab.sweeps.packing import alone, followed, groups
+
+SWEEP = (
+    "-m", "stage=train", "dataset=folder", "dataset.root=six", "refiner=off", "tracker=off", "model.judge=null",
+    "batch_size=2", "sampler.steps=2", "stage.prompts=['A {trigger}']", "stage.save_dtype=fp32", "rank=2",
+    "stage.validation_loss_every=2", "stage.validation_timesteps=[500]", "device=cpu", "stage.validate_every=0",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
+    pictures = tmp_path / "six"
+    pictures.mkdir()
+    for i in range(6):
+        (pictures / f"{i:02d}.png").write_bytes((TOFU / f"{i:02d}.png").read_bytes())
+        (pictures / f"{i:02d}.txt").write_text(f"A HANA_TOFU number {i}")
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lora_lab", *argv])
+        with pytest.raises(SystemExit) as left:
+            cli()
+        return left.value.code or 0
+
+    return run
+
+
+def lora(job: Path) -> torch.Tensor:
+    state = load_file(job / "lora" / "HANA_TOFU.safetensors")
+    return torch.cat([value.flatten() for key, value in sorted(state.items())])
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def files(job: Path) -> set[str]:
+    return {path.relative_to(job).as_posix() for path in job.rglob("*") if path.is_file()}
+
+
+def assert_same(packed: Path, alone: Path) -> None:
+    assert files(packed) == files(alone)
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        one, other = lines(packed / name), lines(alone / name)
+        assert [line["step"] for line in one] == [line["step"] for line in other]
+        assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in other], rel=1e-4)
+    assert (lora(packed) - lora(alone)).norm() < 1e-4 * lora(alone).norm()
+    one, other = (json.loads((job / "result.json").read_text()) for job in (packed, alone))
+    assert one.keys() == other.keys() and one["steps"] == other["steps"]
+
+
+@pytest.mark.slow
+def test_every_job_of_a_packed_sweep_leaves_what_it_leaves_alone(run, capsys):
+    points = ("rank=2,5", "lr=1e-3,3e-3", "steps=3,6", "stage.checkpoint_every=3")
+    assert run(*SWEEP, *points, "hydra/launcher=packed", "hydra.sweep.dir=packed") == 0
+    assert "8 jobs on one base" in capsys.readouterr().out
+    assert run(*SWEEP, *points, "hydra.sweep.dir=basic") == 0
+    for number in range(8):
+        assert_same(Path(f"packed/{number}"), Path(f"basic/{number}"))
+    assert (Path("packed") / "index.html").is_file() and not Path("models").exists()
+
+
+def test_a_job_that_fails_leaves_the_others_and_they_what_they_leave_alone(run, capsys):
+    packed = ("hydra/launcher=packed", "hydra.sweep.dir=packed", "steps=4")
+    assert run(*SWEEP, "lr=1e-3,1e20,3e-3", *packed) == 1
+    said = capsys.readouterr().err
+    assert "lr=1e+20" in said and "lower lr" in said
+    assert "lower lr" in json.loads(Path("packed/1/failed.json").read_text())["error"]
+    assert not Path("packed/1/result.json").exists()
+    assert run(*SWEEP[1:], "lr=3e-3", "steps=4", "publish=false", "hydra.run.dir=alone") == 0
+    assert (lora(Path("packed/2")) - lora(Path("alone"))).norm() < 1e-4 * lora(Path("alone")).norm()
+    assert Path("packed/0/result.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_stopped_pack_goes_on_and_what_was_done_is_not_done_again(run, monkeypatch, capsys):
+    points = ("lr=1e-3,3e-3", "steps=2,6", "schedule=cosine", "hydra/launcher=packed")
+    with monkeypatch.context() as once:
+        interrupt_at(4, once)
+        assert run(*SWEEP, *points, "hydra.sweep.dir=cut") == 1
+    assert "go on with: python -m lora_lab resume=cut" in capsys.readouterr().err
+    done = {job: (Path("cut") / job / "result.json").stat().st_mtime_ns for job in "02"}
+    assert not list(Path("cut").glob("[13]/result.json"))
+    assert [path.name for path in Path("cut").glob("[13]/checkpoints/*")] == 2 * ["step-000004"]
+    assert run("resume=cut") == 0
+    assert done == {job: (Path("cut") / job / "result.json").stat().st_mtime_ns for job in "02"}
+    assert run(*SWEEP, *points, "hydra.sweep.dir=whole") == 0
+    for number in range(4):
+        assert lines(Path(f"cut/{number}/metrics.jsonl"))[-1]["step"] == (2, 6)[number % 2]
+        cut, whole = (lora(Path(sweep, str(number))) for sweep in ("cut", "whole"))
+        assert (cut - whole).norm() < 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("adapter=dora", "no LoRA"), ("adapter=lokr", "no LoRA"), ("adapter=pissa", "PiSSA"),
+        ("adapter.lora_dropout=0.1", "dropout"), ("targets=all", "linear layers"), ("text=lora", "text"),
+        ("prior=prediction", "prior"), ("stage.start_from=x", "file"), ("stage=check", "stage=train"),
+    ],
+)  # fmt: skip
+def test_what_cannot_share_its_steps_says_why(how, why):
+    assert why in alone(compose("stage=train", *how.split()))
+
+
+def test_jobs_share_their_steps_where_only_a_job_s_own_differs():
+    points = ["rank=4", "lr=1e-5 rank=8", "optimizer=adamw8bit", "schedule=cosine", "seed=3", "steps=7",
+              "batch_size=2", "loss=huber", "targets=ff", "adapter=dora", "name=other tracker=off", "adapter=rslora",
+              "trigger=X"]  # fmt: skip
+    configs = [compose("stage=train", *point.split()) for point in points]
+    assert groups(configs, None) == [[0, 1, 2, 3, 4, 5, 10, 11], [6], [7], [8], [9], [12]]
+    assert groups(configs[:6], 4) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_fewer_steps_are_the_beginning_of_more_where_the_schedule_does_not_know_their_number():
+    points = ["steps=5", "steps=10", "steps=10 lr=1", "steps=5 lr=1", "steps=5 schedule=cosine",
+              "steps=10 schedule=cosine", "steps=3 rank=8", "steps=5 seed=1"]  # fmt: skip
+    configs = [compose("stage=train", *point.split()) for point in points]
+    assert followed(configs) == [1, 1, 2, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.slow
+def test_of_pictures_of_several_sizes_each_seed_is_a_pack(run):
+    from PIL import Image
+
+    wide = Image.open("six/00.png").convert("RGB").resize((192, 96))
+    for name in ("00", "01", "02"):
+        wide.save(f"six/{name}.png")
+    assert run(*SWEEP, "seed=0,1", "lr=1e-3,3e-3", "steps=4", "hydra/launcher=packed", "hydra.sweep.dir=packed") == 0
+    alone = ("seed=1", "lr=3e-3", "steps=4", "publish=false", "hydra.run.dir=alone")
+    assert run(*SWEEP[1:], *alone) == 0
+    assert (lora(Path("packed/3")) - lora(Path("alone"))).norm() < 1e-4 * lora(Path("alone")).norm()
