@@ -1,5 +1,6 @@
 """The training loop, and only the loop: loading, pictures and files are calls."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +29,8 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
             now = [run for run in runs if run.left and run.reached == step]
             jobs = list({id(run.job): run.job for run in now}.values())
             if packed and list(map(id, jobs)) != list(map(id, together)):
-                pack = None  # its memory goes before that of the next comes
+                pack = None
+                gc.collect()  # its memory goes before that of the next comes
                 together, pack = jobs, packed(jobs)
             for run in now:
                 run.step_begins()
@@ -36,13 +38,13 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
                 losses, others = _packed_step(pack, jobs, base, step), {}
             else:
                 losses, others = _step(*jobs, base, step)
-            updates = [(job.rate(), job.update()) for job in jobs]
+            done = {id(job): (loss, job.rate(), job.update()) for job, loss in zip(jobs, losses, strict=True)}
             if packed:
                 pack.publish()
             for run in now:
-                i = next(i for i, job in enumerate(jobs) if job is run.job)
+                loss, rate, norm = done[id(run.job)]
                 with _apart(run, packed):
-                    run.put(losses[i], updates[i][1], updates[i][0], **others)
+                    run.put(loss, norm, rate, **others)
                     run.after_step()
                     if run.reached == run.steps < last:
                         run.finish()
@@ -61,6 +63,7 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
 
 @contextmanager
 def _apart(run: Run, packed: object) -> Iterator[None]:
+    """Within the context what goes wrong is this run's own, if others train beside it."""
     try:
         yield
     except (RunError, InputError, OSError) as error:
