@@ -225,6 +225,16 @@ def numbers(scores: Scores) -> dict[str, float]:
     return {f"score/{name}": estimate.value for name, estimate in scores.items() if estimate}
 
 
+def rows(scored: Scored, rank: int, lr: float, step: int) -> list[dict]:
+    """For the tracker's table: a row for every picture, of the same columns in every run."""
+    names = list(dict.fromkeys(name for line in scored.lines for name in line["scores"]))
+    return [
+        {"rank": rank, "lr": lr, "step": step, "prompt": line["prompt"], "seed": line["seed"], "picture": picture}
+        | {name: line["scores"].get(name) for name in names}
+        for line, picture in zip(scored.lines, scored.pictures, strict=True)
+    ]
+
+
 def table(scored: Sequence[Scored]) -> str:
     """A line for each LoRA, the best first, under the names of the measures."""
     names = [name for name in scored[0].scores if any(each.scores[name] for each in scored)]

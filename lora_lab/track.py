@@ -1,4 +1,4 @@
-"""W&B, TensorBoard or nothing, behind two functions: numbers, images."""
+"""W&B, TensorBoard or nothing, behind three functions: numbers, images, a table."""
 
 import json
 import logging
@@ -24,17 +24,19 @@ INIT_SECONDS = 10  # for the server to answer; the training waits that long befo
 FINISH_SECONDS = 60  # for the last uploads; a network that died overnight must not hold up the rest of a sweep
 
 Pictures = Mapping[str, "tuple[Image, str]"]
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Track:
-    """Where a run's numbers and images go. Neither function ever raises: a tracker must not cost a training."""
+    """Where a run's numbers and images go. No function ever raises: a tracker must not cost a training."""
 
     numbers: Callable[[int, Mapping[str, float]], None]  # step, {"train/loss": 0.1}
     images: Callable[[int, Pictures], None]  # step, {"validation/<prompt id>": (picture, caption)}
+    table: Callable[[int, Rows], None]  # step, rows of one set of columns, pictures among them; W&B's alone
 
 
-NOTHING = Track(lambda step, values: None, lambda step, pictures: None)
+NOTHING = Track(lambda step, values: None, lambda step, pictures: None, lambda step, rows: None)
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def tracking(
         yield track
 
 
-def _forgiving(numbers: Callable[..., None], images: Callable[..., None]) -> Track:
+def _forgiving(numbers: Callable[..., None], images: Callable[..., None], table: Callable[..., None]) -> Track:
     warned = False
 
     def forgive(function: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +84,7 @@ def _forgiving(numbers: Callable[..., None], images: Callable[..., None]) -> Tra
 
         return call
 
-    return Track(forgive(numbers), forgive(images))
+    return Track(forgive(numbers), forgive(images), forgive(table))
 
 
 # --- Weights & Biases
@@ -104,7 +106,9 @@ def _wandb(folder: Path, config: Mapping[str, Any], mode: str, resume: bool, nam
             run.define_metric(pattern, step_metric="global_step")
         exit_code = 1
         try:
-            yield _forgiving(lambda step, values: run.log({"global_step": step, **values}), _image_logger(run))
+            yield _forgiving(
+                lambda step, values: run.log({"global_step": step, **values}), _image_logger(run), _table_logger(run)
+            )
             exit_code = 0
         finally:
             _close_run(run, exit_code)
@@ -118,6 +122,18 @@ def _image_logger(run: "wandb.Run") -> Callable[[int, Pictures], None]:
         run.log({"global_step": step, **media})
 
     return images
+
+
+def _table_logger(run: "wandb.Run") -> Callable[[int, Rows], None]:
+    import wandb
+    from PIL.Image import Image
+
+    def table(step: int, rows: Rows) -> None:
+        columns = list(rows[0])
+        cells = [[wandb.Image(row[c]) if isinstance(row[c], Image) else row[c] for c in columns] for row in rows]
+        run.log({"global_step": step, "pictures": wandb.Table(columns=columns, data=cells)})
+
+    return table
 
 
 def _open_run(mode: str, **arguments: Any) -> "wandb.Run | None":
@@ -238,7 +254,7 @@ def _tensorboard(folder: Path, config: Mapping[str, Any], resume: bool) -> Itera
         writer(step).flush()  # two minutes otherwise: too long for a person who waits for a picture
 
     try:
-        yield _forgiving(numbers, images)
+        yield _forgiving(numbers, images, lambda step, rows: None)
     finally:
         for opened in writers:
             try:

@@ -196,7 +196,7 @@ def test_help_fits_on_a_screen_and_its_examples_compose(type_in, tmp_path):
     code, out, err = type_in("--help")
     lines = out.splitlines()
     assert (code, err) == (0, "") and len(lines) <= 48 and max(map(len, lines)) <= 120
-    assert "model        sdxl  tiny*" in out and "experiment   optuna  sdxl  smoke" in out
+    assert "model        sdxl  tiny*" in out and "experiment   optuna  sdxl  sdxl_sweep  smoke  sweep_rank_lr" in out
     assert "prior        generated  off*  pictures  prediction" in out
     for knob in ("lr=1e-3 ", "rank=16 ", "steps=300 ", "seed=0 ", "stage.strength=0.95 ", "trigger=HANA_TOFU "):
         assert knob in out

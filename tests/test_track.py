@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,8 @@ with tracking(project="tofu", group="sweep", tags=["demo"]) as tracker:
     for step in range(1, 4):
         tracker.numbers(step, {"train/loss": 1 / step, "train/lr": 1e-4})
     tracker.images(3, {"validation/wink": (Image.new("RGB", (8, 8), "red"), "rank 4, step 3")})
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    tracker.table(3, [{"rank": 4, "picture": red, "subject": 0.5}, {"rank": 4, "picture": blue, "subject": None}])
 try:
     with tracking(project="tofu", resume=True) as tracker:
         tracker.numbers(4, {"train/loss": 0.25})
@@ -108,6 +111,20 @@ def test_an_offline_run_holds_the_names_the_config_and_the_last_numbers(story):
     assert first["config"]["adapter"] == {"r": 4} and first["config"]["lr"] == 1e-4
     assert first["summary"]["train/loss"] == pytest.approx(1 / 3)
     assert first["exit_code"] == 0
+
+
+def test_a_table_has_a_row_for_every_picture_with_its_numbers(story):
+    (row,) = [r["history"]["item"] for r in inspect(story.synced[0]) if r["type"] == "history" and "pictures" in str(r)]
+    files = Path(story.synced[0]) / "files"
+    (file,) = files.glob("media/table/pictures*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["rank", "picture", "subject"] and row["global_step"] == 3
+    assert table["data"] == [[4, "Image", 0.5], [4, "Image", None]]  # the pictures go with the table's artifact
+    staged = [
+        file.read_bytes() for file in (story.folder / "wandb" / "data" / "artifacts").rglob("*") if file.is_file()
+    ]
+    pixels = [Image.open(BytesIO(file)).convert("RGB").getpixel((0, 0)) for file in staged if file[1:4] == b"PNG"]
+    assert sorted(pixels) == [(0, 0, 255), (255, 0, 0)]
 
 
 def test_every_step_and_every_picture_stands_on_the_axis_of_global_step(story):

@@ -23,7 +23,7 @@ from lora_lab.training.plan import Plan, make_plan
 
 FAST = (
     "stage=train", "dataset=folder", "dataset.root=../tofu", "refiner=off", "device=cpu", "tracker=off",
-    "model.judge=null", "rank=4", "batch_size=2", "sampler.steps=2", "stage.save_dtype=fp32",
+    "model.judge=null", "rank=4", "batch_size=2", "sampler.steps=2", "stage.save_dtype=fp32", "cache=../cache",
     "stage.prompts=['A {trigger} with a green background']",
 )  # fmt: skip
 NOISE = "loss.noise_offset=0.1 loss.pyramid_iterations=6 loss.timestep_sampling=logit_normal loss=huber"

@@ -16,7 +16,7 @@ from lora_lab.base.encode import Encoder
 from lora_lab.console import say
 from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.errors import RunError
-from lora_lab.evaluation import Evaluation, Scored, numbers, table, write_lines
+from lora_lab.evaluation import Evaluation, Scored, numbers, rows, table, write_lines
 from lora_lab.schema import Config
 from lora_lab.scoring import Scores
 from lora_lab.track import tracking
@@ -172,6 +172,7 @@ class Run:
             write_lines(self.folder, [before, scored])
             say(table([before, scored]))
             self._track.numbers(self.reached, numbers(scored.scores))
+            self._track.table(self.reached, rows(scored, config.rank, config.rate, self.reached))
         validation = read_metrics(self.folder / VALIDATION) if config.stage.validation_loss_every else None
         self.result = TrainResult(
             stage="train",

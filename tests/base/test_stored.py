@@ -165,7 +165,7 @@ def test_fused_attention_over_stored_weights_is_peft_over_them(form):
 @pytest.mark.parametrize(
     "how",
     [
-        "memory.linear_weights=nf4 memory.convolution_weights=fp8",
+        pytest.param("memory.linear_weights=nf4 memory.convolution_weights=fp8", marks=pytest.mark.slow),
         pytest.param("memory.linear_weights=fp8_products", marks=pytest.mark.slow),
         pytest.param("memory.linear_weights=int8", marks=pytest.mark.slow),
     ],

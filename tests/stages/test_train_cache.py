@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_a_second_run_encodes_only_what_changed_and_learns_the_same(own_pictures, three_steps, capsys):
-    data = ("steps=3", f"dataset.root={own_pictures}")
+    data = ("steps=3", f"dataset.root={own_pictures}", "cache=cache")
     train("first", *data)
     assert "encoded 7 of 7 texts and 6 of 6 views of pictures in" in capsys.readouterr().out
     train("second", *data, "seed=0", "rank=4", "name=second")

@@ -47,6 +47,7 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return any(not torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_without_weight_a_prior_is_measured_and_changes_neither_draws_nor_what_is_learnt(three_steps):
     train("without", "steps=3", *PREDICTION, "prior.weight=0")
     assert_same(lora("without"), three_steps)
@@ -90,10 +91,10 @@ def test_a_stopped_drawing_of_class_pictures_goes_on_and_other_runs_find_them(mo
 
     monkeypatch.setattr(class_pictures, "save_picture", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        train("stopped", "steps=1", *GENERATED)
+        train("stopped", "steps=1", *GENERATED, "cache=cache")
     assert pictures("cache").keys() == {"00000.png", "00001.png"}
     capsys.readouterr()
-    train("goes_on", "steps=1", *GENERATED)
+    train("goes_on", "steps=1", *GENERATED, "cache=cache")
     assert "3 class pictures of 'a cartoon character', 1 of them still to be drawn" in capsys.readouterr().out
     assert drawn == ["00000.png", "00001.png", "00002.png", "00002.png"]
     train("at_once", "steps=1", *GENERATED, "cache=other")
@@ -102,10 +103,10 @@ def test_a_stopped_drawing_of_class_pictures_goes_on_and_other_runs_find_them(mo
     opened = Image.open(next(Path("other", "class").rglob("00000.png")))
     assert opened.size == (128, 128) and opened.text["prompt"] == "a cartoon character"
     assert "prior" in json.loads(Path("at_once/manifest.json").read_text())["sha256"]
-    more = planned(*GENERATED, "prior.number=4", "lr=1e-4", "rank=8", "seed=1")
+    more = planned(*GENERATED, "cache=cache", "prior.number=4", "lr=1e-4", "rank=8", "seed=1")
     assert (len(more.class_samples), len(more.class_pictures)) == (4, 3)
     for change in ("prior.seed=1", "prior.prompt='a cartoon'", "sampler.steps=3", "model.resolution=64"):
-        assert not planned(*GENERATED, change).class_pictures, change
+        assert not planned(*GENERATED, "cache=cache", change).class_pictures, change
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_with_offload_the_unet_goes_to_the_device_when_all_is_encoded(monkeypatc
         return to(self, *arguments, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "to", watched)
-    train("run", "steps=1", "memory=balanced", "device='cpu:0'")
+    train("run", "steps=1", "memory=balanced", "device='cpu:0'", "cache=cache")
     turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel"]
     assert [name for name in arrived if name in turns][:4] == turns
 

@@ -17,6 +17,7 @@ def caption(folder):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "A HANA_TOFU"}) + "\n")
 
 
+@pytest.mark.slow
 def test_a_failed_job_says_so_until_it_succeeds_and_finished_ones_are_not_done_again(type_in, tmp_path):
     caption(tmp_path / "full")
     (tmp_path / "empty").mkdir()

@@ -75,16 +75,22 @@ def test_every_job_of_a_packed_sweep_leaves_what_it_leaves_alone(run, capsys):
     assert (Path("packed") / "index.html").is_file() and not Path("models").exists()
 
 
-def test_a_job_that_fails_leaves_the_others_and_they_what_they_leave_alone(run, capsys):
+def test_a_packed_sweep_is_a_command_and_a_job_that_fails_leaves_the_others(run, capsys):
+    how = ("steps=2", "stage.validation_loss_every=0", "hydra/launcher=packed", "hydra.sweep.dir=packed")
+    assert run(*SWEEP, "lr=1e-3,1e20", *how) == 1
+    assert "lower lr" in json.loads(Path("packed/1/failed.json").read_text())["error"]
+    assert Path("packed/0/result.json").is_file() and not Path("packed/1/result.json").exists()
+    said = capsys.readouterr()
+    assert "2 jobs on one base" in said.out and "compare the runs: packed/index.html" in said.out
+    assert "lr=1e+20" in said.err and "lower lr" in said.err
+
+
+@pytest.mark.slow
+def test_what_others_learn_beside_a_job_that_fails_is_what_they_learn_alone(run):
     packed = ("hydra/launcher=packed", "hydra.sweep.dir=packed", "steps=4")
     assert run(*SWEEP, "lr=1e-3,1e20,3e-3", *packed) == 1
-    said = capsys.readouterr().err
-    assert "lr=1e+20" in said and "lower lr" in said
-    assert "lower lr" in json.loads(Path("packed/1/failed.json").read_text())["error"]
-    assert not Path("packed/1/result.json").exists()
     assert run(*SWEEP[1:], "lr=3e-3", "steps=4", "publish=false", "hydra.run.dir=alone") == 0
     assert (lora(Path("packed/2")) - lora(Path("alone"))).norm() < 1e-4 * lora(Path("alone")).norm()
-    assert Path("packed/0/result.json").is_file()
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_what_helps_leads_down_the_presets_to_the_end():
     assert what_helps(compose(*SDXL).memory, 4).endswith("batch_size=2 with stage.gradient_accumulation=2")
 
 
+@pytest.mark.slow
 def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
