@@ -83,7 +83,8 @@ def test_joblib_gives_the_same_runs_and_tells_which_failed(work, unbroken):
     assert_same_run(work / "sweep" / "0", unbroken / "0")
     assert "step 2 is nan" in json.loads((work / "sweep" / "1" / "failed.json").read_text())["error"]
     assert "lora_lab: sweep/1: the loss of step 2 is nan" in err
-    spoken = [line for line in out.splitlines() if "HYDRA" not in line]
+    *spoken, _, page = [line for line in out.splitlines() if "HYDRA" not in line]
+    assert page == "compare the runs: sweep/index.html"
     assert spoken and all(line.startswith(("#0 ", "#1 ")) for line in spoken), "every line says whose it is"
     assert "step/s" not in err and "picture/s" not in err, "no bars of several jobs in one place"
 
