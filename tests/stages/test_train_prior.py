@@ -77,6 +77,7 @@ def test_a_folder_of_class_pictures_is_learnt_and_named_where_its_loss_is_no_num
         train("nan", "steps=1", *how)
 
 
+@pytest.mark.slow
 def test_a_stopped_drawing_of_class_pictures_goes_on_and_other_runs_find_them(monkeypatch, capsys):
     save, drawn = class_pictures.save_picture, []
 

@@ -12,7 +12,7 @@ from lora_lab.training.pack import Pack, shell
 from lora_lab.training.plan import make_plan
 from lora_lab.training.start import start_job
 
-STEPS = 6
+STEPS = 4
 POINTS = {
     "rank and lr": ["rank=4", "rank=16 lr=3e-3"],
     "scale": ["rank=4 adapter.lora_alpha=8", "rank=4 adapter.lora_alpha=1", "rank=2"],
