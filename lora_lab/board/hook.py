@@ -19,6 +19,8 @@ def rewrite_page(sweep: Path) -> Path | None:
     from lora_lab.board.read import read_sweep
     from lora_lab.board.verdict import verdict
 
+    here = Path.cwd()
+    sweep = sweep.relative_to(here) if sweep.is_relative_to(here) else sweep  # as the page's commands say it
     try:
         found = read_sweep([sweep])
         return write_page(found, verdict(found), sweep) if found.runs else None

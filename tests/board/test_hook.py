@@ -45,7 +45,8 @@ def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
     assert (good.settings["lr"], bad.settings["lr"], good.settings["rank"]) == (1e-3, 1e20, 2)
     assert {(p.step, p.prompt, p.seed) for p in good.pictures} == {(step, "A HANA_TOFU", 0) for step in (-1, 1, 2)}
     assert len(good.loss) == 2 and good.seconds > 0
-    assert bad.error in (folder / "index.html").read_text()
+    page = (folder / "index.html").read_text()
+    assert bad.error in page and f"lora={folder}/0" in page and str(Path.cwd()) not in page
     assert (folder / "page/0/000002-p0-s0.webp").is_file() and (folder / "comparison.png").is_file()
 
 
