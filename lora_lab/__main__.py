@@ -15,6 +15,7 @@ from lora_lab.board.hook import rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, told
 from lora_lab.resume import quoted, resumed
+from lora_lab.runs import as_typed
 from lora_lab.sweeps import folder as sweeps
 from lora_lab.sweeps import packed
 from lora_lab.sweeps.points import searches
@@ -95,7 +96,7 @@ def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
         sweeps.release(sweep, named or before is not None)
     codes = _tell(sweep)
     if page := rewrite_page(sweep):
-        print(f"\ncompare the runs: {_short(page)}", flush=True)
+        print(f"\ncompare the runs: {as_typed(page)}", flush=True)
     return _worst([*codes, *exit_codes])
 
 
@@ -104,7 +105,7 @@ def _tell(sweep: Path) -> list[int]:
     failed = sweeps.failures(sweep)
     for failure in failed:
         if failure.folder not in told:
-            print(f"lora_lab: {_short(failure.folder)}: {failure.error}", file=sys.stderr)
+            print(f"lora_lab: {as_typed(failure.folder)}: {failure.error}", file=sys.stderr)
     return [failure.exit_code for failure in failed]
 
 
@@ -118,11 +119,7 @@ def _stopped(how: str, sweep: Path | None = None) -> int:
 
 
 def _goes_on(sweep: Path) -> str:
-    return f"go on with: python -m lora_lab {shlex.quote(f'resume={_short(sweep)}')}"
-
-
-def _short(folder: Path) -> Path:
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return f"go on with: python -m lora_lab {shlex.quote(f'resume={as_typed(sweep)}')}"
 
 
 if __name__ == "__main__":

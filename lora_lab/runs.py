@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,22 @@ def save_picture(path: Path, picture: "Image.Image", notes: dict[str, object]) -
     for key, value in notes.items():
         chunks.add_itxt(key, str(value))
     return write_atomically(path, lambda file: picture.save(file, pnginfo=chunks))
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """File stems, with a number where two share one, so that nothing made of one overwrites another's."""
+    names: list[str] = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def as_typed(path: Path) -> Path:
+    """`path` as a person says it: seen from where they work, if it lies there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def hash_text(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.runs import write_text
+from lora_lab.runs import as_typed, write_text
 
 if TYPE_CHECKING:
     import wandb
@@ -197,10 +197,7 @@ def _why_offline(mode: str, insist: bool) -> str:
 
 
 def _sync(run: "wandb.Run") -> str:
-    folder = Path(run.sync_dir)
-    if folder.is_relative_to(Path.cwd()):
-        folder = folder.relative_to(Path.cwd())
-    return shlex.join(["wandb", "sync", str(folder)])
+    return shlex.join(["wandb", "sync", str(as_typed(Path(run.sync_dir)))])
 
 
 @contextmanager

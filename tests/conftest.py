@@ -19,20 +19,22 @@ def composed():
 
 
 @pytest.fixture
-def type_in(tmp_path, monkeypatch, capsys):
-    """Type arguments in an empty folder; returns (exit code, stdout, stderr)."""
+def exit_code_of(tmp_path, monkeypatch):
+    """Type arguments in an empty folder; returns the exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
     from lora_lab.__main__ import _exit_code
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora_lab"])
-
-    def run(*argv):
-        code = _exit_code(list(argv))
-        return code, *capsys.readouterr()
-
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
     handlers, level = logging.root.handlers[:], logging.root.level
-    yield run
+    yield lambda *argv: _exit_code(list(argv))
     logging.root.handlers[:], logging.root.level = handlers, level  # Hydra's log into a folder that goes
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def type_in(exit_code_of, capsys):
+    """Likewise; returns (exit code, stdout, stderr)."""
+    return lambda *argv: (exit_code_of(*argv), *capsys.readouterr())

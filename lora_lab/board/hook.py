@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from lora_lab.errors import InputError
+from lora_lab.runs import as_typed
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -19,8 +20,7 @@ def rewrite_page(sweep: Path) -> Path | None:
     from lora_lab.board.read import read_sweep
     from lora_lab.board.verdict import verdict
 
-    here = Path.cwd()
-    sweep = sweep.relative_to(here) if sweep.is_relative_to(here) else sweep  # as the page's commands say it
+    sweep = as_typed(sweep)  # so that the page's commands are
     try:
         found = read_sweep([sweep])
         return write_page(found, verdict(found), sweep) if found.runs else None

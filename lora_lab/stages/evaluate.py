@@ -23,7 +23,7 @@ from lora_lab.evaluation import (
     write_lines,
 )
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import refuse_used, write_atomically, write_manifest
+from lora_lab.runs import distinct_names, refuse_used, write_atomically, write_manifest
 from lora_lab.schema import Config, Loss
 from lora_lab.scoring import Scores
 
@@ -69,7 +69,7 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     evaluation = Evaluation(config, device, training, held_out)
     encoder = base_to_draw(config, loss, device)
     before = evaluation.begin(encoder, hashes["base"], dtype, folder)
-    places = [folder / "samples" / name for name in _names(loras)]
+    places = [folder / "samples" / name for name in distinct_names(loras)]
     scored = [evaluation.score(lora, place, encoder) for lora, place in zip(loras, places, strict=True)]
     lines = write_lines(folder, [before, *scored])
     sheet = _sheet([before, *scored], folder / "sheet.png")
@@ -108,17 +108,6 @@ def _loss(config: Config, loras: list[Path]) -> Loss:
 def _training_pictures(config: Config) -> list[Image.Image]:
     roots = [locate_folder("dataset.root", folder.root) for folder in config.dataset.folders]
     return [picture for root in roots for picture in pictures_in(root, "dataset.root", config)]
-
-
-def _names(loras: list[Path]) -> list[str]:
-    """File stems, with a number where two share one."""
-    names: list[str] = []
-    for lora in loras:
-        name, number = lora.stem, 2
-        while name in names:
-            name, number = f"{lora.stem}-{number}", number + 1
-        names.append(name)
-    return names
 
 
 def _sheet(scored: list[Scored], path: Path) -> Path:

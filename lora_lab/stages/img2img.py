@@ -22,7 +22,7 @@ from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import refuse_used, save_picture, write_atomically, write_manifest, write_text
+from lora_lab.runs import distinct_names, refuse_used, save_picture, write_atomically, write_manifest, write_text
 from lora_lab.schema import Config
 
 
@@ -66,7 +66,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     prompts = [refine(text, config.trigger, rules) if text else _given(config) for text in captions]
     write_manifest(folder, device, {})
 
-    names = _names(paths)
+    names = distinct_names(paths)
     asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
     encoder = base_to_draw(config, loss, device)
@@ -123,14 +123,3 @@ def _captions(pictures: list[Image.Image], config: Config, device: str) -> list[
 
 def _given(config: Config) -> str:
     return config.stage.prompt.replace("{trigger}", config.trigger)
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """File stems, with a number where two photos share one, so that no picture overwrites another."""
-    names: list[str] = []
-    for path in paths:
-        name, number = path.stem, 2
-        while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names

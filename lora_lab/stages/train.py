@@ -40,6 +40,7 @@ def train(config: Config, folder: Path) -> TrainResult:
     """Train `config.stage` (a Train) into `folder`. Raises InputError before the base is loaded."""
     began = time.perf_counter()
     plan = planned(config, folder)
+    say(describe(plan, config, folder))
     with explained(config, folder):
         base = base_of(config, plan, folder)
         job, done = started(config, plan, base)
@@ -62,10 +63,7 @@ def train_together(
     began, plans = time.perf_counter(), {}
     for i, (config, folder) in enumerate(asked):
         try:
-            if not config.resume:
-                refuse_used(folder, METRICS)
-            plans[i] = make_plan(config, folder)
-            write_manifest(folder, plans[i].device, plans[i].hashes)
+            plans[i] = planned(config, folder)
         except InputError as error:
             ended(i, None, error)
     if not plans:
@@ -105,11 +103,10 @@ def train_together(
 
 
 def planned(config: Config, folder: Path) -> Plan:
-    """What will be done, said and written down."""
+    """What will be done, and with what, which is written down."""
     if not config.resume:
         refuse_used(folder, METRICS)
     plan = make_plan(config, folder)
-    say(describe(plan, config, folder))
     write_manifest(folder, plan.device, plan.hashes)
     return plan
 

@@ -162,7 +162,6 @@ class Run:
         self.settle()
         self.checkpoint()
         self._measure(self.reached)
-        self._close()
         lora = self._keep.lora(self.reached, config.name)
         self._track.images(self.reached, self._look.validate(lora, self.reached))
         published = None if config.publish is False else str(publish(lora, config.name))
@@ -188,6 +187,7 @@ class Run:
             scores=scored and scored.scores,
             samples=self._look.samples(),
         )
+        self._opened.close()
         self._ended(self, None)
         return self.result
 
@@ -218,7 +218,7 @@ class Run:
                 )
 
     def _close(self) -> None:
-        """Of the files of numbers; they are drawn once more as they are."""
+        """Of the files of numbers; they are drawn as they are."""
         self._metrics.close()
         if self._measurements:
             self._measurements.close()

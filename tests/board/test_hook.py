@@ -1,13 +1,11 @@
 """A real sweep on the tiny base: what every job leaves for the page, and what the page makes of it."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_runs import interrupt_at
 
-from lora_lab.__main__ import cli
 from lora_lab.board.read import read_sweep
 from lora_lab.sweeps.folder import write_failure
 
@@ -18,17 +16,8 @@ SWEEP = ("-m", "stage=train", "tracker=off", "model.judge=null", "batch_size=1",
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
-
-    def run(*argv: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["lora_lab", *argv])
-        with pytest.raises(SystemExit) as left:
-            cli()
-        return left.value.code or 0
-
-    return run
+def run(exit_code_of):
+    return exit_code_of
 
 
 def the_sweep() -> Path:

@@ -1,7 +1,6 @@
 """hydra/launcher=packed: what every job leaves is what it leaves alone."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import interrupt_at
 
-from lora_lab.__main__ import cli
 from lora_lab.config import compose
 from lora_lab.demo import TOFU
 from lora_lab.sweeps.packing import alone, followed, groups
@@ -22,22 +20,14 @@ SWEEP = (
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
-    pictures = tmp_path / "six"
+def run(exit_code_of):
+    """Type arguments beside six pictures."""
+    pictures = Path("six")
     pictures.mkdir()
     for i in range(6):
         (pictures / f"{i:02d}.png").write_bytes((TOFU / f"{i:02d}.png").read_bytes())
         (pictures / f"{i:02d}.txt").write_text(f"A HANA_TOFU number {i}")
-
-    def run(*argv: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["lora_lab", *argv])
-        with pytest.raises(SystemExit) as left:
-            cli()
-        return left.value.code or 0
-
-    return run
+    return exit_code_of
 
 
 def lora(job: Path) -> torch.Tensor:
