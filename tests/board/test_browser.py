@@ -62,6 +62,11 @@ def at(page, row: int, column: int):
     return page.locator(f'[data-at="{row},{column}"]')
 
 
+def wait_for_focus(page, place: str) -> None:
+    """A dialog gives the focus back a moment after it has closed."""
+    page.wait_for_function(f"document.activeElement.dataset.at == '{place}'")
+
+
 def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
     assert texts(page, "h1") == ["lr 0.001 rank 16"]
     why = "lr 0.001, rank 16 has the highest score: 0.68 (0.62 to 0.73)."
@@ -72,7 +77,7 @@ def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
     for part in ("h1", "#sentence", ".strip.best", ".strip:last-child"):
         box = page.locator(part).bounding_box()
         assert box["y"] + box["height"] <= 860, part
-    assert page.evaluate("[...document.images].slice(0, 8).every(img => img.complete && img.naturalWidth > 0)")
+    page.wait_for_function("[...document.images].slice(0, 8).every(img => img.complete && img.naturalWidth > 0)")
 
 
 def test_a_setting_shows_what_is_best_with_each_of_its_values(page):
@@ -141,7 +146,7 @@ def test_a_picture_grows_and_its_neighbours_are_an_arrow_away(page):
     assert picture.get_attribute("src") == "page/3/000002-p0-s0.png"
     page.keyboard.press("Escape")
     assert not page.locator("#zoom").is_visible()
-    assert page.evaluate("document.activeElement.dataset.at") == "1,2"  # where one was
+    wait_for_focus(page, "1,2")  # where one was
 
 
 def test_two_pictures_are_compared_with_a_slider(page):
@@ -183,14 +188,14 @@ def test_an_enlarged_picture_is_compared_with_the_base_and_the_best(page):
 def test_everything_can_be_done_by_keyboard(page):
     page.focus("#size")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.dataset.at") == "0,0"  # one stop for the whole matrix
+    wait_for_focus(page, "0,0")  # one stop for the whole matrix
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "c", "ArrowRight", "c"):
         page.keyboard.press(key)
     assert page.locator("#marked-compare").is_visible()
     page.keyboard.press("Enter")
     assert page.locator("#zoom-title").inner_text() == "lr 0.03, rank 16"
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.dataset.at") == "1,3"
+    wait_for_focus(page, "1,3")
 
 
 def test_the_table_sorts_by_every_column(page):
@@ -327,8 +332,9 @@ def test_a_hundred_runs_with_a_thousand_pictures_stay_light(chromium, tmp_path):
         page.select_option("#rows", "@run")
         assert page.locator("#matrix tbody tr").count() == 101
         loaded = "[...document.images].filter(i => i.complete && i.naturalWidth).length"
+        page.wait_for_function(f"{loaded} > 10")
         page.wait_for_timeout(500)
-        assert 10 < page.evaluate(loaded) < 400  # of 1010: what is in view, and near it
+        assert page.evaluate(loaded) < 400  # of 1010: what is in view, and near it
         at(page, 1, 0).scroll_into_view_if_needed()
         at(page, 100, 9).scroll_into_view_if_needed()
         page.wait_for_function("document.querySelector('[data-at=\"100,9\"] img').naturalWidth > 0")
