@@ -1,16 +1,51 @@
-"""What a benchmark needs before its first row: a base, pictures, and the device's own rate."""
+"""What a benchmark needs before its first row: a base, pictures, and what machine it runs on."""
 
+import platform
 import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from lora_lab import demo
-from tests.sdxl_structure import Shape, pipeline
+from tests.sdxl_structure import FULL, NARROW, Shape, pipeline
 
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
 MATMUL = 8192  # side of the bf16 product whose rate counts as the device's peak
+
+
+@dataclass(frozen=True)
+class Bench:
+    overrides: list[str]  # of every run: SDXL's base and recipe, without pictures of its own
+    shape: Shape
+    side: int  # px
+    machine: dict  # device, its rate and the packages, by name
+    peak: float | None  # the device's TFLOP/s in bf16; None on a CPU
+
+
+def prepare(out: Path, dry: bool) -> Bench:
+    """SDXL's size on a GPU; with `dry` a few numbers wide, on a CPU. `out` keeps base, pictures and cache."""
+    shape, side = (NARROW, 128) if dry else (FULL, 1024)
+    # In a process that ends: what it holds on the GPU would be counted as the runs'.
+    with get_context("spawn").Pool(1) as elsewhere:
+        base = elsewhere.apply(random_base, (out / "base", shape))
+        peak = None if dry else elsewhere.apply(matmul_rate)
+        device = None if dry else elsewhere.apply(torch.cuda.get_device_name)
+    overrides = [
+        "stage=train", "experiment=sdxl", f"model.base={base}", "model.vae=null", "model.judge=null", "tracker=off",
+        f"dataset.root={tofu(out / 'pictures', side)}", f"model.resolution={side}", "sampler.steps=1",
+        "stage.prompts=['A {trigger}']", f"cache={out / 'cache'}",
+    ]  # fmt: skip
+    machine = {
+        "device": device or platform.processor() or "CPU",
+        "bf16 TFLOP/s": peak and round(peak, 1),
+        **{name: version(name) for name in PACKAGES},
+    }
+    return Bench(overrides, shape, side, machine, peak)
 
 
 def random_base(folder: Path, shape: Shape) -> Path:

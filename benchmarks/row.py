@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 EVERY = 0.1  # seconds between two looks
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,8 @@ def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: 
     """Train `steps` steps into `folder`, which is emptied. `flops` a step; `peak` the device's TFLOP/s.
 
     Raises CalledProcessError with the run's own words if it fails."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "lora_lab", *overrides, f"steps={steps}", f"hydra.run.dir={folder}"]
-    began = time.perf_counter()
-    run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seen = Seen()
-    watcher = threading.Thread(target=watch, args=(run, folder / "metrics.jsonl", steps, began, seen))
-    watcher.start()
-    try:
-        said, _ = run.communicate()
-    finally:
-        run.kill()  # where this process is stopped: the GPU would not be free for who comes next
-        watcher.join()
-    if run.returncode:
-        raise subprocess.CalledProcessError(run.returncode, command, said[-3000:])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    _, seen = watched(folder, [*overrides, f"steps={steps}", f"hydra.run.dir={folder}"], folder / METRICS, steps)
+    lines = read_lines(folder / METRICS)
     batch = next(int(word.partition("=")[2]) for word in overrides if word.startswith("batch_size="))
     times = [1000 * batch / line["images_per_second"] for line in lines[len(lines) // 2 :]]
     median = statistics.median(times)
@@ -71,6 +58,34 @@ def measure(folder: Path, overrides: list[str], steps: int, flops: float, peak: 
         process_mib=seen.most_mib,
         seconds_to_first_step=seen.first_step or float("nan"),
     )
+
+
+def watched(folder: Path, arguments: list[str], metrics: Path, steps: int) -> tuple[float, "Seen"]:
+    """Run the program in `folder`, which is emptied: the seconds it took, and what was seen of it from outside.
+
+    `metrics` is the file that tells of its steps, `steps` how many lines that will have. Raises CalledProcessError with
+    the run's own words if it fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "lora_lab", *arguments]
+    began = time.perf_counter()
+    run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = Seen()
+    watcher = threading.Thread(target=watch, args=(run, metrics, steps, began, seen))
+    watcher.start()
+    try:
+        said, _ = run.communicate()
+        seconds = time.perf_counter() - began
+    finally:
+        run.kill()  # where this process is stopped: the GPU would not be free for who comes next
+        watcher.join()
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command, said[-3000:])
+    return seconds, seen
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def kernels(folder: Path, overrides: list[str]) -> dict:

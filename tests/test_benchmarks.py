@@ -19,14 +19,27 @@ def test_a_step_of_sdxl_is_the_14_teraflops_of_the_published_sizes():
     assert training_flops(FULL, 1024) == pytest.approx(14.19e12, rel=1e-3)
 
 
+def rows_of(table: Path, *arguments: str) -> list[dict]:
+    path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", *arguments]
+    subprocess.run(command, cwd=HOME, env=os.environ | {"PYTHONPATH": path}, check=True)
+    return json.loads(table.read_text())["rows"]
+
+
 @pytest.mark.slow
 def test_every_row_of_a_dry_run_is_a_run(tmp_path):
-    asked = ["--dry", "--kernels", "--steps", "4", "--memory", "fast", "--batch", "1", "2"]
-    command = [sys.executable, "-m", "benchmarks", tmp_path, *asked]
-    path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, cwd=HOME, env=os.environ | {"PYTHONPATH": path}, check=True)
-    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    asked = ("--dry", "--kernels", "--steps", "4", "--memory", "fast", "--batch", "1", "2")
+    rows = rows_of(tmp_path / "table.json", "benchmarks", str(tmp_path), *asked)
     assert [row["name"] for row in rows] == ["fast-1", "fast-2"]
     assert all(row["steps"] == 2 and row["median_ms"] > 0 and row["seconds_to_first_step"] > 1 for row in rows)
     assert all(row["kernels"]["kernels"] > 1000 and row["kernels"]["by_kind"]["convolution"][0] > 0 for row in rows)
     assert (tmp_path / "table.md").read_text().count("\n| fast-") == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_is_timed_with_either_launcher_and_learns_the_same(tmp_path):
+    asked = ("--dry", "--points", "rank=2,4", "--steps", "2")
+    packed, basic = rows_of(tmp_path / "sweep.json", "benchmarks.sweep", str(tmp_path), *asked)
+    assert (packed["launcher"], packed["jobs"], basic["jobs"]) == ("packed", 2, 2)
+    assert packed["seconds"] > packed["seconds_to_first_step"] > 1 and packed["losses_apart"] is None
+    assert basic["losses_apart"] < 1e-4 and basic["loras_apart"] < 1e-3  # sums in another order
