@@ -188,6 +188,9 @@ def test_every_text_is_there_in_both_languages():
     template = (HERE / "template.html").read_text(encoding="utf-8")
     used = set(re.findall(r'\bsay\(\s*"(\w+)"', program)) | set(re.findall(r'word\("(\w+)"\)', template))
     assert len(used) > 40 and used <= set(texts)
+    scores = (HERE.parents[1] / "docs" / "scores.md").read_text(encoding="utf-8")
+    measures = set(re.findall(r"^\| `(\w+)` \| (?:higher|lower|neither)", scores, re.M))
+    assert len(measures) > 8 and measures <= set(texts)
     for key, text in texts.items():
         assert set(text) == {"en", "ko"} and all(text.values()), key
         assert set(re.findall(r"{\w+}", text["en"])) == set(re.findall(r"{\w+}", text["ko"])), key
