@@ -261,7 +261,7 @@ def test_off_writes_nothing(tmp_path):
 
 
 def test_an_unknown_kind_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(InputError, match="wandb, tensorboard, off"), tracking("mlflow", tmp_path, "tofu", {}):
+    with pytest.raises(InputError, match="wandb, trackio, tensorboard, off"), tracking("mlflow", tmp_path, "tofu", {}):
         pass
 
 

@@ -1,4 +1,4 @@
-"""W&B, TensorBoard or nothing, behind three functions: numbers, images, a table."""
+"""W&B, trackio, TensorBoard or nothing, behind three functions: numbers, images, a table."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_lab.errors import InputError
-from lora_lab.track import tensorboard, wandb
+from lora_lab.track import tensorboard, trackio, wandb
 from lora_lab.track.forgiving import NOTHING, Track
 
-KINDS = ("wandb", "tensorboard", "off")
-EXTRAS = ("tensorboard",)  # the package and the extra that brings it are called as the kind
+KINDS = ("wandb", "trackio", "tensorboard", "off")
+EXTRAS = ("trackio", "tensorboard")  # the package and the extra that brings it are called as the kind
 
 
 def refuse_missing(kind: str) -> None:
@@ -37,13 +37,15 @@ def tracking(
 ) -> Iterator[Track]:
     """Track the run in `folder` until the block ends; an exception in the block marks the run as failed.
 
-    `project`, `mode`, `group` and `tags` are W&B's. With `resume` the run that `folder`
+    `project` and `group` are W&B's and trackio's, `mode` and `tags` W&B's alone. With `resume` the run that `folder`
     belongs to goes on. Raises InputError for an unknown kind, a missing package, or `mode="online"` without an API
     key."""
     refuse_missing(kind)
     if kind == "wandb":
         names = {"name": name, "project": project, "group": group, "tags": list(tags)}
         tracker = wandb.tracked(folder.resolve(), config, mode, resume, names)
+    elif kind == "trackio":
+        tracker = trackio.tracked(folder, name, config, resume, project=project, group=group)
     elif kind == "tensorboard":
         tracker = tensorboard.tracked(folder, {"name": name, **config}, resume)
     else:
