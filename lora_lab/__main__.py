@@ -10,10 +10,10 @@ from pathlib import Path
 
 import hydra
 
-from lora_lab import __version__, command_line, config, stopping
-from lora_lab.board.hook import rewrite_page
+from lora_lab import __version__, command_line, config, schema, stopping
+from lora_lab.board.hook import attach_page, rewrite_page
 from lora_lab.errors import InputError
-from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, told
+from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, settled, told
 from lora_lab.resume import quoted, resumed
 from lora_lab.runs import as_typed
 from lora_lab.sweeps import folder as sweeps
@@ -55,7 +55,7 @@ def _exit_code(argv: list[str]) -> int:
         if given.cfg == "job" and not given.resolve:
             flags.append("--resolve")  # values, not where they come from
         if multirun and not (only_told or given.cfg or given.info):
-            return _sweep(flags, overrides, sweep)
+            return _sweep(flags, overrides, sweep, runs)
         sys.argv[1:] = [*flags, *overrides]
         main()
     except (OSError, ValueError) as error:  # Hydra could not make the run folder, or its flags contradict each other
@@ -67,8 +67,8 @@ def _exit_code(argv: list[str]) -> int:
     return _worst(exit_codes)
 
 
-def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
-    """All jobs of a sweep, into its folder `before` if it goes on."""
+def _sweep(flags: list[str], overrides: list[str], before: Path | None, runs: list[schema.Config]) -> int:
+    """All jobs of a sweep, `runs`, into its folder `before` if it goes on."""
     hydra_part = command_line.hydra_part(overrides)
     named = any(command_line.name_of(o) == "hydra.sweep.dir" for o in overrides)
     if before:
@@ -97,6 +97,8 @@ def _sweep(flags: list[str], overrides: list[str], before: Path | None) -> int:
     codes = _tell(sweep)
     if page := rewrite_page(sweep):
         print(f"\ncompare the runs: {as_typed(page)}", flush=True)
+        if tracked := [run for run in runs if run.tracker.kind == "wandb"]:
+            attach_page(sweep, settled(tracked[0], sweep).tracker)
     return _worst([*codes, *exit_codes])
 
 

@@ -22,7 +22,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from lora_lab import config, schema
+from lora_lab import config, schema, track
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.errors import InputError
 from lora_lab.keys import keys_of, nearest, unknown_key
@@ -227,7 +227,8 @@ def hydra_part(overrides: list[str]) -> DictConfig:
 
 
 def refuse_missing(run: schema.Config) -> None:
-    """Raise InputError for a picture, folder or model that is not there. Stages do so too, but import torch first."""
+    """Raise InputError for a picture, folder, model or tracker that is not there. Stages do so too, but import torch
+    first."""
     stage = run.stage
     draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
     if not isinstance(stage, (schema.Img2img, schema.Convert, schema.Compare)):
@@ -246,6 +247,8 @@ def refuse_missing(run: schema.Config) -> None:
     if isinstance(stage, (schema.Train, schema.Pipeline, schema.Evaluate)):
         _refuse_missing_judges(run)
     trains = stage.train if isinstance(stage, schema.Pipeline) else stage
+    if isinstance(trains, schema.Train):
+        track.refuse_missing(run.tracker.kind)
     if isinstance(trains, schema.Train) and trains.validation_root:
         locate_folder("stage.validation_root", trains.validation_root)
     if isinstance(stage, (schema.Check, schema.Train, schema.Pipeline)) and run.loss.masks == "folder":

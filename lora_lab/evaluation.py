@@ -230,7 +230,7 @@ def rows(scored: Scored, rank: int, lr: float, step: int) -> list[dict]:
     names = list(dict.fromkeys(name for line in scored.lines for name in line["scores"]))
     return [
         {"rank": rank, "lr": lr, "step": step, "prompt": line["prompt"], "seed": line["seed"], "picture": picture}
-        | {name: line["scores"].get(name) for name in names}
+        | {f"score/{name}": line["scores"].get(name) for name in names}  # one of them is called prompt
         for line, picture in zip(scored.lines, scored.pictures, strict=True)
     ]
 

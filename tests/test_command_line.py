@@ -55,7 +55,7 @@ def refused(answer, *words):
         ("tracker=wandbb", ["did you mean wandb?"]),
         ("optimizer=Adam", ["did you mean adamw?"]),
         ("model=null", ["model=null", "sdxl, tiny"]),
-        ("tracker=null", ["off, tensorboard, wandb"]),
+        ("tracker=null", ["off, tensorboard, trackio, wandb"]),
         ("model=3", ["sdxl, tiny"]),
         # values
         ("rank=0", ["rank=0: rank must be at least 1"]),
@@ -294,6 +294,13 @@ def test_the_module_runs_as_typed(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("lora_lab: stage=trian") and wrong.stdout == ""
     right = run("--cfg", "job", "stage=train", "lr=1e-4")
     assert right.returncode == 0 and "lr: 0.0001" in right.stdout
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(type_in, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    answer = type_in("stage=train", "tracker=trackio")
+    refused(answer, 'tracker=trackio needs a package: pip install "lora_lab[trackio]"')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_jobs_of_a_sweep_are_one_group_for_the_tracker(type_in, monkeypatch):

@@ -5,7 +5,6 @@ import os
 import pty
 import subprocess
 import sys
-import sysconfig
 import time
 from io import BytesIO
 from pathlib import Path
@@ -13,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from wandb_files import inspect, isolated
 
 from lora_lab.errors import InputError
 from lora_lab.track import tracking
 
 ROOT = Path(__file__).parents[1]
-WANDB = str(Path(sysconfig.get_path("scripts")) / "wandb")
 NOWHERE = "http://127.0.0.1:9"
 
 PRELUDE = """
@@ -55,17 +54,9 @@ with tracking() as tracker:
 """
 
 
-def environment(root, **more):
-    kept = {name: value for name, value in os.environ.items() if "WANDB" not in name and name != "NETRC"}
-    folders = {"HOME": root / "home", "TMPDIR": root / "temporary"}
-    for folder in (*folders.values(), root / "here"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return kept | {name: str(path) for name, path in folders.items()} | {"PYTHONPATH": str(ROOT)} | more
-
-
 def run(root, script, **more):
     """Run the script in root/here, stdin closed; returns stdout, stderr, the seconds it took and the run folder."""
-    env = environment(root, **more)
+    env = isolated(root, **more)
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + script],
@@ -79,13 +70,6 @@ def run(root, script, **more):
     assert done.returncode == 0, done.stderr
     seconds = time.monotonic() - start
     return SimpleNamespace(out=done.stdout, err=done.stderr, seconds=seconds, folder=root / "here" / "run")
-
-
-def inspect(path, *options):
-    """What `wandb leet inspect` shows of a run: a dict with --summary, else the list of its records."""
-    command = [WANDB, "leet", "inspect", *options, "--json", path]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return json.loads(text) if options else [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +143,7 @@ def test_wandb_writes_nothing_outside_the_run_folder(story):
 
 def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path):
     parent, child = pty.openpty()
-    env = environment(tmp_path, TERM="xterm")
+    env = isolated(tmp_path, TERM="xterm")
     process = subprocess.Popen(
         [sys.executable, "-c", PRELUDE + USE], cwd=tmp_path / "here", env=env, stdin=child, stdout=child, stderr=child
     )
@@ -179,11 +163,11 @@ def test_an_unreachable_server_delays_the_run_but_does_not_stop_it(tmp_path, pla
     if place == "environment":
         more["WANDB_API_KEY"] = "a" * 40
     else:
-        environment(tmp_path)
+        isolated(tmp_path)
         netrc = tmp_path / "home" / ".netrc"
         netrc.write_text(f"machine 127.0.0.1:9\n  login user\n  password {'a' * 40}\n")
         netrc.chmod(0o600)
-    told = run(tmp_path, "track.INIT_SECONDS = 1" + USE, **more)
+    told = run(tmp_path, "track.wandb.INIT_SECONDS = 1" + USE, **more)
     assert told.out.startswith("tracking offline (no connection: ") and len(told.out.splitlines()) == 1
     path = str(tmp_path / "here" / told.out.strip().rpartition("wandb sync ")[2])
     assert inspect(path, "--summary")["summary"]["train/loss"] == 0.5
@@ -256,7 +240,7 @@ def test_a_resumed_tensorboard_run_draws_the_repeated_steps_once(tmp_path):
 
 
 def test_a_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(InputError, match=r"pip install .*tensorboard"), tracking("tensorboard", tmp_path, "tofu", {}):
         pass
 
@@ -277,7 +261,7 @@ def test_off_writes_nothing(tmp_path):
 
 
 def test_an_unknown_kind_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(InputError, match="wandb, tensorboard, off"), tracking("mlflow", tmp_path, "tofu", {}):
+    with pytest.raises(InputError, match="wandb, trackio, tensorboard, off"), tracking("mlflow", tmp_path, "tofu", {}):
         pass
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lora_lab.errors import InputError
 from lora_lab.runs import as_typed
+from lora_lab.schema import Tracker
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -29,3 +30,17 @@ def rewrite_page(sweep: Path) -> Path | None:
     except Exception as error:
         print(f"lora_lab: the comparison page of {sweep} could not be written ({error!r})", file=sys.stderr)
     return None
+
+
+def attach_page(sweep: Path, tracker: Tracker) -> None:
+    """Log the page of `sweep`, which has ended, to W&B: once, and again only when it has changed.
+
+    What goes wrong costs a line on stderr."""
+    from lora_lab.board.page import shared
+    from lora_lab.track import wandb
+
+    names = {"project": tracker.project, "group": tracker.group, "tags": tracker.tags}
+    try:
+        wandb.attach(sweep, shared(sweep), tracker.mode, names)
+    except Exception as error:
+        print(f"lora_lab: the comparison page of {as_typed(sweep)} could not be tracked ({error!r})", file=sys.stderr)

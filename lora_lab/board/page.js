@@ -95,6 +95,15 @@ function image(picture, suffix = "webp") {
   });
 }
 
+// A page that was sent without its large pictures shows the small ones.
+document.addEventListener(
+  "error",
+  ({ target }) => {
+    if (target.src?.endsWith(".png")) target.src = target.src.replace(/png$/, "webp");
+  },
+  true,
+);
+
 // ---- the first screen
 
 function interval(value, low, high, from, to) {

@@ -48,6 +48,13 @@ def write_page(sweep: Sweep, judged: Verdict, to: Path) -> Path:
     return page
 
 
+def shared(page: Path) -> dict[str, Path]:
+    """The files of the page in the folder `page` by their names in it, but for the large pictures: these are nearly all
+    of it, and the page shows the small ones in their place."""
+    files = [page / "index.html", page / "comparison.png", *sorted((page / "page").rglob("*.webp"))]
+    return {file.relative_to(page).as_posix(): file for file in files}
+
+
 def slug(run: Run) -> str:
     """The run's folder below page/."""
     return run.name.replace("/", "-")

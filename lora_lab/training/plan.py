@@ -11,6 +11,7 @@ from hydra.utils import get_class, instantiate
 from peft import PeftConfig
 from PIL import Image
 
+from lora_lab import track
 from lora_lab.adapters import fresh
 from lora_lab.adapters.tokens import beside, tokens_of
 from lora_lab.adapters.wear import MODELS, find_lora
@@ -97,6 +98,7 @@ def make_plan(config: Config, folder: Path) -> Plan:
     if held_out:  # not in the recipe: what is measured decides nothing
         hashes["validation"] = hash_files(*(s.path for s in held_out))
     refuse_unfit_judges(config)
+    track.refuse_missing(config.tracker.kind)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
     resolution, step = config.model.resolution, config.model.bucket_step

@@ -8,6 +8,7 @@ import pytest
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab.board.hook import rewrite_page
+from lora_lab.board.page import shared
 
 pytestmark = pytest.mark.slow
 
@@ -341,3 +342,15 @@ def test_a_hundred_runs_with_a_thousand_pictures_stay_light(chromium, tmp_path):
         page.click('[data-sort="rank"]')
         assert texts(page, "#table tbody tr:first-child td:nth-child(4)") == ["1"]
         assert texts(page, "#legend li") == ["lr 0.001, rank 10 ★"]  # a hundred colours tell nothing apart
+
+
+def test_a_page_sent_without_its_large_pictures_shows_the_small_ones(chromium, page_of_a_sweep, tmp_path):
+    for name, file in shared(page_of_a_sweep.parent).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(file, tmp_path / name)
+    page = chromium.new_page()
+    page.goto((tmp_path / "index.html").as_uri())
+    page.wait_for_function("[...document.querySelectorAll('.strip.best img')].every(img => img.naturalWidth == 256)")
+    page.locator(".strip.best button").first.click()
+    page.wait_for_function("document.getElementById('zoom-picture').naturalWidth == 256")
+    page.close()

@@ -26,9 +26,13 @@ def the_sweep() -> Path:
 
 
 def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
-    assert run(*SWEEP, "lr=1e-3,1e20") == 1
+    tracked_by_wandb = [word for word in SWEEP if word != "tracker=off"] + ["tracker=wandb", "tracker.mode=offline"]
+    assert run(*tracked_by_wandb, "lr=1e-3,1e20") == 1
     folder = the_sweep()
-    assert capsys.readouterr().out.rstrip().endswith(f"compare the runs: {folder / 'index.html'}")
+    (comparison,) = folder.glob("wandb/offline-run-*")  # said once, after everything else
+    *_, page, tracked = capsys.readouterr().out.splitlines()
+    assert page == f"compare the runs: {folder / 'index.html'}"
+    assert tracked.startswith("tracking offline (as asked)") and tracked.endswith(f"wandb sync {comparison}")
     good, bad = read_sweep([folder]).runs
     assert (good.status, bad.status) == ("done", "failed") and "not finite" in bad.error
     assert (good.settings["lr"], bad.settings["lr"], good.settings["rank"]) == (1e-3, 1e20, 2)
@@ -53,7 +57,7 @@ def test_ctrl_c_is_no_failure_and_the_page_shows_how_far_it_came(run, monkeypatc
         interrupt_at(1, once)
         assert run(*SWEEP, "lr=1e-3,1e-4") == 1
     folder = the_sweep()
-    assert not list(folder.glob("*/failed.json"))
+    assert not list(folder.glob("*/failed.json")) and not list(folder.rglob("wandb"))
     assert [(r.status, r.step) for r in read_sweep([folder]).runs] == [("unfinished", 1), ("missing", 0)]
     assert '"status":"unfinished"' in (folder / "index.html").read_text()
     write_failure(folder / "0", "the machine was switched off", 1)
