@@ -213,6 +213,7 @@ def check(overrides: list[str], multirun: bool) -> list[schema.Config]:
             return [config.typed(config.composed(overrides))]
         points.refuse_swept_hydra(parsed)
         hydra = hydra_part(overrides)
+        points.refuse_none_at_once(hydra)
         runs = [config.typed(config.composed(p)) for p in points.points(points.with_params(parsed, hydra))]
         if points.searches(hydra):
             points.refuse_unscored(runs)

@@ -97,7 +97,6 @@ def _of_sweep(cfg: DictConfig, settings: DictConfig, folder: Path) -> float | No
                 go_on(typed, folder)
             sweeps.begin(folder, settings.job.num, overrides)
             score = _done(typed, folder)
-        (folder / "failed.json").unlink(missing_ok=True)
         if elsewhere:
             say(f"done{'' if score is None else f', score {score:.3f}'}: {folder}")
         return score
@@ -134,6 +133,7 @@ def go_on(typed: schema.Config, folder: Path) -> None:
     """With what this job left in `folder` when it was stopped."""
     if isinstance(typed.stage, schema.Train) and not any(folder.glob("checkpoints/step-*/training.json")):
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # training begins again and writes the very same lines
+        typed.resume = None
     else:
         typed.resume = str(folder)
 

@@ -58,13 +58,19 @@ def ended(started: subprocess.Popen) -> tuple[int, str, str]:
     return started.returncode, out, err
 
 
-def interrupt(started: subprocess.Popen, number: signal.Signals, *when: Path) -> tuple[int, str, str]:
-    """Send a signal as soon as all files of `when` are there."""
+def interrupt(
+    started: subprocess.Popen, number: signal.Signals, *when: Path, children: bool = True
+) -> tuple[int, str, str]:
+    """Send a signal as soon as all files of `when` are there; without `children` to the process that was typed in."""
+    wait_for(started, *when)
+    (os.killpg if children else os.kill)(started.pid, number)
+    return ended(started)
+
+
+def wait_for(started: subprocess.Popen, *when: Path) -> None:
     until = time.monotonic() + LIMIT
     while not all(path.exists() for path in when) and started.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
-    os.killpg(started.pid, number)
-    return ended(started)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

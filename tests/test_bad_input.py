@@ -57,10 +57,9 @@ def nothing_loads(monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("a model was loaded before the input was refused")
 
-    for place in ("stages.train.load_base", "stages.train.Evaluation", "draw.load_base"):
+    for place in ("stages.train.load_base", "stages.train.Evaluation", "draw.load_base", "judge.load_captioner",
+                  "stages.caption.load_captioner"):  # fmt: skip
         monkeypatch.setattr(f"lora_lab.{place}", load)
-    for module in ("caption", "img2img"):
-        monkeypatch.setattr(f"lora_lab.stages.{module}.load_captioner", load)
 
 
 def refused(composed, *overrides, folder=Path("run")):

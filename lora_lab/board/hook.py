@@ -3,9 +3,13 @@
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from lora_lab.errors import InputError
 from lora_lab.runs import as_typed
 from lora_lab.schema import Tracker
+
+LOCK = ".page.lock"
 
 
 def sweep_of(folder: Path) -> Path | None:
@@ -14,7 +18,8 @@ def sweep_of(folder: Path) -> Path | None:
 
 
 def rewrite_page(sweep: Path) -> Path | None:
-    """The sweep's page, from the files as they are; None where nothing trains.
+    """The sweep's page, from the files as they are; None where nothing trains. Of several processes each waits for its
+    turn, and so the last to write has read what all others left.
 
     A page that cannot be written costs a line on stderr, never a job."""
     from lora_lab.board.page import write_page
@@ -22,9 +27,12 @@ def rewrite_page(sweep: Path) -> Path | None:
     from lora_lab.board.verdict import verdict
 
     sweep = as_typed(sweep)  # so that the page's commands are
+    if not sweep.is_dir():  # no job began
+        return None
     try:
-        found = read_sweep([sweep])
-        return write_page(found, verdict(found), sweep) if found.runs else None
+        with FileLock(sweep / LOCK, timeout=60):
+            found = read_sweep([sweep])
+            return write_page(found, verdict(found), sweep) if found.runs else None
     except InputError as error:
         print(f"lora_lab: {error}", file=sys.stderr)
     except Exception as error:

@@ -10,9 +10,8 @@ from lora_lab.adapters.given import given_lora, what_it_predicts
 from lora_lab.adapters.wear import worn
 from lora_lab.base import stored
 from lora_lab.base.load import pick_device
-from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.base.locate import locate_folder
 from lora_lab.base.prediction import refuse_unfit
-from lora_lab.captions.captioner import load_captioner
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
 from lora_lab.draw import base_to_draw
@@ -22,6 +21,7 @@ from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
+from lora_lab.judge import read_back
 from lora_lab.runs import distinct_names, refuse_used, save_picture, write_atomically, write_manifest, write_text
 from lora_lab.schema import Config
 
@@ -61,7 +61,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
     worn_file = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {worn_file}, {model.base} on {device}")
-    captions = [None] * len(photos) if stage.prompt else _captions(opened, config, str(device))
+    captions = [None] * len(photos) if stage.prompt else read_back(config.captioner, opened, device)
     rules = Rules.from_config(**asdict(config.refiner))
     prompts = [refine(text, config.trigger, rules) if text else _given(config) for text in captions]
     write_manifest(folder, device, {})
@@ -109,16 +109,6 @@ def _lora(config: Config) -> Path | None:
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: pictures are drawn with one LoRA, name that")
     return given_lora(str(config.lora), None if config.stage.prompt else config.trigger)
-
-
-def _captions(pictures: list[Image.Image], config: Config, device: str) -> list[str]:
-    settings = config.captioner
-    base = locate_model("captioner.base", settings.base)
-    captioner = load_captioner(
-        base, device, prompt=settings.prompt, max_tokens=settings.max_tokens, beams=settings.beams,
-        batch_size=settings.batch_size,
-    )  # fmt: skip
-    return captioner.caption(pictures)
 
 
 def _given(config: Config) -> str:

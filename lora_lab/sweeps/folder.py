@@ -74,11 +74,13 @@ def begun(job: Path, number: int) -> list[str] | None:
 
 
 def begin(job: Path, number: int, overrides: Sequence[str]) -> None:
-    """Say whose folder `job` is. A result that it had with other overrides is none any more, but kept."""
+    """Say whose folder `job` is. A result that it had with other overrides is none any more, but kept; and what it
+    failed with before is tried again."""
     if begun(job, number) not in (None, sorted(overrides)):
         for name in ("result", "failed"):
             with suppress(FileNotFoundError):
                 (job / f"{name}.json").replace(job / f"{name}.before.json")
+    (job / "failed.json").unlink(missing_ok=True)
     known = {"number": number, "overrides": list(overrides), "host": socket.gethostname(), "pid": os.getpid()}
     write_json(job / "job.json", known)
 

@@ -1,12 +1,16 @@
 """hydra/launcher=packed: jobs that differ only in how a LoRA is trained share one base and every step on it.
 
-Every job leaves what it would have left alone. Imports nothing heavy: Hydra is told of it at every start."""
+Every job leaves what it would have left alone, and several GPUs each take a group of them at a time. Imports nothing
+heavy: Hydra is told of it at every start."""
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,19 +19,31 @@ from typing import TYPE_CHECKING
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from lora_lab import config, job, schema, stopping
 from lora_lab.board.hook import rewrite_page
-from lora_lab.console import quiet_libraries, say
+from lora_lab.console import quiet_libraries, say, speak_as
+from lora_lab.errors import RunError
 from lora_lab.runs import refuse_unwritable, write_json
 from lora_lab.sweeps import folder as sweeps
+from lora_lab.sweeps import workers
 
 if TYPE_CHECKING:
+    from lora_lab.sweeps.packing import Group
     from lora_lab.training.run import Run
+
+
+@dataclass
+class Packed:
+    """The launcher's keys."""
+
+    _target_: str = "hydra_plugins.lora_lab.PackedLauncher"
+    max_jobs: int | None = None  # that share a step; null: as many as the memory should take
+    workers: int | None = None  # processes; null: one for each GPU
 
 
 def register() -> None:
@@ -41,10 +57,7 @@ def register() -> None:
     parent.lora_lab = sys.modules[place] = ModuleType(place)
     parent.lora_lab.PackedLauncher = PackedLauncher
     Plugins.instance().register(PackedLauncher)
-    target = f"{place}.{PackedLauncher.__name__}"
-    ConfigStore.instance().store(
-        group="hydra/launcher", name="packed", node={"_target_": target, "max_jobs": None}, provider="lora_lab"
-    )
+    ConfigStore.instance().store(group="hydra/launcher", name="packed", node=Packed, provider="lora_lab")
 
 
 @dataclass(frozen=True)
@@ -55,56 +68,151 @@ class Point:
     folder: Path
     overrides: list[str]
     config: schema.Config
-    begun: bool
 
 
-class PackedLauncher(Launcher):
-    __module__ = "hydra_plugins.lora_lab"
+@dataclass(frozen=True)
+class Sweep:
+    """What Hydra knows of a sweep, and a job of it needs in any process."""
 
-    def __init__(self, max_jobs: int | None) -> None:
-        self._most = max_jobs
+    context: HydraContext
+    config: DictConfig
+    task: TaskFunction
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._context, self._task, self._config = hydra_context, task_function, config
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.hydra.sweep.dir)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        quiet_libraries()
-        from lora_lab.sweeps.packing import alone, groups
-
-        setup_globals()
-        jobs = list(enumerate(job_overrides, start=initial_job_idx))
-        returned = {number: self._run(number, overrides, _looked_at) for number, overrides in jobs}
-        points = [each.return_value for each in returned.values() if isinstance(each.return_value, Point)]
-        for numbers in groups([point.config for point in points], self._most):
-            together = [points[i] for i in numbers]
-            if len(together) > 1:
-                with _logged(together):
-                    scores = _train(together, Path(self._config.hydra.sweep.dir))
-                configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-                for point in together:
-                    returned[point.number] = _return(returned[point.number], scores.get(point.number))
-                continue
-            (point,) = together
-            why = alone(point.config) or "no other job has its base, its data and its layers"
-            say(f"\n#{point.number} trains alone, since {why}")
-            returned[point.number] = self._run(point.number, point.overrides, self._task)
-        return list(returned.values())
-
-    def _run(self, number: int, overrides: Sequence[str], task: TaskFunction) -> JobReturn:
+    def run(self, number: int, overrides: Sequence[str], task: TaskFunction) -> JobReturn:
         """`task` as a job of Hydra's, with its folder, its record and its log."""
-        composed = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+        composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(composed):
             composed.hydra.job.id = composed.hydra.job.num = number
         try:
             return run_job(
-                hydra_context=self._context,
+                hydra_context=self.context,
                 task_function=task,
                 config=composed,
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
             )
         finally:
-            configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+            self.speak()
+
+    def speak(self) -> None:
+        """Log as Hydra does between jobs."""
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+
+
+class PackedLauncher(Launcher):
+    __module__ = "hydra_plugins.lora_lab"
+
+    def __init__(self, max_jobs: int | None, workers: int | None) -> None:
+        self._most, self._workers = max_jobs, workers
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._sweep = Sweep(hydra_context, config, task_function)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        quiet_libraries()
+        setup_globals()
+        jobs = list(enumerate(job_overrides, start=initial_job_idx))
+        returned = {number: self._sweep.run(number, overrides, _looked_at) for number, overrides in jobs}
+        points = [each.return_value for each in returned.values() if isinstance(each.return_value, Point)]
+        if points:
+            self._train(points)
+        for point in points:
+            result = sweeps.result_of(point.folder) if _done(point) else None
+            returned[point.number].return_value = result and sweeps.score_of(result)
+        return list(returned.values())
+
+    def _train(self, points: Sequence[Point]) -> None:
+        places = workers.places(self._workers, {point.config.device for point in points})
+        group = partial(_groups, [point.config for point in points], self._most, len(places))
+        groups = workers.elsewhere(group) if len(places) > 1 else group()
+        its = [[points[i] for i in group.jobs] for group in groups]
+        if len(places) == 1 or len(groups) == 1:
+            for group, together in zip(groups, its, strict=True):
+                if len(together) == 1:
+                    print(f"\n{_how(group, together)}", flush=True)
+                _carry_out(together, self._sweep)
+            return
+        print(f"{len(groups)} groups for {len(places)} workers, the next for whoever is free:")
+        print("\n".join(f"  {_how(*each)}" for each in zip(groups, its, strict=True)), flush=True)
+        workers.spread(
+            [partial(_in_a_worker, together, self._sweep) for together in its],
+            places,
+            lambda i, gpu: print(f"{_names(its[i])} {'begins' if gpu is None else f'begins on GPU {gpu}'}", flush=True),
+            lambda i, exit_code: _over(its[i], exit_code, self._sweep.folder),
+            self._sweep.folder / sweeps.STOP,
+        )
+        if any(not _done(point) and not (point.folder / "failed.json").is_file() for point in points):
+            raise KeyboardInterrupt("stopped")  # a worker alone was told to
+
+
+def _groups(configs: Sequence[schema.Config], most: int | None, workers: int) -> "list[Group]":
+    quiet_libraries()
+    from lora_lab.sweeps.packing import groups
+
+    return groups(configs, most, workers)
+
+
+def _how(group: "Group", points: Sequence[Point]) -> str:
+    if len(points) > 1:
+        return f"{_names(points)} train together"
+    return f"{_names(points)} trains alone{group.why and f', since {group.why}'}"
+
+
+def _names(points: Sequence[Point]) -> str:
+    """#0,2-4 of jobs 0, 2, 3 and 4."""
+    parts: list[list[int]] = []
+    for point in points:
+        if parts and point.number == parts[-1][-1] + 1:
+            parts[-1].append(point.number)
+        else:
+            parts.append([point.number])
+    return "#" + ",".join(f"{part[0]}-{part[-1]}" if len(part) > 2 else ",".join(map(str, part)) for part in parts)
+
+
+def _in_a_worker(points: Sequence[Point], sweep: Sweep) -> None:
+    """`_carry_out` in a process that knows nothing yet."""
+    os.chdir(sweep.config.hydra.runtime.cwd)
+    job.prepare_process()
+    quiet_libraries()
+    config.register()
+    register()
+    setup_globals()
+    JobRuntime.instance().set("name", sweep.config.hydra.job.name)
+    sweep.speak()
+    speak_as(f"{_names(points)} ")
+    _carry_out(points, sweep)
+
+
+def _carry_out(points: Sequence[Point], sweep: Sweep) -> None:
+    """Do the jobs of a group. What comes of them stands in their folders."""
+    if len(points) == 1:
+        (point,) = points
+        sweep.run(point.number, point.overrides, sweep.task)
+        return
+    with _logged(points):
+        _train_together(points, sweep.folder)
+    sweep.speak()
+
+
+def _over(points: Sequence[Point], exit_code: int, sweep: Path) -> None:
+    """A worker has ended. Of one that died nobody else tells why its jobs are not done."""
+    if exit_code == 0 or (sweep / sweeps.STOP).exists():
+        return
+    how = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})" if exit_code < 0 else "broke off"
+    for point in points:
+        if not _done(point) and not (point.folder / "failed.json").is_file():
+            error = RunError(f"its process {how}; it goes on with resume= of the sweep")
+            job.failed(point.folder, point.overrides, error)
+    rewrite_page(sweep)
+
+
+def _done(point: Point) -> bool:
+    known = sweeps.begun(point.folder, point.number)
+    return known == sorted(point.overrides) and sweeps.result_of(point.folder) is not None
 
 
 def _looked_at(cfg: DictConfig) -> Point | float | None:
@@ -118,7 +226,8 @@ def _looked_at(cfg: DictConfig) -> Point | float | None:
             return sweeps.score_of(result)
         typed = job.settled(config.typed(cfg), Path(settings.sweep.dir))
         refuse_unwritable(folder)
-        return Point(number, folder, overrides, typed, begun is not None)
+        typed.resume = None if begun is None else str(folder)
+        return Point(number, folder, overrides, typed)
     except Exception as error:
         job.failed(folder, overrides, error)
         return None
@@ -140,27 +249,20 @@ def _logged(points: Sequence[Point]) -> Iterator[None]:
             file.close()
 
 
-def _return(before: JobReturn, score: float | None) -> JobReturn:
-    before.status, before.return_value = JobStatus.COMPLETED, score
-    return before
-
-
-def _train(points: Sequence[Point], sweep: Path) -> dict[int, float | None]:
-    """Train them together; the scores of those that have one, by their numbers."""
+def _train_together(points: Sequence[Point], sweep: Path) -> None:
     from lora_lab.stages.train import train_together
 
-    scores: dict[int, float | None] = {}
+    over: list[int] = []
 
     def ended(i: int, run: "Run | None", error: Exception | None) -> None:
         point = points[i]
+        over.append(i)
         if error is not None:
             job.failed(point.folder, point.overrides, error)
         else:
             write_json(point.folder / "result.json", asdict(run.result))
-            (point.folder / "failed.json").unlink(missing_ok=True)
-            scores[point.number] = sweeps.score_of(sweeps.result_of(point.folder))
-            said = scores[point.number]
-            say(f"#{point.number} is done{'' if said is None else f', score {said:.3f}'}")
+            score = sweeps.score_of(sweeps.result_of(point.folder))
+            say(f"#{point.number} is done{'' if score is None else f', score {score:.3f}'}")
         rewrite_page(sweep)
 
     stopping.stop_with(sweep / sweeps.STOP)
@@ -168,15 +270,14 @@ def _train(points: Sequence[Point], sweep: Path) -> dict[int, float | None]:
         with ExitStack() as stack:
             for point in points:
                 stack.enter_context(sweeps.held(point.folder))
-                if point.begun:
+                if point.config.resume:
                     job.go_on(point.config, point.folder)
                 sweeps.begin(point.folder, point.number, point.overrides)
             train_together([(point.config, point.folder) for point in points], ended)
     except Exception as error:  # of what they share: nobody can go on
-        for point in points:
-            if point.number not in scores and not (point.folder / "failed.json").is_file():
+        for i, point in enumerate(points):
+            if i not in over:
                 job.failed(point.folder, point.overrides, error)
     finally:
         stopping.stop_with(None)
         rewrite_page(sweep)
-    return scores

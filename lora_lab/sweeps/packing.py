@@ -1,7 +1,8 @@
 """Which jobs of a sweep can share every step, and why the others cannot."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -9,6 +10,7 @@ from lora_lab.adapters.fresh import DROPOUTS
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.schema import Config, Train
 from lora_lab.training.memory import CONTEXT, expected_mib
+from lora_lab.training.plan import courses, evenly
 
 # What is a job's own. Everything else is the base's and the data's, which jobs of a group have in common.
 OWN = {"lr", "rank", "steps", "seed", "name", "publish", "resume", "lora", "optimizer", "schedule", "tracker"}
@@ -46,19 +48,46 @@ def alone(config: Config) -> str | None:
     return None
 
 
-def groups(configs: Sequence[Config], most: int | None) -> list[list[int]]:
-    """The numbers of the jobs that share their steps, in their order; of those that cannot, each by itself.
+@dataclass(frozen=True)
+class Group:
+    """Jobs that share their steps, by their numbers, or one that trains alone."""
 
-    `most` jobs at once, or as many as a GPU's memory should take."""
+    jobs: list[int]
+    steps: int  # of all their LoRAs, by which goes the time that they take
+    why: str = ""  # one trains alone
+
+
+def groups(configs: Sequence[Config], most: int | None, workers: int = 1) -> list[Group]:
+    """All jobs in groups: in their order or, for several `workers`, the longest first.
+
+    At most `most` LoRAs at once, or as many as a GPU's memory should take."""
     found: dict[str, list[int]] = {}
+    reasons = [alone(config) for config in configs]
     for i, config in enumerate(configs):
-        found.setdefault(f"alone {i}" if alone(config) else _common(config), []).append(i)
-    parts = []
-    for numbers in found.values():
-        size = most or fitting([configs[i] for i in numbers])
-        count = -(-len(numbers) // size)
-        size = -(-len(numbers) // count)  # of about equal size
-        parts += [numbers[at : at + size] for at in range(0, len(numbers), size)]
+        found.setdefault(f"alone {i}" if reasons[i] else _common(config), []).append(i)
+    kinds = [[[its[k] for k in course] for course in courses([configs[i] for i in its])] for its in found.values()]
+    made = []
+    for share in _shares(kinds, configs, workers):
+        size = most or fitting([configs[course[0]] for course in share], workers)
+        for part in evenly(share, size):
+            jobs = sorted(chain.from_iterable(part))
+            why = reasons[jobs[0]] or "no other job has its base, its data and its layers"
+            only = len(jobs) == 1 and jobs in found.values()
+            made.append(Group(jobs, sum(configs[course[0]].steps for course in part), why if only else ""))
+    return sorted(made, key=lambda group: -group.steps) if workers > 1 else made
+
+
+def _shares(kinds: Sequence[Sequence[list[int]]], configs: Sequence[Config], workers: int) -> list[list[list[int]]]:
+    """The courses of training of all kinds, laid end to end and cut into an equal share of steps for each worker; a
+    kind that lies in several shares is divided."""
+    total, before, parts = sum(configs[course[0]].steps for kind in kinds for course in kind), 0, []
+    for kind in kinds:
+        shares: dict[int, list[list[int]]] = {}
+        for course in kind:
+            steps = configs[course[0]].steps
+            shares.setdefault((2 * before + steps) * workers // (2 * total), []).append(course)  # where its middle lies
+            before += steps
+        parts += shares.values()
     return parts
 
 
@@ -69,11 +98,13 @@ def _common(config: Config) -> str:
     return repr(settings)
 
 
-def fitting(configs: Sequence[Config]) -> int:
-    """How many of these jobs a GPU's free memory should take at once, at least 1."""
-    if pick_device(configs[0].device).type != "cuda":
+def fitting(configs: Sequence[Config], workers: int) -> int:
+    """How many of these LoRAs the free memory of any GPU that has a worker should take at once, at least 1."""
+    device = pick_device(configs[0].device)
+    if device.type != "cuda":
         return ON_A_CPU
-    free = torch.cuda.mem_get_info()[0] / 2**20
+    gpus = [device] if device.index is not None else range(min(workers, torch.cuda.device_count()))
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) / 2**20
     largest = max(configs, key=lambda config: config.rank)
     count = 1
     while count < len(configs) and _expected(largest, count + 1) - CONTEXT < free:
@@ -83,23 +114,3 @@ def fitting(configs: Sequence[Config]) -> int:
 
 def _expected(config: Config, count: int) -> float:
     return expected_mib(replace(config, batch_size=config.batch_size * count, rank=config.rank * count))
-
-
-def followed(configs: Sequence[Config]) -> list[int]:
-    """Of every job that of which it is the beginning: the same but for more steps, under a schedule that does not
-    depend on their number. Its own number where there is none."""
-    longest: dict[str, int] = {}
-    for i, config in enumerate(configs):
-        kind = _beginning(config, i)
-        if kind not in longest or config.steps > configs[longest[kind]].steps:
-            longest[kind] = i
-    return [longest[_beginning(config, i)] for i, config in enumerate(configs)]
-
-
-def _beginning(config: Config, number: int) -> str:
-    schedule = config.schedule
-    if schedule.name not in ("constant", "constant_with_warmup") or 0 < schedule.warmup < 1:
-        return f"{number}"
-    own = asdict(config) | {"steps": 0, "name": "", "publish": None, "tracker": None, "resume": None}
-    own["stage"] = {key: value for key, value in vars(config.stage).items() if key in OWN_OF_STAGE}
-    return repr(own)

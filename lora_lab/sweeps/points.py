@@ -78,6 +78,14 @@ def refuse_unscored(runs: Sequence[schema.Config]) -> None:
             raise InputError("model.judge=null: hydra/sweeper=optuna maximises a score, which a CLIP has to give")
 
 
+def refuse_none_at_once(hydra: DictConfig) -> None:
+    """Raise InputError where hydra/launcher=packed is told to do nothing at a time."""
+    for key in ("max_jobs", "workers"):
+        value = hydra.launcher.get(key)
+        if value is not None and value < 1:
+            raise InputError(f"hydra.launcher.{key}={value}: name 1 or more, or null to let it be found out")
+
+
 def refuse_swept_hydra(parsed: Sequence[Override]) -> None:
     """Raise InputError for several launchers or folders: a sweep has one of each."""
     for override in parsed:

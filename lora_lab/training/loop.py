@@ -38,15 +38,22 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
                 losses, others = _packed_step(pack, jobs, base, step), {}
             else:
                 losses, others = _step(*jobs, base, step)
+            for run in now:
+                run.updating = True
             done = {id(job): (loss, job.rate(), job.update()) for job, loss in zip(jobs, losses, strict=True)}
             if packed:
                 pack.publish()
             for run in now:
+                run.step_ends()
+            for run in now:  # of all, before one of them may end the memory with its pictures
                 loss, rate, norm = done[id(run.job)]
-                with _apart(run, packed):
+                with apart(run, packed):
                     run.put(loss, norm, rate, **others)
-                    run.after_step()
-                    if run.reached == run.steps < last:
+            for run in now:
+                with apart(run, packed):
+                    if run.error is None:
+                        run.after_step()
+                    if run.error is None and run.reached == run.steps < last:
                         run.finish()
             numbers = [run.latest for run in now if run.latest]
             if numbers:
@@ -57,12 +64,12 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
                 break
         for run in runs:
             if run.error is None and run.result is None:
-                with _apart(run, packed):
+                with apart(run, packed):
                     run.settle()
 
 
 @contextmanager
-def _apart(run: Run, packed: object) -> Iterator[None]:
+def apart(run: Run, packed: object) -> Iterator[None]:
     """Within the context what goes wrong is this run's own, if others train beside it."""
     try:
         yield

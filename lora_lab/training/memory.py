@@ -2,11 +2,7 @@
 
 The numbers are those of SDXL, fitted to what `python -m benchmarks` measures (docs/performance.md)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from lora_lab.errors import RunError
 from lora_lab.schema import Config, Memory
@@ -58,24 +54,7 @@ def what_helps(memory: Memory, batch_size: int) -> str:
     return f"say a smaller rank or model.resolution{fewer}"
 
 
-@contextmanager
-def explained(config: Config, folder: Path) -> Iterator[None]:
-    """Within the context, an end of the GPU's memory is a RunError that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
-        advice = what_helps(config.memory, config.batch_size)
-        raise RunError(f"the GPU's memory is not enough: {advice}{goes_on}") from error
-
-
-@contextmanager
-def explained_together(jobs: int) -> Iterator[None]:
-    """The same of jobs that train together."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the GPU's memory is not enough for {jobs} jobs at once: go on with resume= of the sweep and "
-            f"hydra.launcher.max_jobs={max(jobs // 2, 1)}"
-        ) from error
+def not_enough(config: Config, folder: Path) -> RunError:
+    """What to say where the GPU's memory ended in the run of `folder`."""
+    goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
+    return RunError(f"the GPU's memory is not enough: {what_helps(config.memory, config.batch_size)}{goes_on}")

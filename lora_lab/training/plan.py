@@ -1,9 +1,10 @@
 """What a training run will do, known and checked before anything heavy is loaded."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from hydra.errors import InstantiationException
@@ -32,6 +33,7 @@ from lora_lab.training.memory import memory_line
 from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.state import checkpoints, refuse_other_recipe
 
+T = TypeVar("T")
 EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_optimizer": "optimizers"}  # in pyproject
 
 
@@ -57,45 +59,65 @@ class Plan:
     hashes: dict[str, str]
 
 
-def make_plan(config: Config, folder: Path) -> Plan:
-    """Read everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError."""
+def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
+    """Read everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError.
+
+    `like` is the plan of a run of the same base and the same pictures, which are not read again then."""
     base = locate_model("model.base", config.model.base)
     refuse_unfit(config.model.base, config.loss)
-    dataset = config.dataset
-    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
-    texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
-    check_trigger(texts, config.trigger)
     device = pick_device(config.device)
-    hashes = {
-        "base": hash_model(base),
-        "dataset": hash_files(*(s.path for s in samples)),
-        "captions": hash_text("\n".join("\t".join([s.name, *s.captions]) for s in samples)),
-    }
-    masks = find_masks(config.loss.mask)
-    if config.loss.masks == "folder":
-        hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
     # Without patterns peft wants an empty dict, which Hydra would let nobody add to.
     adapter = from_library("adapter", {key: {} if value is None else value for key, value in config.adapter.items()})
     start = find_lora(config.stage.start_from, "stage.start_from") if config.stage.start_from else None
     fresh.refuse_unfit(adapter, config.adapter, config.stage.lora_plus_ratio, start)
     make_optimizer = from_library("optimizer", settled_optimizer(config.optimizer, device))
     text.refuse_unfit(config, adapter, make_optimizer([torch.nn.Parameter(torch.zeros(1))]), start)
-    if start:
-        hashes["start"] = hash_files(start, *([beside(start)] if tokens_of(start) else []))
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
     stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
     dtype = pick_dtype(config.model.precision, device)
+    read = vars(like) if like else _read(config, folder, base, dtype)
+    hashes = read["hashes"]
+    if start:
+        hashes = hashes | {"start": hash_files(start, *([beside(start)] if tokens_of(start) else []))}
+    # What is measured decides nothing.
+    decisive = {name: value for name, value in hashes.items() if name != "validation"}
+    recipe, goes_on = _recipe(config) | decisive, _newest_checkpoint(config, folder)
+    if goes_on:
+        refuse_other_recipe(goes_on, recipe)
+    own = {
+        "make_optimizer": make_optimizer,
+        "elementwise": config.optimizer["elementwise"],
+        "adapter": adapter,
+        "start": start,
+        "device": device,
+        "dtype": dtype,
+        "goes_on": goes_on,
+        "recipe": recipe,
+        "hashes": hashes,
+    }
+    return Plan(**(read | own))
+
+
+def _read(config: Config, folder: Path, base: str, dtype: torch.dtype) -> dict:
+    """What a Plan has of the pictures and captions, and of the base's files."""
+    dataset, masks = config.dataset, find_masks(config.loss.mask)
+    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
+    texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
+    check_trigger(texts, config.trigger)
+    hashes = {
+        "base": hash_model(base),
+        "dataset": hash_files(*(s.path for s in samples)),
+        "captions": hash_text("\n".join("\t".join([s.name, *s.captions]) for s in samples)),
+    }
+    if config.loss.masks == "folder":
+        hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
     of_class = class_pictures.class_samples(config, folder, hashes["base"], dtype, samples)
     if of_class:
         hashes["prior"] = class_pictures.hash_of(of_class, config)
     held_out = []
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
-    recipe, goes_on = _recipe(config) | hashes, _newest_checkpoint(config, folder)
-    if goes_on:
-        refuse_other_recipe(goes_on, recipe)
-    if held_out:  # not in the recipe: what is measured decides nothing
         hashes["validation"] = hash_files(*(s.path for s in held_out))
     refuse_unfit_judges(config)
     track.refuse_missing(config.tracker.kind)
@@ -104,26 +126,18 @@ def make_plan(config: Config, folder: Path) -> Plan:
     resolution, step = config.model.resolution, config.model.bucket_step
     pictures = fit_pictures(samples, resolution, step, masks)
     measured = fit_pictures(held_out, resolution, step, None)
-    return Plan(
-        samples=samples,
-        pictures=pictures,
-        crops=crop_pictures(samples, pictures, masks, dataset.crops if dataset.random_crop else 1),
-        texts=texts,
-        held_out=held_out,
-        held_out_pictures=measured,
-        compared=held_out_pictures(config) or [fitted.picture for fitted in measured],
-        class_samples=of_class,
-        class_pictures=fit_pictures([s for s in of_class if s.path.is_file()], resolution, step, None),
-        make_optimizer=make_optimizer,
-        elementwise=config.optimizer["elementwise"],
-        adapter=adapter,
-        start=start,
-        device=device,
-        dtype=dtype,
-        goes_on=goes_on,
-        recipe=recipe,
-        hashes=hashes,
-    )
+    return {
+        "samples": samples,
+        "pictures": pictures,
+        "crops": crop_pictures(samples, pictures, masks, dataset.crops if dataset.random_crop else 1),
+        "texts": texts,
+        "held_out": held_out,
+        "held_out_pictures": measured,
+        "compared": held_out_pictures(config) or [fitted.picture for fitted in measured],
+        "class_samples": of_class,
+        "class_pictures": fit_pictures([s for s in of_class if s.path.is_file()], resolution, step, None),
+        "hashes": hashes,
+    }
 
 
 def from_library(key: str, settings: dict) -> object:
@@ -217,6 +231,29 @@ def describe_prior(plan: Plan, config: Config) -> str:
     else:
         what = f"{count} class pictures{of}, {count - len(plan.class_pictures)} of them still to be drawn"
     return f"{what}; it weighs {prior.weight:g}"
+
+
+def courses(configs: Sequence[Config]) -> list[list[int]]:
+    """The numbers of the runs that are one course of training, the longest first and then its beginnings: the same but
+    for the number of steps, under a schedule that does not depend on it, and from the same step on."""
+    found: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        found.setdefault(_course(config, i), []).append(i)
+    return [sorted(numbers, key=lambda i: -configs[i].steps) for numbers in found.values()]
+
+
+def evenly(items: list[T], most: int) -> list[list[T]]:
+    """`items` in as few parts as have at most `most` each, of about equal size."""
+    count = -(-len(items) // most)
+    return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
+
+
+def _course(config: Config, number: int) -> str:
+    schedule = config.schedule
+    if schedule.name not in ("constant", "constant_with_warmup") or 0 < schedule.warmup < 1:
+        return f"{number}"
+    stands = [path.name for path in checkpoints(Path(config.resume))[-1:]] if config.resume else []
+    return repr(asdict(config) | {"steps": 0, "name": "", "publish": None, "tracker": None, "resume": stands})
 
 
 def _newest_checkpoint(config: Config, folder: Path) -> Path | None:

@@ -78,6 +78,7 @@ class Run:
     ) -> None:
         """`ended` is called when it is done, or with the error for which it left the others."""
         self.config, self.folder, self.job, self.steps, self.reached = config, folder, job, config.steps, done
+        self.updating = False  # between what `reached` says and the next step: no state to go on from
         self.error: Exception | None = None  # for which it left the others
         self.result: TrainResult | None = None
         self.latest: dict[str, float] = {}
@@ -93,7 +94,7 @@ class Run:
         # Tells the jobs of a sweep apart.
         shown = f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"
         tracker = tracking(
-            folder=self.folder, name=shown, config=asdict(config), resume=done > 0, **vars(config.tracker)
+            folder=self.folder, name=shown, config=asdict(config), resume=bool(config.resume), **vars(config.tracker)
         )
         self._track = self._opened.enter_context(tracker)
         self._metrics = MetricsFile(self.folder / METRICS, done)
@@ -120,6 +121,11 @@ class Run:
         """Whether it has steps to do."""
         return self.error is None and self.reached < self.steps
 
+    @property
+    def unkept(self) -> bool:
+        """Whether it has done steps that it can go on from, and is not over."""
+        return self.error is None and self.result is None and self.reached > self._done and not self.updating
+
     def begin(self) -> None:
         if self.reached == 0:
             self._measure(0)
@@ -127,14 +133,16 @@ class Run:
     def step_begins(self) -> None:
         self._readings.begin()
 
+    def step_ends(self) -> None:
+        self.reached, self.updating = self.reached + 1, False
+
     def put(self, loss: Tensor, norm: Tensor, lr: float, **others: Tensor) -> None:
-        """The numbers of a step, on their way."""
-        self._readings.put(self.reached + 1, loss, norm, lr, **others)
+        """The numbers of the step that has ended, on their way."""
+        self._readings.put(self.reached, loss, norm, lr, **others)
 
     def after_step(self) -> None:
-        """A step is done: what is due is done with the weights that all numbers are known of."""
-        stage, self.reached = self.config.stage, self.reached + 1
-        step = self.reached
+        """What is due is done with the weights that all numbers are known of."""
+        stage, step = self.config.stage, self.reached
 
         def due(every: int) -> bool:
             return every > 0 and step % every == 0 and step < self.steps  # the last step has its turn at the end

@@ -126,7 +126,7 @@ def test_several_jobs_may_end_at_the_same_time(sweep, capsys):
         assert set(pool.map(rewrite_page, [sweep] * 4)) == {sweep / "index.html"}
     assert capsys.readouterr().err == ""
     assert len(data(sweep / "index.html")["runs"]) == 4
-    assert not [name for name in files(sweep) if Path(name).name.startswith(".")]
+    assert [name for name in files(sweep) if Path(name).name.startswith(".")] == [".page.lock"]
 
 
 def test_the_commands_of_a_run_are_accepted_by_the_program(sweep):

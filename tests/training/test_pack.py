@@ -1,5 +1,7 @@
 """Several LoRAs in one step are each what it would be alone."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_runs import FAST, encoded
@@ -77,3 +79,18 @@ def test_a_lora_in_a_pack_is_the_lora_alone(points, prepared, tmp_path):
     began = [job.learnt.master.detach() for job in started(alone=False)]
     for one, other, first in zip(packed, alone, began, strict=True):
         assert (one - other).norm() < 1e-3 * (other - first).norm()
+
+
+def test_jobs_of_a_pack_read_their_pictures_once(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "00.png").write_bytes((TOFU / "00.png").read_bytes())
+    (pictures / "00.txt").write_text("A HANA_TOFU")
+    first, second = (compose(*FAST, f"dataset.root={pictures}", f"rank={rank}") for rank in (2, 4))
+    plan = make_plan(first, tmp_path / "0")
+    shutil.rmtree(pictures)
+    other = make_plan(second, tmp_path / "1", plan)
+    assert other.adapter.r == 4 and other.recipe != plan.recipe
+    assert (other.samples, other.pictures, other.texts, other.hashes) == (
+        plan.samples, plan.pictures, plan.texts, plan.hashes
+    )  # fmt: skip
