@@ -19,10 +19,12 @@ from lora_lab.draw import Asked, asked_of, draw_with, draw_without
 from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
-from lora_lab.judge import Seen, judges, look, read_back
+from lora_lab.judge import Seen, View, judges, look, read_back
 from lora_lab.runs import write_text
 from lora_lab.schema import Config
 from lora_lab.scoring import Scale, Scores
+
+MOST_REFERENCES = 64  # whose parts are compared one by one: of more, every second, third, ...
 
 
 def refuse_unfit_judges(config: Config) -> None:
@@ -90,13 +92,18 @@ class Eye:
     """What one judge makes of the character's pictures."""
 
     training: Tensor  # (M, D)
-    references: Tensor  # (R, D): what drawn pictures are compared with
+    references: View  # of what drawn pictures are compared with
 
     @classmethod
-    def of(cls, known: Tensor, held_out: int) -> "Eye":
+    def of(cls, known: View, held_out: int) -> "Eye":
         """`known` are the training pictures, then those held out, which are the references if there are any."""
-        training, held = known[: len(known) - held_out], known[len(known) - held_out :]
-        return cls(training, held if held_out else training)
+        count = len(known.whole) - held_out
+        compared = slice(count, None) if held_out else slice(count)
+        return cls(known.whole[:count], View(known.whole[compared], _some(known.parts[compared])))
+
+
+def _some(references: Tensor) -> Tensor:
+    return references[:: -(-len(references) // MOST_REFERENCES)]
 
 
 class Evaluation:
@@ -112,7 +119,7 @@ class Evaluation:
         known = look(config.model, [*training, *held_out], self._asks.texts, device)
         self._texts = known.texts
         self._clip = Eye.of(known.clip, len(held_out))
-        self._dino = None if known.dino is None else Eye.of(known.dino, len(held_out))
+        self._dino = known.dino and Eye.of(known.dino, len(held_out))
         self._rules = Rules.from_config(**asdict(config.refiner))
 
     def begin(self, encoder: Encoder, base: str, dtype: torch.dtype, folder: Path) -> Scored:
@@ -121,11 +128,14 @@ class Evaluation:
         pictures, files = draw_without(asked, self._config, base, dtype, folder, encoder)
         seen = look(self._config.model, pictures, [], self._device)
         captions = self._captions(pictures[: len(self._asks.own)])
-        eye, (own, self._others_before) = self._eye, self._parts(self._of_eye(seen))
+        references, view = self._eye.references, seen.dino or seen.clip
+        own, before = self._split(view)
+        self._others_before = before.whole
+        self._before = scoring.parts(own.parts, references.parts)
         contrast, others = self._contrasts(seen)
         self._scale = Scale(
-            subject_before=scoring.subject(own, eye.references).mean().item(),
-            subject_alike=scoring.alike(eye.references),
+            parts_before=self._before.mean().item(),
+            parts_alike=scoring.alike(references.parts),
             contrast_before=contrast.mean().item(),
             attributes_before=self._read(captions).nanmean().item(),
             contrast_others_before=others.mean().item(),
@@ -145,41 +155,48 @@ class Evaluation:
         """DINOv2 tells subjects of a class better apart than CLIP, which looks for what captions say."""
         return self._dino or self._clip
 
-    def _of_eye(self, seen: Seen) -> Tensor:
-        return seen.clip if seen.dino is None else seen.dino
-
-    def _parts(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, view: View) -> tuple[View, View]:
         """Of pictures with the trigger, and of those without."""
-        return seen[: len(self._asks.own)], seen[len(self._asks.own) :]
+        own = len(self._asks.own)
+        return View(view.whole[:own], view.parts[:own]), View(view.whole[own:], view.parts[own:])
 
     def _scored(
         self, lora: Path | None, pictures: list[Image.Image], files: list[Path], seen: Seen, captions: list[str | None]
     ) -> Scored:
         eye, asks = self._eye, self._asks
-        (own, others), (clip, _) = self._parts(self._of_eye(seen)), self._parts(seen.clip)
+        (own, others), (clip, _) = self._split(seen.dino or seen.clip), self._split(seen.clip)
         contrast, contrast_others = self._contrasts(seen)
-        numbers = {"subject": scoring.subject(own, eye.references)}
+        numbers = {
+            "parts": scoring.parts(own.parts, eye.references.parts),
+            "subject": scoring.subject(own.whole, eye.references.whole),
+        }
         if self._dino:
-            numbers["subject_clip"] = scoring.subject(clip, self._clip.references)
+            numbers["subject_clip"] = scoring.subject(clip.whole, self._clip.references.whole)
         numbers |= {
-            "prompt": scoring.prompt(clip, self._texts, asks.of_own),
+            "prompt": scoring.prompt(clip.whole, self._texts, asks.of_own),
             "contrast": contrast,
             "attributes": self._read(captions),
         }
-        moved = {"contrast_others": contrast_others, "leakage": scoring.leakage(others, self._others_before)}
+        moved = {
+            "contrast_others": contrast_others,
+            "leakage": scoring.leakage(others.whole, self._others_before),
+        }
         about_seeds = {
-            "diversity": scoring.diversity(own, asks.of_own),
-            "memorised": scoring.memorised(own, eye.training),
+            "diversity": scoring.diversity(own.whole, asks.of_own),
+            "memorised": scoring.memorised(own.whole, eye.training),
         }
         lines = [
             {"lora": lora and str(lora), "prompt": each.prompt, "seed": each.seed, "picture": str(file)}
             for each, file in zip([*asks.own, *asks.others], files, strict=True)
         ]
         for i, line in enumerate(lines):
-            group, at = (numbers | about_seeds, i) if i < len(own) else (moved, i - len(own))
-            line["caption"] = captions[i] if i < len(own) else None
+            first = len(asks.own)
+            group, at = (numbers | about_seeds, i) if i < first else (moved, i - first)
+            line["caption"] = captions[i] if i < first else None
             line["scores"] = {name: _rounded(values[at].item()) for name, values in group.items()}
-        found = scoring.estimates([numbers | about_seeds, moved], self._together)
+        # Picture by picture: how much a prompt's background is like the references' is no doubt about the LoRA.
+        gained = {"gained": numbers["parts"] - self._before}
+        found = scoring.estimates([numbers | about_seeds | gained, moved], self._together)
         scores = {name: found[name] for name in ("score", *numbers, *moved, *about_seeds)}
         return Scored(lora.stem if lora else "without a LoRA", scores, lines, pictures)
 
@@ -200,14 +217,14 @@ class Evaluation:
         return torch.tensor([sum(right) / len(right) if right else math.nan for right in read])
 
     def _together(self, means: Mapping[str, Tensor]) -> Tensor:
-        used = ("subject", "contrast", "attributes", "contrast_others")
+        used = ("gained", "contrast", "attributes", "contrast_others")
         return scoring.combined(*(means[name] for name in used), self._scale)
 
     def _contrasts(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Of pictures with the trigger, and of those without."""
-        own, others = self._parts(seen.clip)
+        own, others = self._split(seen.clip)
         texts, asks = self._texts, self._asks
-        return scoring.contrast(own, texts, asks.of_own), scoring.contrast(others, texts, asks.of_others)
+        return scoring.contrast(own.whole, texts, asks.of_own), scoring.contrast(others.whole, texts, asks.of_others)
 
 
 def _rounded(value: float) -> float | None:

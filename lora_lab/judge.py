@@ -19,12 +19,20 @@ BATCH = 16  # pictures that a model sees at once
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the judges made of some pictures and texts: unit vectors in float32, on the CPU."""
+class View:
+    """What one judge makes of N pictures: float32, on the CPU."""
 
-    clip: Tensor  # (N, D) of the pictures
-    dino: Tensor | None  # (N, E) of the pictures; None without model.dino
-    texts: Tensor  # (T, D), CLIP's
+    whole: Tensor  # (N, D), unit vectors
+    parts: Tensor  # (N, P, E), a vector for each patch: where the marks are that the whole forgets
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judges made of some pictures and texts."""
+
+    clip: View
+    dino: View | None  # None without model.dino
+    texts: Tensor  # (T, D), CLIP's unit vectors
 
 
 def judges(model: Model) -> tuple[str, str | None]:
@@ -46,28 +54,35 @@ def look(model: Model, pictures: Sequence[Image.Image], texts: Sequence[str], de
 
 def _clip(
     location: str, pictures: Sequence[Image.Image], texts: Sequence[str], device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[View, Tensor]:
     clip, processor = _load("model.judge", location, "clip", CLIPModel, CLIPProcessor, device)
 
-    def of_pictures(batch: Sequence[Image.Image]) -> Tensor:
-        pixels = processor(images=list(batch), return_tensors="pt").pixel_values
-        return clip.get_image_features(pixel_values=pixels.to(device, clip.dtype)).pooler_output
+    def of_pictures(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        pixels = processor(images=list(batch), return_tensors="pt").pixel_values.to(device, clip.dtype)
+        seen = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
+        # Of the last layer but one: in the last the patches only serve the whole (Liu et al. 2023, LLaVA).
+        return clip.visual_projection(seen.pooler_output), seen.hidden_states[-2][:, 1:]
 
-    def of_texts(batch: Sequence[str]) -> Tensor:
+    def of_texts(batch: Sequence[str]) -> tuple[Tensor]:
         ids = processor(text=list(batch), padding=True, truncation=True, return_tensors="pt").to(device)
-        return clip.get_text_features(ids.input_ids, ids.attention_mask).pooler_output
+        return (clip.get_text_features(ids.input_ids, ids.attention_mask).pooler_output,)
 
-    return _batched(of_pictures, pictures), _batched(of_texts, texts)
+    whole, parts = _batched(of_pictures, pictures)
+    (read,) = _batched(of_texts, texts) if texts else (torch.empty(0),)
+    return View(normalize(whole, dim=-1), parts), normalize(read, dim=-1)
 
 
-def _dino(location: str, pictures: Sequence[Image.Image], device: torch.device) -> Tensor:
+def _dino(location: str, pictures: Sequence[Image.Image], device: torch.device) -> View:
     dino, processor = _load("model.dino", location, "dino", AutoModel, AutoImageProcessor, device)
+    first = 1 + getattr(dino.config, "num_register_tokens", 0)  # the picture's own and, in some, the registers
 
-    def of_pictures(batch: Sequence[Image.Image]) -> Tensor:
+    def of_pictures(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         pixels = processor(images=list(batch), return_tensors="pt").pixel_values
-        return dino(pixel_values=pixels.to(device, dino.dtype)).last_hidden_state[:, 0]
+        seen = dino(pixel_values=pixels.to(device, dino.dtype)).last_hidden_state
+        return seen[:, 0], seen[:, first:]
 
-    return _batched(of_pictures, pictures)
+    whole, parts = _batched(of_pictures, pictures)
+    return View(normalize(whole, dim=-1), parts)
 
 
 def read_back(captioner: Captioner, pictures: Sequence[Image.Image], device: torch.device) -> list[str]:
@@ -95,9 +110,9 @@ def _load(key: str, location: str, kind: str, network: type, processor: type, de
         ) from error
 
 
-def _batched(embed: Callable, items: Sequence) -> Tensor:
-    parts = [embed(items[start : start + BATCH]).float().cpu() for start in range(0, len(items), BATCH)]
-    return normalize(torch.cat(parts), dim=-1) if parts else torch.empty(0)
+def _batched(embed: Callable[[Sequence], tuple[Tensor, ...]], items: Sequence) -> list[Tensor]:
+    parts = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+    return [torch.cat(each).float().cpu() for each in zip(*parts, strict=True)]
 
 
 def _let_go(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 LOWER_IS_BETTER = ("leakage", "memorised")
 UNDIRECTED = ("diversity",)  # neither: of a character that is well learnt less changes than of none; of all others more
@@ -29,8 +30,8 @@ Scores = dict[str, Estimate | None]
 class Scale:
     """What the measures are of the base and of the references: where nothing and where all that can be is reached."""
 
-    subject_before: float  # of the base's pictures of the same prompts, and so on
-    subject_alike: float  # of the references with each other
+    parts_before: float  # of the base's pictures of the same prompts, and so on
+    parts_alike: float  # of the references among each other
     contrast_before: float
     attributes_before: float  # nan where nothing is asked of the captioner
     contrast_others_before: float
@@ -43,11 +44,28 @@ def subject(pictures: Tensor, references: Tensor) -> Tensor:
     return (pictures @ references.T).mean(dim=1)
 
 
+def parts(pictures: Tensor, references: Tensor) -> Tensor:
+    """How much of the reference most like it is found in each picture (N,): of every part of a reference the best
+    cosine to a part of the picture, and their mean; of the references the best one (late interaction: Khattab and
+    Zaharia 2020, on patches Yao et al. 2021).
+
+    pictures (N, T, D) and references (M, T, D) are vectors of parts, of any length. Each channel is measured by what it
+    is in the references, since some are large in every picture (Sun et al. 2024)."""
+    return _found(pictures, references).amax(dim=1)
+
+
 def alike(references: Tensor) -> float:
-    """How alike references (M, D) are: the mean cosine of two different ones; 1 where there is only one."""
-    count = len(references)
-    cosines = references @ references.T
-    return 1.0 if count < 2 else ((cosines.sum() - cosines.trace()) / (count * (count - 1))).item()
+    """How much of another reference is found in one, of references (M, T, D) as `parts` has it; 1 where there is only
+    one."""
+    found = _found(references, references).fill_diagonal_(-1)
+    return 1.0 if len(references) < 2 else found.amax(dim=1).mean().item()
+
+
+def _found(pictures: Tensor, references: Tensor) -> Tensor:
+    """How much of each reference is found in each picture (N, M)."""
+    deviation, mean = torch.std_mean(references, dim=(0, 1), correction=0)
+    pictures, references = (normalize((each - mean) / (deviation + 1e-5), dim=-1) for each in (pictures, references))
+    return torch.stack([(pictures @ each.T).amax(dim=1).mean(dim=1) for each in references], dim=1)
 
 
 def prompt(pictures: Tensor, texts: Tensor, asked: Sequence[int]) -> Tensor:
@@ -106,21 +124,20 @@ def attributes(asked: str, caption: str, patterns: Sequence[re.Pattern]) -> list
     return read
 
 
-def combined(subject: Tensor, contrast: Tensor, attributes: Tensor, contrast_others: Tensor, scale: Scale) -> Tensor:
-    """The one number, of numbers of any one shape: (learnt^2 followed)^(1/3), between 0 and 1.
+def combined(gained: Tensor, contrast: Tensor, attributes: Tensor, contrast_others: Tensor, scale: Scale) -> Tensor:
+    """The one number, of numbers of any one shape: (learnt followed)^(1/2), between 0 and 1.
 
-    learnt: subject, from the base's to that of the references with each other.
+    learnt: what `parts` gained over the base, as a share of what the references have over it among each other.
     followed: the mean of contrast, attributes and contrast_others, each from 0 to the base's; without attributes that
     are nan.
-    So it is 0 for a LoRA that learnt nothing and for one that follows nothing; what it learnt counts twice, since it is
-    trained for that, and since one that learnt nothing follows best."""
-    learnt = _share(subject - scale.subject_before, scale.subject_alike - scale.subject_before)
+    So it is 0 for a LoRA that learnt nothing and for one that follows nothing."""
+    learnt = _share(gained, scale.parts_alike - scale.parts_before)
     shares = [
         _share(contrast, scale.contrast_before),
         _share(attributes, scale.attributes_before),
         _share(contrast_others, scale.contrast_others_before),
     ]
-    return (learnt**2 * torch.stack(shares).nanmean(dim=0)) ** (1 / 3)
+    return (learnt * torch.stack(shares).nanmean(dim=0)).sqrt()
 
 
 def estimates(

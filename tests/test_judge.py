@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from torch.nn.functional import cosine_similarity
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
+from lora_lab import scoring
 from lora_lab.config import compose
 from lora_lab.demo import HERE, TOFU
 from lora_lab.errors import InputError
@@ -52,12 +52,14 @@ def pictures():
 
 def test_what_the_judges_see_are_unit_vectors_of_every_picture_and_text(large, pictures):
     seen = look(large, pictures, ["a tofu", "a tofu with a hat " * 40], CPU)
-    assert seen.clip.shape == (18, 24) and seen.dino.shape == (18, 32) and seen.texts.shape == (2, 24)
-    for vectors in (seen.clip, seen.dino, seen.texts):
+    assert seen.clip.whole.shape == (18, 24) and seen.dino.whole.shape == (18, 32) and seen.texts.shape == (2, 24)
+    assert seen.clip.parts.shape == seen.dino.parts.shape == (18, 16 * 16, 32)
+    for vectors in (seen.clip.whole, seen.dino.whole, seen.texts):
         assert vectors.dtype == torch.float32 and torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)))
     alone = look(large, pictures[17:], [], CPU)
-    assert torch.allclose(alone.clip[0], seen.clip[17], atol=1e-5), "a picture does not depend on its company"
-    assert torch.allclose(alone.dino[0], seen.dino[17], atol=1e-5)
+    for view, among in ((alone.clip, seen.clip), (alone.dino, seen.dino)):
+        assert torch.allclose(view.whole[0], among.whole[17], atol=1e-5), "a picture does not depend on its company"
+        assert torch.allclose(view.parts[0], among.parts[17], atol=1e-4)
 
 
 def test_what_clip_sees_is_what_its_own_forward_pass_compares(pictures):
@@ -66,9 +68,25 @@ def test_what_clip_sees_is_what_its_own_forward_pass_compares(pictures):
     photo = Image.open(HERE / "photos" / "1.png").convert("RGB")
     seen = look(compose().model, [pictures[3], pictures[4], photo], texts, CPU)
     assert seen.dino is None
-    own, other = seen.texts @ seen.clip[0]
-    assert own > other + 0.2
-    assert cosine_similarity(seen.clip[0], seen.clip[1], dim=0) > cosine_similarity(seen.clip[0], seen.clip[2], dim=0)
+    tofu, another, face = seen.clip.whole
+    own, other = seen.texts @ tofu
+    assert own > other + 0.2 and tofu @ another > tofu @ face
+
+
+def test_the_parts_that_clip_sees_lie_where_they_are_in_the_picture(pictures):
+    """Painted over at the upper left, the parts there change most."""
+    over = pictures[4].copy()
+    over.paste("black", (0, 0, 48, 48))
+    seen = look(compose().model, [pictures[4], over], [], CPU).clip.parts
+    changed = (seen[0] - seen[1]).norm(dim=1).view(8, 8)
+    assert changed[:3, :3].mean() > 2 * changed[4:, 4:].mean()
+
+
+def test_parts_of_the_character_are_found_in_its_other_pictures(pictures):
+    photos = [Image.open(file).convert("RGB") for file in sorted((HERE / "photos").glob("*.png"))]
+    seen = look(compose().model, [*pictures[:8:2], *photos], [], CPU).clip.parts
+    found = scoring.parts(seen[3:], seen[:3])
+    assert found[0] > found[1:].max() + 0.2
 
 
 def test_the_captioner_reads_a_picture_back(pictures):

@@ -24,9 +24,32 @@ def test_subject_is_the_mean_cosine_to_the_references():
     assert scoring.subject(rows(X, HALFWAY, Z), rows(X, Y)).tolist() == pytest.approx([0.5, HALF, 0])
 
 
+def parts_of(*pictures):
+    """Pictures of two parts each, as numbers of four channels that are alike in mean and spread over all of them."""
+    return torch.stack([torch.stack(parts) for parts in pictures])
+
+
+A, B, C, D = torch.eye(4)
+REFERENCES = parts_of((A, B), (C, D))
+
+
+def test_parts_are_found_wherever_they_lie_and_the_reference_most_like_it_counts():
+    got = scoring.parts(parts_of((B, A), (A, A), (A, C), (D, C)), REFERENCES)
+    # Of the four, by their means, any two are at an angle whose cosine is -1/3.
+    assert got.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1], abs=1e-4)
+
+
+def test_a_channel_that_is_large_everywhere_hides_no_part():
+    offset = 1000 * torch.ones(4) * torch.tensor([1, 0, 0, 0])
+    pictures = parts_of((B, A), (A, A))
+    plain, shifted = scoring.parts(pictures, REFERENCES), scoring.parts(pictures + offset, REFERENCES + offset)
+    assert torch.allclose(plain, shifted, atol=1e-3)
+
+
 def test_alike_leaves_out_what_a_reference_is_to_itself():
-    assert scoring.alike(rows(X, X, Y)) == pytest.approx(1 / 3)
-    assert scoring.alike(rows(X)) == 1
+    assert scoring.alike(REFERENCES) == pytest.approx(-1 / 3, abs=1e-4)
+    assert scoring.alike(parts_of((A, B), (B, A), (C, D))) == pytest.approx((1 + 1 - 1 / 3) / 3, abs=0.15)
+    assert scoring.alike(REFERENCES[:1]) == 1
 
 
 def test_prompt_takes_the_text_that_was_asked_for():
@@ -95,30 +118,28 @@ def test_every_prompt_has_attributes_and_a_perfect_caption_names_them_all(option
         assert any(pattern.search(prompt.casefold()) for prompt in score.prompts) or option == "avatars", pattern
 
 
-SCALE = Scale(
-    subject_before=0.2, subject_alike=0.8, contrast_before=0.4, attributes_before=0.9, contrast_others_before=0.5
-)
+SCALE = Scale(parts_before=0.2, parts_alike=0.8, contrast_before=0.4, attributes_before=0.9, contrast_others_before=0.5)
 NO_ATTRIBUTES = replace(SCALE, attributes_before=math.nan)
 
 
-def combined(subject, contrast, attributes, others, scale=SCALE):
-    return scoring.combined(*map(torch.tensor, (subject, contrast, attributes, others)), scale).item()
+def combined(gained, contrast, attributes, others, scale=SCALE):
+    return scoring.combined(*map(torch.tensor, (gained, contrast, attributes, others)), scale).item()
 
 
 def test_the_score_is_1_for_the_character_as_in_its_pictures_and_every_prompt_followed_as_before():
-    assert combined(0.8, 0.4, 0.9, 0.5) == pytest.approx(1)
-    assert combined(0.8, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
-    assert combined(0.9, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
+    assert combined(0.6, 0.4, 0.9, 0.5) == pytest.approx(1)
+    assert combined(0.6, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
+    assert combined(0.7, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
 
 
-@pytest.mark.parametrize("nothing", [(0.2, 0.4, 0.9, 0.5), (0.1, 0.4, 0.9, 0.5), (0.8, 0.0, 0.0, -0.1)])
+@pytest.mark.parametrize("nothing", [(0.0, 0.4, 0.9, 0.5), (-0.1, 0.4, 0.9, 0.5), (0.6, 0.0, 0.0, -0.1)])
 def test_the_score_is_0_where_nothing_was_learnt_or_is_followed(nothing):
     assert combined(*nothing) == pytest.approx(0)
 
 
 def test_the_score_weighs_its_shares_as_the_page_says():
-    assert combined(0.5, 0.4, 0.45, 0.25) == pytest.approx((0.5**2 * (1 + 0.5 + 0.5) / 3) ** (1 / 3))
-    assert combined(0.5, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5**2 * (1 + 0.5) / 2) ** (1 / 3))
+    assert combined(0.3, 0.4, 0.45, 0.25) == pytest.approx((0.5 * (1 + 0.5 + 0.5) / 3) ** 0.5)
+    assert combined(0.3, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5 * (1 + 0.5) / 2) ** 0.5)
 
 
 def test_each_share_alone_raises_the_score():
