@@ -20,7 +20,7 @@ except ImportError:
 
 from lora_lab.errors import InputError
 from lora_lab.keys import keys_of, unknown_key
-from lora_lab.schema import KEYS_OF_STAGES, STAGES, Config
+from lora_lab.schema import KEYS_OF_STAGES, STAGES, Config, Packed
 
 PACKAGE = Path(__file__).resolve().parent
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
@@ -37,6 +37,7 @@ def register() -> None:
     """Tell Hydra about the schema and about every recipe, the package's and those in ./experiments."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    store.store(group="hydra/launcher", name="packed", node=Packed, provider="lora_lab")
     for name, schema in STAGES.items():
         store.store(group="schema/stage", name=name, node=schema)
     store.repo.pop("experiment", None)  # of another working folder, in a notebook or a test

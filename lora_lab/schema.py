@@ -476,6 +476,15 @@ class Pipeline(Stage):
 
 
 @dataclass
+class Packed:
+    """The keys of hydra/launcher=packed."""
+
+    _target_: str = "hydra_plugins.lora_lab.PackedLauncher"
+    max_jobs: int | None = None  # that share a step; null: as many as the memory should take
+    workers: int | None = None  # processes; null: one for each GPU
+
+
+@dataclass
 class Config:
     stage: Stage
     model: Model

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobRuntime, configure_log, run_job, setup_globals
@@ -37,17 +36,9 @@ if TYPE_CHECKING:
     from lora_lab.training.run import Run
 
 
-@dataclass
-class Packed:
-    """The launcher's keys."""
-
-    _target_: str = "hydra_plugins.lora_lab.PackedLauncher"
-    max_jobs: int | None = None  # that share a step; null: as many as the memory should take
-    workers: int | None = None  # processes; null: one for each GPU
-
-
 def register() -> None:
-    """Tell Hydra about the launcher. It takes one from a module of hydra_plugins alone, which is made here."""
+    """Tell Hydra about the launcher; its keys are the schema's. Hydra takes one from a module of hydra_plugins alone,
+    which is made here."""
     place = PackedLauncher.__module__
     try:
         parent = import_module("hydra_plugins")
@@ -57,7 +48,6 @@ def register() -> None:
     parent.lora_lab = sys.modules[place] = ModuleType(place)
     parent.lora_lab.PackedLauncher = PackedLauncher
     Plugins.instance().register(PackedLauncher)
-    ConfigStore.instance().store(group="hydra/launcher", name="packed", node=Packed, provider="lora_lab")
 
 
 @dataclass(frozen=True)
