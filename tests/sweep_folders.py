@@ -71,10 +71,10 @@ def draw(path: Path, side: int, colour: str | None = None) -> None:
     Image.new("RGB", (side, side), colour or own).save(path)
 
 
-def finish(folder: Path, before: float | None = None, **scores: tuple[float, float, float]) -> None:
-    """result.json with `scores`, name -> (value, low, high), and the base's own score `before`."""
+def finish(folder: Path, before: Mapping[str, float] | None = None, **scores: tuple[float, float, float]) -> None:
+    """result.json with `scores`, name -> (value, low, high), and those of the base `before`, name -> value."""
     told = {name: dict(zip(("value", "low", "high"), score, strict=True)) for name, score in scores.items()}
-    base = None if before is None else {"score": {"value": before, "low": before, "high": before}}
+    base = before and {name: dict.fromkeys(("value", "low", "high"), value) for name, value in before.items()}
     result = {"stage": "train", "seconds": 60.0, "scores": told or None, "scores_before": base}
     (folder / "result.json").write_text(json.dumps(result))
 

@@ -295,7 +295,7 @@ function cellOf(picture, what, r, c) {
     (measured(run) !== null || run.status === "failed")
   ) {
     const tied = data.ties.includes(what.run),
-      star = what.run === best ? `★ ${say("winner")}` : tied ? say("tied") : "";
+      star = what.run === best ? `★ ${say("winner")}` : tied ? say("tied") : run.fault ? say(run.fault) : "";
     caption.push(
       make(
         "p",

@@ -106,24 +106,6 @@ document.addEventListener(
 
 // ---- the first screen
 
-function interval(value, low, high, from, to) {
-  const share = (x) => `${(100 * Math.min(1, Math.max(0, (x - from) / (to - from || 1)))).toFixed(1)}%`;
-  const range = make("i"),
-    dot = make("b");
-  range.style.left = share(low);
-  range.style.right = `calc(100% - ${share(high)})`;
-  dot.style.left = share(value);
-  return make(
-    "div",
-    { className: "interval", title: `${fixed(value)} (${fixed(low)} – ${fixed(high)})` },
-    make("span", {}, value.toFixed(2)),
-    make("div", { className: "track", "aria-hidden": "true" }, range, dot),
-  );
-}
-function bounds(name) {
-  const all = runs.flatMap((run) => run.scores[name] ?? []);
-  return [Math.min(0, ...all), Math.max(...all)];
-}
 function commandList(run, only = ["use", "repeat", "go_on"]) {
   return only
     .filter((name) => run.commands[name])
@@ -175,8 +157,6 @@ function showVerdict() {
   if (run) {
     const told = KEYS.map((key) => make("span", {}, make("small", {}, key), " ", number(run.settings[key])));
     $("winner").replaceChildren(...(told.length ? told : [run.label]));
-    const score = run.scores[data.measure];
-    $("measure").replaceChildren(...(score ? [interval(...score, ...bounds(data.measure))] : []));
     $("commands").replaceChildren(...commandList(run, ["use"]));
   } else $("winner").textContent = say("page");
   const wanted = [...data.prompts.keys()].slice(0, 4),
@@ -225,10 +205,12 @@ function showEffects() {
     say("effects_note", { measure: say(data.measure ?? "") }) + (lowerIsBetter ? ` (${say("lower_is_better")})` : "");
   $("cards").replaceChildren(
     ...KEYS.map((key) => {
-      const highest = swept[key].map((value) => {
-        const those = judged.filter((run) => same(run.settings[key], value)).map(measured);
-        return those.length ? reach(...those) : null;
+      const chosen = swept[key].map((value) => {
+        const those = judged.filter((run) => same(run.settings[key], value));
+        const top = reach(...those.map(measured));
+        return those.find((run) => measured(run) === top);
       });
+      const highest = chosen.map((run) => (run ? measured(run) : null));
       const known = highest.filter((value) => value !== null);
       const top = reach(...known),
         widest = Math.max(...known.map(Math.abs)) || 1;
@@ -243,7 +225,7 @@ function showEffects() {
             "div",
             { className: highest[i] === top ? "bar best" : "bar" },
             make("span", { title: number(value) }, number(value)),
-            highest[i] === null ? make("span") : bar,
+            make("span", {}, highest[i] === null ? null : bar, chosen[i]?.fault ? say(chosen[i].fault) : null),
             make("span", {}, fixed(highest[i])),
           );
         }),

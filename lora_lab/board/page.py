@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from lora_lab.board.read import Picture, Run, Sweep, last_loss, validation_loss
-from lora_lab.board.verdict import Verdict, axes, label, words
+from lora_lab.board.verdict import Verdict, axes, fault, label, words
 from lora_lab.curves import smoothed
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
@@ -139,6 +139,8 @@ def page_data(sweep: Sweep, judged: Verdict, training: list[str]) -> dict[str, A
     """What the page's program shows, as JSON: numbers of runs, prompts and steps instead of their texts."""
     prompts = list(dict.fromkeys(p.prompt for run in sweep.runs for p in run.pictures))
     rows, columns = axes(sweep)
+    best = sweep.runs[judged.ranking[0]] if judged.ranking else None
+    faults = {i: fault(sweep.runs[i], best, judged.measure) for i in judged.ranking}
     return {
         "title": sweep.title,
         "swept": sweep.swept,
@@ -150,7 +152,7 @@ def page_data(sweep: Sweep, judged: Verdict, training: list[str]) -> dict[str, A
         "axes": {"rows": rows, "columns": columns},
         "training": training,
         "words": words(),
-        "runs": [run_data(run, sweep, prompts) for run in sweep.runs],
+        "runs": [run_data(run, sweep, prompts) | {"fault": faults.get(i)} for i, run in enumerate(sweep.runs)],
     }
 
 

@@ -79,6 +79,24 @@ const columns = [
     .filter((key) => has((run) => run[key]))
     .map((key) => ({ id: key, text: () => say(key), of: (run) => run[key] })),
 ];
+function interval(value, low, high, from, to) {
+  const share = (x) => `${(100 * Math.min(1, Math.max(0, (x - from) / (to - from || 1)))).toFixed(1)}%`;
+  const range = make("i"),
+    dot = make("b");
+  range.style.left = share(low);
+  range.style.right = `calc(100% - ${share(high)})`;
+  dot.style.left = share(value);
+  return make(
+    "div",
+    { className: "interval", title: `${fixed(value)} (${fixed(low)} – ${fixed(high)})` },
+    make("span", {}, value.toFixed(2)),
+    make("div", { className: "track", "aria-hidden": "true" }, range, dot),
+  );
+}
+function bounds(name) {
+  const all = runs.flatMap((run) => run.scores[name] ?? []);
+  return [Math.min(0, ...all), Math.max(...all)];
+}
 let sorted = {
   id: data.measure === "validation_loss" ? "validation_loss" : data.measure ? `score:${data.measure}` : "run",
   down: !!data.measure && !lowerIsBetter,
@@ -120,6 +138,7 @@ function showTable() {
         },
         column.text(),
       );
+      if (words[`about_${column.name}`]) button.title = say(`about_${column.name}`);
       const heading = make("th", { scope: "col" }, button);
       if (sorted.id === column.id) heading.setAttribute("aria-sort", sorted.down ? "descending" : "ascending");
       return heading;

@@ -64,12 +64,25 @@ def _reasons(sweep: Sweep, measure: str | None, ranking: tuple[int, ...], ties: 
     if before and before.value >= score.value:
         yield say("no_better_than_base", value=f"{before.value:.2f}")
     if len(ties) == 1:
-        yield say("tie", run=label(sweep.runs[ties[0]], sweep))
+        yield say(
+            "tie", run=label(sweep.runs[ties[0]], sweep), value=f"{sweep.runs[ties[0]].scores[measure].value:.2f}"
+        )
     elif ties:
         shown = " / ".join(label(sweep.runs[i], sweep) for i in ties[:3]) + (" …" if len(ties) > 3 else "")
         yield say("ties", runs=shown, number=len(ties))
     elif len(ranking) > 1:
         yield say("clear")
+
+
+def fault(run: Run, best: Run, measure: str | None) -> str | None:
+    """What is wrong with a run that has less than half of the best one's score: it learnt `little`, or it is `broken`,
+    and follows its prompts less than half as well as the base."""
+    followed, before = run.scores.get("contrast"), run.scores_before.get("contrast")
+    if measure not in run.scores or not followed or not before:
+        return None
+    if run.scores[measure].value >= best.scores[measure].value / 2:
+        return None
+    return "broken" if followed.value < before.value / 2 else "little"
 
 
 def label(run: Run, sweep: Sweep) -> str:

@@ -24,7 +24,9 @@ def page_of_a_sweep(tmp_path_factory):
         if score is None:
             fail(folder, "the loss of step 3 is nan, at 04.png: lower lr")
         else:
-            finish(folder, before=0.15, score=(score, score - 0.06, score + 0.05), prompt=(1 - score, 0, 1))
+            followed = 0.05 if score == 0.1 else 0.4
+            known = {"score": (score, score - 0.06, score + 0.05), "prompt": (1 - score, 0, 1)}
+            finish(folder, {"score": 0.15, "contrast": 0.4}, **known, contrast=(followed, 0, 1))
     return rewrite_page(root)
 
 
@@ -71,7 +73,7 @@ def wait_for_focus(page, place: str) -> None:
 def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
     assert texts(page, "h1") == ["lr 0.001 rank 16"]
     why = "lr 0.001, rank 16 has the highest score: 0.68 (0.62 to 0.73)."
-    assert texts(page, "#sentence") == [f"{why} lr 0.001, rank 4 lies within that interval: a tie."]
+    assert texts(page, "#sentence") == [f"{why} lr 0.001, rank 4 (0.64) lies within that interval: a tie."]
     assert texts(page, "#counts") == ["6 runs · 5 done · 1 failed"]
     assert sources(page, ".strip.best img") == ["3/000004-p0-s0", "3/000004-p1-s0"]
     assert sources(page, ".strip:last-child img") == ["0/p0-s0", "0/p1-s0"]
@@ -82,7 +84,7 @@ def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
 
 
 def test_a_setting_shows_what_is_best_with_each_of_its_values(page):
-    assert texts(page, ".card:first-child .bar") == ["1e-5 0.21", "0.001 0.68", "0.03 0.10"]
+    assert texts(page, ".card:first-child .bar") == ["1e-5 learnt little 0.21", "0.001 0.68", "0.03 broke 0.10"]
     assert texts(page, ".card .bar.best") == ["0.001 0.68", "16 0.68"]
 
 

@@ -8,7 +8,7 @@ import yaml
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab.board.read import read_sweep, validation_loss
-from lora_lab.board.verdict import axes, label, shown, verdict
+from lora_lab.board.verdict import axes, fault, label, shown, verdict
 
 LRS = {"lr": [1e-5, 1e-3, 3e-2]}
 
@@ -129,7 +129,7 @@ def test_the_highest_score_wins_and_who_lies_within_its_interval_is_tied(three):
     found, _ = judged(three)
     assert (found.measure, found.ranking, found.ties) == ("score", (1, 0, 2), (0,))
     assert found.sentence["en"] == (
-        "lr 0.001 has the highest score: 0.68 (0.61 to 0.73). lr 1e-5 lies within that interval: a tie."
+        "lr 0.001 has the highest score: 0.68 (0.61 to 0.73). lr 1e-5 (0.62) lies within that interval: a tie."
     )
     assert "lr 0.001" in found.sentence["ko"] and "0.68" in found.sentence["ko"] and "동점" in found.sentence["ko"]
 
@@ -141,9 +141,21 @@ def test_a_clear_winner_is_called_that(three):
     assert found.ties == () and found.sentence["en"].endswith("No other run comes within that interval.")
 
 
+def test_a_run_with_half_of_the_best_score_learnt_little_or_broke(three):
+    for folder, value, contrast in zip(three, (0.2, 0.68, 0.3), (0.45, 0.4, 0.1), strict=True):
+        finish(folder, {"contrast": 0.46}, score=(value, value, value), contrast=(contrast, contrast, contrast))
+    found, sweep = judged(three)
+    best = sweep.runs[found.ranking[0]]
+    assert [fault(run, best, found.measure) for run in sweep.runs] == ["little", None, "broken"]
+    finish(three[2], {"contrast": 0.46}, score=(0.35, 0.3, 0.4), contrast=(0.1, 0.1, 0.1))  # more than half
+    assert fault(judged(three)[1].runs[2], best, "score") is None
+    finish(three[2], score=(0.1, 0.1, 0.1))
+    assert fault(judged(three)[1].runs[2], best, "score") is None, "nobody knows what it follows"
+
+
 def test_a_winner_no_better_than_the_base_is_no_gain(three):
     for folder in three:
-        finish(folder, before=0.5, score=(0.4, 0.3, 0.45))
+        finish(folder, before={"score": 0.5}, score=(0.4, 0.3, 0.45))
     found, _ = judged(three)
     assert "the base without a LoRA has 0.50" in found.sentence["en"]
 
