@@ -76,8 +76,8 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
     stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
     dtype = pick_dtype(config.model.precision, device)
-    read = vars(like) if like else _read(config, folder, base, dtype)
-    hashes = read["hashes"]
+    known = vars(like) if like else _read(config, folder, base, dtype)
+    hashes = known["hashes"]
     if start:
         hashes = hashes | {"start": hash_files(start, *([beside(start)] if tokens_of(start) else []))}
     # What is measured decides nothing.
@@ -85,6 +85,8 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
     recipe, goes_on = _recipe(config) | decisive, _newest_checkpoint(config, folder)
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
+    if not like:
+        known |= _opened(config, **known)
     own = {
         "make_optimizer": make_optimizer,
         "elementwise": config.optimizer["elementwise"],
@@ -96,11 +98,11 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
         "recipe": recipe,
         "hashes": hashes,
     }
-    return Plan(**(read | own))
+    return Plan(**(known | own))
 
 
 def _read(config: Config, folder: Path, base: str, dtype: torch.dtype) -> dict:
-    """What a Plan has of the pictures and captions, and of the base's files."""
+    """What a Plan has of the captions, and of the pictures' and the base's files."""
     dataset, masks = config.dataset, find_masks(config.loss.mask)
     samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
     texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
@@ -123,20 +125,23 @@ def _read(config: Config, folder: Path, base: str, dtype: torch.dtype) -> dict:
     track.refuse_missing(config.tracker.kind)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
+    return {"samples": samples, "texts": texts, "held_out": held_out, "class_samples": of_class, "hashes": hashes}
+
+
+def _opened(
+    config: Config, samples: list[Sample], held_out: list[Sample], class_samples: list[Sample], **_: object
+) -> dict:
+    """What a Plan has of the pictures themselves."""
+    dataset, masks = config.dataset, find_masks(config.loss.mask)
     resolution, step = config.model.resolution, config.model.bucket_step
     pictures = fit_pictures(samples, resolution, step, masks)
     measured = fit_pictures(held_out, resolution, step, None)
     return {
-        "samples": samples,
         "pictures": pictures,
         "crops": crop_pictures(samples, pictures, masks, dataset.crops if dataset.random_crop else 1),
-        "texts": texts,
-        "held_out": held_out,
         "held_out_pictures": measured,
         "compared": held_out_pictures(config) or [fitted.picture for fitted in measured],
-        "class_samples": of_class,
-        "class_pictures": fit_pictures([s for s in of_class if s.path.is_file()], resolution, step, None),
-        "hashes": hashes,
+        "class_pictures": fit_pictures([s for s in class_samples if s.path.is_file()], resolution, step, None),
     }
 
 

@@ -8,8 +8,8 @@ import torch
 from lora_lab.config import compose
 from lora_lab.errors import RunError
 from lora_lab.stages import run
+from lora_lab.training import step
 from lora_lab.training.memory import expected_mib, memory_line, what_helps
-from lora_lab.training.step import Job
 
 SDXL = ("stage=train", "experiment=sdxl", "dataset.root=x")
 PRESETS = ("fast", "balanced", "low", "minimal")
@@ -49,15 +49,15 @@ def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, 
     monkeypatch.chdir(tmp_path)
     common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
     common += ("stage.prompts=['A {trigger}']",)
-    folder, update, done = tmp_path / "run", Job.update, []
+    folder, losses, done = tmp_path / "run", step.sample_losses, []
 
-    def small(job: Job) -> torch.Tensor:
+    def small(*given) -> torch.Tensor:
         if len(done) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         done.append(1)
-        return update(job)
+        return losses(*given)
 
-    monkeypatch.setattr(Job, "update", small)
+    monkeypatch.setattr(step, "sample_losses", small)
     with pytest.raises(RunError, match=r"not enough: say memory=balanced, or batch_size=2 .* go on with resume=.*run"):
         run(compose(*common), folder)
     monkeypatch.undo()
