@@ -240,7 +240,7 @@ def _logged(points: Sequence[Point]) -> Iterator[None]:
 
 
 def _train_together(points: Sequence[Point], sweep: Path) -> None:
-    from lora_lab.stages.train import train_together
+    from lora_lab.sweeps.together import train_together
 
     over: list[int] = []
 
