@@ -160,6 +160,7 @@ def test_a_cache_that_cannot_be_written_says_how_to_do_without(tmp_path):
         Cache(tmp_path / "file").put("latents", KEY, {"latents": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_read_one_file_at_once(tmp_path):
     """Each finds nothing or the whole, and says nothing of damage."""
     script = f"""

@@ -23,6 +23,7 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(compose(*SHORT), tmp_path / "run")

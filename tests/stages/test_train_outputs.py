@@ -24,6 +24,7 @@ from lora_lab.training.state import checkpoints
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
+@pytest.mark.slow
 def test_a_validation_picture_is_what_inference_gives_in_a_new_process(uninterrupted):
     picture = Path(uninterrupted, "samples", "step-000020", "p0-s0.png")
     code = f"""
@@ -139,6 +140,7 @@ def test_without_a_judge_there_are_no_scores():
     assert result.scores is None and result.scores_before is None and not Path("run/scores.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_holds_the_losses_the_pictures_and_the_settings(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))  # no .netrc of whoever runs the tests

@@ -52,6 +52,7 @@ def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
         assert torch.allclose(whole[key], halves[key], atol=2e-5), key
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_offload_change_nothing():
     train("fast", "steps=3", "memory=fast")
     train("balanced", "steps=3", "memory=balanced", "stage.validate_every=1")

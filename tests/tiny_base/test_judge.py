@@ -31,6 +31,7 @@ def drawing(look, background="teal"):
     return picture(draw(BODIES[kind], COATS[colour], look, NEUTRAL, Random(0)), BACKGROUNDS[background])
 
 
+@pytest.mark.slow
 def test_reads_true_drawings():
     rng = Random(1)
     right = defaultdict(list)

@@ -85,6 +85,7 @@ def test_psnr_is_of_all_pixels_together():
     assert psnr(one_of_two, originals) == pytest.approx(20 + 10 * math.log10(2))
 
 
+@pytest.mark.slow
 def test_a_training_cut_in_two_goes_on(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(256, 4)
