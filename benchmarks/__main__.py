@@ -25,10 +25,11 @@ def main() -> None:
     asked = parsed(parser)
     bench = prepare(asked.out, asked.dry)
     flops = training_flops(bench.shape, bench.side)
+    drawn = ("stage.prompts=['A {trigger}']", "sampler.steps=1")
     rows = []
     for memory in asked.memory:
         for batch in asked.batch:
-            overrides = [*bench.overrides, f"memory={memory}", f"batch_size={batch}", *asked.also]
+            overrides = [*bench.overrides, *drawn, f"memory={memory}", f"batch_size={batch}", *asked.also]
             folder = asked.out / "runs" / f"{memory}-{batch}"
             rows.append(measure(folder, overrides, asked.steps, flops * batch, bench.peak))
             if asked.kernels:

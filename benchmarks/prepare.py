@@ -20,7 +20,7 @@ MATMUL = 8192  # side of the bf16 product whose rate counts as the device's peak
 
 @dataclass(frozen=True)
 class Bench:
-    overrides: list[str]  # of every run: SDXL's base and recipe, without pictures of its own
+    overrides: list[str]  # of every run: SDXL's base and recipe
     shape: Shape
     side: int  # px
     machine: dict  # device, its rate and the packages, by name
@@ -37,8 +37,7 @@ def prepare(out: Path, dry: bool) -> Bench:
         device = None if dry else elsewhere.apply(torch.cuda.get_device_name)
     overrides = [
         "stage=train", "experiment=sdxl", f"model.base={base}", "model.vae=null", "model.judge=null", "tracker=off",
-        f"dataset.root={tofu(out / 'pictures', side)}", f"model.resolution={side}", "sampler.steps=1",
-        "stage.prompts=['A {trigger}']", f"cache={out / 'cache'}",
+        f"dataset.root={tofu(out / 'pictures', side)}", f"model.resolution={side}", f"cache={out / 'cache'}",
     ]  # fmt: skip
     machine = {
         "device": device or platform.processor() or "CPU",

@@ -4,7 +4,7 @@ python -m benchmarks.sweep OUT [--points rank=4,8,16,32 lr=1e-4,5e-5] [--steps 5
     [--memory fast] [--also compile=blocks ...]
 
 The base and the pictures are those of `python -m benchmarks`. A row is one command, timed from its start to its end:
-all jobs with data, logging, checkpoint and LoRA file, without validation. Where there are two rows, the second also
+all jobs with data, logging, checkpoint and LoRA file, without pictures. Where there are two rows, the second also
 says how far its jobs are from the first's: same data, same noise, so every step's losses compare."""
 
 import json
@@ -54,7 +54,7 @@ def main() -> None:
         folder = asked.out / "sweeps" / launcher
         arguments = [
             "-m", *bench.overrides, *asked.points, f"steps={asked.steps}", f"memory={asked.memory}",
-            f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", "stage.validate_every=0",
+            f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", "stage.prompts=[]",
             "stage.save_dtype=fp32", *asked.also,
         ]  # fmt: skip
         beside = asked.out / "sweeps" / asked.launchers[0] if rows else None
