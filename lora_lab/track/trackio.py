@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.console import say
 from lora_lab.runs import as_typed, refuse_unwritable, write_text
 from lora_lab.track.forgiving import NOTHING, Pictures, Rows, Track, forgiving, line
+from lora_lab.track.media import pictures_of, table_of
 
 if TYPE_CHECKING:
     import trackio
@@ -88,19 +89,15 @@ def _image_logger(run: "trackio.Run") -> Callable[[int, Pictures], None]:
     import trackio
 
     def images(step: int, pictures: Pictures) -> None:
-        media = {key: trackio.Image(picture, caption=caption) for key, (picture, caption) in pictures.items()}
-        run.log(media, step)
+        run.log(pictures_of(trackio, pictures), step)
 
     return images
 
 
 def _table_logger(run: "trackio.Run") -> Callable[[int, Rows], None]:
     import trackio
-    from PIL.Image import Image
 
     def table(step: int, rows: Rows) -> None:
-        columns = list(rows[0])
-        cells = [[trackio.Image(row[c]) if isinstance(row[c], Image) else row[c] for c in columns] for row in rows]
-        run.log({"pictures": trackio.Table(columns=columns, data=cells)}, step)
+        run.log({"pictures": table_of(trackio, rows)}, step)
 
     return table

@@ -12,6 +12,7 @@ from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.runs import as_typed, hash_files, hash_text, write_text
 from lora_lab.track.forgiving import NOTHING, Pictures, Rows, Track, forgiving, line
+from lora_lab.track.media import pictures_of, table_of
 
 if TYPE_CHECKING:
     import wandb
@@ -92,21 +93,17 @@ def _image_logger(run: "wandb.Run") -> Callable[[int, Pictures], None]:
     import wandb
 
     def images(step: int, pictures: Pictures) -> None:
-        media = {key: wandb.Image(picture, caption=caption) for key, (picture, caption) in pictures.items()}
-        run.log({"global_step": step, **media})
+        run.log({"global_step": step, **pictures_of(wandb, pictures)})
 
     return images
 
 
 def _table_logger(run: "wandb.Run", folder: Path) -> Callable[[int, Rows], None]:
     import wandb
-    from PIL.Image import Image
 
     def table(step: int, rows: Rows) -> None:
-        columns = list(rows[0])
-        cells = [[wandb.Image(row[c]) if isinstance(row[c], Image) else row[c] for c in columns] for row in rows]
         with _kept_in(folder):  # the table goes with an artifact of its pictures
-            run.log({"global_step": step, "pictures": wandb.Table(columns=columns, data=cells)})
+            run.log({"global_step": step, "pictures": table_of(wandb, rows)})
 
     return table
 

@@ -86,7 +86,7 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
     if goes_on:
         refuse_other_recipe(goes_on, recipe)
     if not like:
-        known |= _opened(config, **known)
+        known |= _opened(config, known["samples"], known["held_out"], known["class_samples"])
     own = {
         "make_optimizer": make_optimizer,
         "elementwise": config.optimizer["elementwise"],
@@ -128,9 +128,7 @@ def _read(config: Config, folder: Path, base: str, dtype: torch.dtype) -> dict:
     return {"samples": samples, "texts": texts, "held_out": held_out, "class_samples": of_class, "hashes": hashes}
 
 
-def _opened(
-    config: Config, samples: list[Sample], held_out: list[Sample], class_samples: list[Sample], **_: object
-) -> dict:
+def _opened(config: Config, samples: list[Sample], held_out: list[Sample], class_samples: list[Sample]) -> dict:
     """What a Plan has of the pictures themselves."""
     dataset, masks = config.dataset, find_masks(config.loss.mask)
     resolution, step = config.model.resolution, config.model.bucket_step

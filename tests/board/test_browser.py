@@ -353,6 +353,8 @@ def test_a_page_sent_without_its_large_pictures_shows_the_small_ones(chromium, p
     page = chromium.new_page()
     page.goto((tmp_path / "index.html").as_uri())
     page.wait_for_function("[...document.querySelectorAll('.strip.best img')].every(img => img.naturalWidth == 256)")
+    assert page.locator(".strip.best img").count() == 2
     page.locator(".strip.best button").first.click()
     page.wait_for_function("document.getElementById('zoom-picture').naturalWidth == 256")
+    assert page.get_attribute("#zoom-picture", "src").endswith(".webp")
     page.close()
