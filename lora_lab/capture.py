@@ -30,18 +30,16 @@ class Captured:
     """`function(inputs) -> tensor`, recorded once for every combination of shapes and replayed from then on.
 
     The first calls of a shape run eagerly and count like any other, so recording changes nothing but the speed. What
-    comes back is overwritten by the next call, of this or of another: all that are alive share their memory, so that
-    together they take what the largest takes."""
+    comes back is overwritten by the next call, of this or of another: all graphs that are alive share their memory, so
+    that together they take what the largest takes."""
 
-    _alive: ClassVar["WeakSet[Captured]"] = WeakSet()
-    _pool: ClassVar[tuple[int, int]]
-    _stream: ClassVar[torch.cuda.Stream]  # memory is used again on the stream alone that it was taken on
+    _graphs: ClassVar["WeakSet[torch.cuda.CUDAGraph]"] = WeakSet()  # of all
+    _stream: ClassVar[torch.cuda.Stream | None] = None  # memory is used again on the stream alone that it was taken on
 
     def __init__(self, function: Callable[[Tensors], Tensor], device: torch.device) -> None:
         self._function = function
-        if not Captured._alive:  # a pool ends with its last graph
-            Captured._pool, Captured._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        Captured._alive.add(self)
+        if Captured._stream is None:
+            Captured._stream = torch.cuda.Stream(device)
         self._recorded: dict[tuple, _Recorded] = {}
         self._refused = False  # the function does what no graph can hold, so it stays eager
 
@@ -70,14 +68,17 @@ class Captured:
     def _record(self, known: _Recorded, inputs: Tensors) -> bool:
         """Recording runs nothing, so a failed one has changed nothing either."""
         known.inputs = {name: value.clone() for name, value in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
+        graph, others = torch.cuda.CUDAGraph(), list(Captured._graphs)
+        # Their memory ends with the last of them, which may be an earlier job's: it is held until this one has begun.
+        pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=Captured._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 known.output = self._function(known.inputs)
         except RuntimeError as error:
             self._refused = True
             say(f"a step can't be recorded and is launched kernel by kernel: {str(error).splitlines()[0]}")
             return False
         known.graph = graph
+        Captured._graphs.add(graph)
         return True

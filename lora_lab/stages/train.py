@@ -22,7 +22,7 @@ from lora_lab.schema import Config
 from lora_lab.training.data import caption_texts, encode_dataset
 from lora_lab.training.loop import apart, train_steps
 from lora_lab.training.loss import objective
-from lora_lab.training.memory import not_enough
+from lora_lab.training.memory import let_go, not_enough
 from lora_lab.training.pack import Pack, shell
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.prior import prior_data
@@ -63,6 +63,7 @@ def planned(config: Config, folder: Path, like: Plan | None = None) -> Plan:
 
 def base_of(config: Config, plan: Plan, folder: Path) -> Base:
     """Load the base, and look at and encode what is to be learnt."""
+    let_go(plan.device)
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     references = [fitted.picture for fitted in plan.pictures]

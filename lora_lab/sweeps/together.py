@@ -1,6 +1,5 @@
 """Several jobs trained on one base, with every step in common: in one pack, or in as many as the memory asks for."""
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from lora_lab.schema import Config
 from lora_lab.stages.train import base_of, carry_out, kept, planned, started
 from lora_lab.training.data import count_buckets
 from lora_lab.training.loop import apart
-from lora_lab.training.memory import not_enough
+from lora_lab.training.memory import let_go, not_enough
 from lora_lab.training.pack import Pack
 from lora_lab.training.plan import Plan, courses, describe_together, evenly
 from lora_lab.training.run import Base, Run
@@ -102,7 +101,7 @@ def _fits(jobs: Mapping[int, Asked], shared: Sequence[Sequence[int]], base: Base
     False if the memory was not enough. Then nothing of the pack is held any more: an error would hold it."""
     of_all = jobs[min(jobs)].config
     packed = partial(Pack, memory=of_all.memory, compiled=of_all.compile, cache=of_all.cache)
-    _let_go(base.encoder.device)
+    let_go(base.encoder.device)
     try:
         with ExitStack() as stack:
             runs = []
@@ -130,10 +129,3 @@ def _going_on(job: Asked) -> Asked:
     """From its newest checkpoint; from the beginning if it has none."""
     newest = next(reversed(checkpoints(job.folder)), None)
     return Asked(replace(job.config, resume=str(job.folder)), job.folder, replace(job.plan, goes_on=newest))
-
-
-def _let_go(device: torch.device) -> None:
-    """Of what earlier jobs in this process had."""
-    gc.collect()  # networks and their hooks hold each other
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

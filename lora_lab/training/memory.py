@@ -2,7 +2,10 @@
 
 The numbers are those of SDXL, fitted to what `python -m benchmarks` measures (docs/performance.md)."""
 
+import gc
 from pathlib import Path
+
+import torch
 
 from lora_lab.errors import RunError
 from lora_lab.schema import Config, Memory
@@ -58,3 +61,10 @@ def not_enough(config: Config, folder: Path) -> RunError:
     """What to say where the GPU's memory ended in the run of `folder`."""
     goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
     return RunError(f"the GPU's memory is not enough: {what_helps(config.memory, config.batch_size)}{goes_on}")
+
+
+def let_go(device: torch.device) -> None:
+    """Give back what earlier jobs in this process held: their networks and hooks hold each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
