@@ -49,6 +49,8 @@ def base_to_draw(config: Config, loss: Loss, device: torch.device) -> Encoder:
 
 def draw_with(lora: Path, asked: Sequence[Asked], folder: Path, config: Config, encoder: Encoder) -> list[Image.Image]:
     """Draw with the file on the base, as inference does, and save as `folder`/NAME.png."""
+    if not asked:  # to wear it takes a second at SDXL's size
+        return []
     sampler = config.sampler
     with worn(encoder.pipe, lora, fuse=sampler.fuse):
         pictures = list(generate(encoder.pipe, _requests(asked, config), sampler, encoder))
