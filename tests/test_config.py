@@ -103,7 +103,7 @@ def test_every_key_of_an_option_says_what_it_means(group, option):
 def test_sdxl_brings_its_captioner_optimizer_memory_and_dataset(composed):
     config = composed("model=sdxl", "stage=train")
     assert config.model.name == "sdxl" and config.captioner.name == "blip" and config.dataset.root is None
-    assert config.optimizer["_target_"] == "bitsandbytes.optim.AdamW8bit"
+    assert config.optimizer["_target_"] == "lora_lab.training.optimizers.AdamW8bit"
     assert config.memory.gradient_checkpointing and config.memory.offload
     assert config.refiner.vocabulary == [], "the rules for the bundled tofu know nothing of another character"
 
@@ -122,7 +122,7 @@ def test_the_recipe_sdxl_has_the_figures_of_the_original(composed):
     assert config.model.base == "stabilityai/stable-diffusion-xl-base-1.0"
     assert config.model.vae == "madebyollin/sdxl-vae-fp16-fix"
     assert (config.schedule.name, config.schedule.warmup) == ("constant_with_warmup", 0)
-    assert config.optimizer["_target_"] == "bitsandbytes.optim.AdamW8bit"
+    assert config.optimizer["_target_"] == "lora_lab.training.optimizers.AdamW8bit"
     assert isinstance(config.stage, Train) and config.memory.gradient_checkpointing
     assert (config.loss.weighting, config.loss.snr_gamma) == ("min_snr", 5.0)
 

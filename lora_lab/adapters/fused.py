@@ -30,7 +30,7 @@ class Projections:
     bias: Tensor | None  # (K * O,)
     down: nn.Parameter  # (J, K * R, I)
     up: nn.Parameter  # (J, K, O, R)
-    scale: float | Tensor  # of the LoRAs; (J, 1, 1) where they differ
+    scale: float | Tensor  # of the LoRAs; (J, 1, 1), float32, where they differ
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
@@ -46,8 +46,8 @@ class _Projected(torch.autograd.Function):
         ctx, rows: Tensor, down: Tensor, up: Tensor, scale: float | Tensor, frozen: Stored, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         jobs, count, width, rank = up.shape
+        down, alpha = (_scaled(down, scale), 1.0) if isinstance(scale, Tensor) else (down, scale)
         small = _product(rows.view(jobs, -1, rows.shape[1]), down.mT)
-        small, alpha = (small * scale, 1.0) if isinstance(scale, Tensor) else (small, scale)
         out = frozen.product(rows, bias).view(jobs, -1, count, width)
         out = _products(out, small.view(jobs, -1, count, rank), up.mT, 1, alpha)
         ctx.save_for_backward(rows, small, down, up)
@@ -61,7 +61,8 @@ class _Projected(torch.autograd.Function):
         gradient = torch.stack(gradients, 1) if count > 1 else gradients[0].unsqueeze(1)
         layers, small = gradient.view(jobs, -1, count, width), small.view(jobs, -1, count, rank)
         d_small = _products(torch.empty_like(small), layers, up, 0, ctx.alpha).reshape(jobs, -1, count * rank)
-        d_small = d_small * ctx.scale if isinstance(ctx.scale, Tensor) else d_small
+        d_down = _product(d_small.mT, rows.view(jobs, -1, rows.shape[1]))
+        d_down = _scaled(d_down, ctx.scale) if isinstance(ctx.scale, Tensor) else d_down
         d_rows = None
         if ctx.needs_input_grad[0]:
             d_rows = ctx.frozen.back(gradient.reshape(-1, count * width))
@@ -72,7 +73,12 @@ class _Projected(torch.autograd.Function):
             for of, by in zip(_each(layers), _each(small), strict=True)
         ]
         d_up = d_up[0].unsqueeze(0) if jobs == 1 else torch.stack(d_up, 1)
-        return d_rows, _product(d_small.mT, rows.view(jobs, -1, rows.shape[1])), d_up, None, None, None
+        return d_rows, d_down, d_up, None, None, None
+
+
+def _scaled(down: Tensor, scale: Tensor) -> Tensor:
+    """The matrices are few numbers beside what they meet."""
+    return (down * scale).to(down.dtype)
 
 
 def _each(layers: Tensor) -> Sequence[Tensor]:
@@ -235,7 +241,7 @@ def _projections(
     down = learnt.leaf(offsets[downs[0]], (count * rank, downs[0].shape[1]))
     up = learnt.leaf(offsets[ups[0]], (count, width, rank))
     its = scales(layers[0])
-    scale = its[0] if len(set(its)) == 1 else down.new_tensor(its).view(-1, 1, 1)
+    scale = its[0] if len(set(its)) == 1 else torch.tensor(its, device=down.device).view(-1, 1, 1)
     return Projections(frozen, layers[0].base_layer.bias, down, up, scale)
 
 

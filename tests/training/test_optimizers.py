@@ -55,6 +55,21 @@ class Toy:
         return self.job.learnt.master.detach().clone()
 
 
+@pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
+def test_8_bits_are_those_of_bitsandbytes_which_waits_for_the_device_at_every_step(name, monkeypatch):
+    waits = []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda tensor: waits.append(tensor.shape))
+    target = SETTINGS[name]["_target_"]
+    assert target.startswith("lora_lab.")
+    theirs = Toy(name, _target_=f"bitsandbytes.optim.{target.rpartition('.')[2]}")
+    theirs.learn(0, 6)
+    assert len(waits) == 6
+    ours = Toy(name)
+    ours.learn(0, 6)
+    assert len(waits) == 6 + 1  # the first step makes the state
+    assert torch.equal(ours.numbers, theirs.numbers)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_learnt_gets_better(name):
     more = {"d0": 1e-3} if name == "prodigy" else {"lr": 1e-3}  # its first rate takes hundreds of steps to grow

@@ -1,0 +1,31 @@
+"""bitsandbytes' optimizers in 8 bits without the waiting: theirs stop at every tensor until the GPU is done, and then
+the GPU stands still while Python gets the next step ready."""
+
+from collections.abc import Callable
+
+import torch
+from bitsandbytes import optim
+from bitsandbytes.optim.optimizer import Optimizer8bit
+
+
+class _Unwaiting(Optimizer8bit):
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> float | None:
+        if closure is not None or not self.initialized:
+            return super().step(closure)
+        for i, group in enumerate(self.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, i, j)
+                self.update_step(group, parameter, i, j)
+        return None
+
+
+class AdamW8bit(_Unwaiting, optim.AdamW8bit):
+    """torch.optim.AdamW with its state in 8 bits; the keys are those of bitsandbytes'."""
+
+
+class Lion8bit(_Unwaiting, optim.Lion8bit):
+    """Lion with its state in 8 bits; the keys are those of bitsandbytes'."""
