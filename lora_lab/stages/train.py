@@ -22,7 +22,7 @@ from lora_lab.schema import Config
 from lora_lab.training.data import caption_texts, encode_dataset
 from lora_lab.training.loop import apart, train_steps
 from lora_lab.training.loss import objective
-from lora_lab.training.memory import let_go, not_enough
+from lora_lab.training.memory import let_go, not_enough, uncollected
 from lora_lab.training.pack import Pack, shell
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.prior import prior_data
@@ -92,8 +92,9 @@ def started(config: Config, plan: Plan, base: Base, alone: bool = True) -> tuple
     base's UNet as it is."""
     pipe = base.encoder.pipe
     asked = objective(config.loss, pipe.scheduler.config)
-    unet = pipe.unet if alone else shell(pipe.unet)
-    job = start_job(unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter), alone)
+    with uncollected():
+        unet = pipe.unet if alone else shell(pipe.unet)
+        job = start_job(unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter), alone)
     if plan.goes_on:
         return job, load_checkpoint(plan.goes_on, job)
     if plan.start:
