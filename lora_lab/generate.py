@@ -68,6 +68,7 @@ def generate(
         if request.photo is not None:
             check_strength(sampler.steps, request.strength)
     encoder = encoder or Encoder(pipe, pipe.unet.device, Cache(None), offload=False)
+    pipe.unet.eval()  # the next step of a training asks for its own mode
     texts, photos = _texts(requests, sampler, encoder), _photos(requests, encoder)
     latents = _all_latents(requests, sampler, encoder, texts, photos)
     drawn = bar(zip(requests, latents, strict=True), total=len(requests), desc="draw", unit="picture", leave=False)

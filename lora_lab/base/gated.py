@@ -14,12 +14,12 @@ from lora_lab.base.stored import Products, Stored, StoredLinear, Whole
 
 class Gated(GEGLU):
     """What diffusers' layer becomes in training. It is what it was where its projection wears a LoRA, in compiled code,
-    and while nothing learns, so that what is drawn is what diffusers draws."""
+    and in evaluation mode, so that what is drawn is what diffusers draws."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         proj = self.proj
-        whole = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        whole = not self.training or torch.compiler.is_compiling()
         if whole or type(proj) not in (nn.Linear, StoredLinear) or _in_fp8(proj):
             return super().forward(hidden_states)
         return _Gated.apply(hidden_states, *_halves(proj), *proj.bias.chunk(2))

@@ -74,8 +74,8 @@ def let_go(device: torch.device) -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all of
-    them again for every few hundred more takes a third of the time."""
+    """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all
+    of them again for every few hundred more takes a third of the time."""
     gc.disable()
     try:
         yield
