@@ -3,8 +3,6 @@
 The numbers are those of SDXL, fitted to what `python -m benchmarks` measures (docs/performance.md)."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,14 +68,3 @@ def let_go(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all
-    of them again for every few hundred more takes a third of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
