@@ -5,6 +5,7 @@ and wait for none of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 from weakref import WeakSet
 
@@ -34,12 +35,9 @@ class Captured:
     that together they take what the largest takes."""
 
     _graphs: ClassVar["WeakSet[torch.cuda.CUDAGraph]"] = WeakSet()  # of all
-    _stream: ClassVar[torch.cuda.Stream | None] = None  # memory is used again on the stream alone that it was taken on
 
     def __init__(self, function: Callable[[Tensors], Tensor], device: torch.device) -> None:
-        self._function = function
-        if Captured._stream is None:
-            Captured._stream = torch.cuda.Stream(device)
+        self._function, self._stream = function, _stream_of(device)
         self._recorded: dict[tuple, _Recorded] = {}
         self._refused = False  # the function does what no graph can hold, so it stays eager
 
@@ -82,3 +80,9 @@ class Captured:
         known.graph = graph
         Captured._graphs.add(graph)
         return True
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Of all graphs there: memory is used again on the stream alone that it was taken on."""
+    return torch.cuda.Stream(device)

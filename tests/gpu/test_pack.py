@@ -19,7 +19,8 @@ SWEEP = (
     "-m", "stage=train", "model.precision=bf16", "memory=fast", "tracker=off", "model.judge=null", "sampler.steps=20",
     "stage.validate_every=100", "stage.validation_loss_every=100", "steps=100", "rank=4,16", "lr=1e-3,3e-3",
 )  # fmt: skip
-ALONE = {"alone": (), "alone_compiled": ("compile=blocks",)}
+PACKED, COMPILED = "hydra/launcher=packed", "compile=blocks"
+SWEEPS = {"alone": (), "alone_compiled": (COMPILED,), "packed": (PACKED,), "packed_compiled": (PACKED, COMPILED)}
 
 
 def losses(job: Path) -> list[float]:
@@ -39,16 +40,14 @@ def pictures(job: Path) -> np.ndarray:
 
 def test_loras_of_a_pack_look_as_they_do_alone(exit_code_of, capsys, tmp_path):
     """No further from it than compiled code, which rounds the same numbers otherwise, is from what is not compiled."""
-    sweeps = [(name, how, ()) for name, how in ALONE.items()]
-    sweeps += [(f"packed{name[5:]}", ALONE[name], ("hydra/launcher=packed",)) for name in ("alone", "alone_compiled")]
-    for name, how, launcher in sweeps:  # a job's graphs must not be in the way of the next one's
-        code = exit_code_of(*SWEEP, *how, *launcher, f"hydra.sweep.dir={name}")
+    for name, how in SWEEPS.items():  # a job's graphs must not be in the way of the next one's
+        code = exit_code_of(*SWEEP, *how, f"hydra.sweep.dir={name}")
         said = capsys.readouterr()
         assert code == 0, said.err
-        assert "can't be recorded" not in said.out and ("4 jobs on one base" in said.out) == bool(launcher)
+        assert "can't be recorded" not in said.out and ("4 jobs on one base" in said.out) == (PACKED in how)
     measured = []
     for job in map(str, range(4)):
-        of = {folder.name: folder / job for folder in tmp_path.iterdir() if (folder / job).is_dir()}
+        of = {name: tmp_path / name / job for name in SWEEPS}
         measured.append(
             {
                 "losses": {name: losses(folder)[-1] for name, folder in of.items()},
