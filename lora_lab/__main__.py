@@ -2,6 +2,8 @@
 
 Imports nothing heavy: a wrong command line is answered in half a second."""
 
+import atexit
+import gc
 import os
 import shlex
 import sys
@@ -26,6 +28,7 @@ main = hydra.main(config_path=str(config.CONF), config_name="config", version_ba
 def cli() -> None:
     """Exit codes: 0 done, 2 wrong input or configuration (one sentence on stderr), 1 anything else."""
     prepare_process()
+    atexit.register(gc.freeze)  # to look through all networks for garbage once more takes a sweep's process two seconds
     sys.exit(_exit_code(sys.argv[1:]))
 
 
