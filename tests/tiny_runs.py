@@ -54,6 +54,11 @@ def lora(folder: str) -> dict[str, torch.Tensor]:
     return load_file(f"{folder}/lora/HANA_TOFU.safetensors")
 
 
+def checkpointed(checkpoint: Path | str) -> dict[str, torch.Tensor]:
+    """What had been learnt, by part and name."""
+    return load_file(f"{checkpoint}/learnt.safetensors")
+
+
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -4,7 +4,7 @@ LoHa and LoKr have LyCORIS's keys in it, and DoRA its magnitudes: docs/lora-file
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,8 +26,12 @@ SCALED = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the tensor o
 START = "start"  # the frozen adapter that takes away what a PiSSA adapter began with: adapters/fresh.py
 
 
-def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[str, Tensor]:
+def kohya_state(
+    parts: dict[str, nn.Module], adapter: str = "default", learnt: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The adapter of `parts` ("unet", "text_encoder", "text_encoder_2" -> module with it) in kohya's keys.
+
+    `learnt` has its numbers by part and name, where those in the modules are rounded.
 
     alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r.
     Each LoRA part has one alpha, since diffusers drops differing ones; where a pattern sets more, the up matrices take
@@ -36,7 +40,10 @@ def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[s
     state = {}
     for part, model in parts.items():
         common = None
-        for module, leaves in _layers(model, adapter).items():
+        own = _own(model, adapter)
+        if learnt is not None:
+            own = {name: learnt[f"{part}.{name}"] for name in own}
+        for module, leaves in _layers(model, adapter, own).items():
             layer = model.get_submodule(module)
             scaling, rank = layer.scaling[adapter], layer.r[adapter]
             if "lora_up.weight" in leaves:
@@ -56,6 +63,15 @@ def kohya_state(parts: dict[str, nn.Module], adapter: str = "default") -> dict[s
     return state
 
 
+def refuse_unknown(model: nn.Module) -> None:
+    """Raise InputError for an adapter in `model` that kohya_state does not know."""
+    _layers(model, "default", _own(model, "default"))
+
+
+def _own(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}" in name}
+
+
 def _name(part: str, module: str) -> str:
     """What a file calls a module of a part of the pipeline."""
     if part != "unet" and not module.startswith("text_model."):
@@ -63,10 +79,10 @@ def _name(part: str, module: str) -> str:
     return f"{PREFIX[part]}_{module.replace('.', '_')}"
 
 
-def _layers(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
-    """Module name to its adapter's tensors, by their names in the file."""
+def _layers(model: nn.Module, adapter: str, own: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module name to its adapter's tensors, by their names in the file; `own` are these by their names in `model`."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items():
+    for key, value in get_peft_model_state_dict(model, own, adapter).items():
         leaf = next((leaf for leaf in LEAVES if key.endswith(f".{leaf}")), None)
         if leaf is None:
             raise InputError(f"adapter: {key} has no place in a LoRA file, only an adapter's matrices do: conf/adapter")
@@ -80,7 +96,7 @@ def _since_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[str, Tenso
     """B A - B0 A0 as one LoRA of twice the rank: (B - B0) A + B0 (A - A0). In either product one factor is small, so
     that rounding to half precision costs the difference no more than it costs any LoRA."""
     down, up = leaves["lora_down.weight"].float(), leaves["lora_up.weight"].float()
-    first_down, first_up = layer.lora_A[START].weight.float(), -layer.lora_B[START].weight.float()
+    first_down, first_up = layer.lora_A[START].weight.to(down), -layer.lora_B[START].weight.to(up)
     return {
         "lora_down.weight": torch.cat([down, down - first_down]),
         "lora_up.weight": torch.cat([up - first_up, first_up], dim=1),

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_lab.adapters.files import PREFIX, START, describe, kohya_state, peft_state
+from lora_lab.adapters.files import PREFIX, START, describe, kohya_state, peft_state, refuse_unknown
 from lora_lab.adapters.tokens import tokens_in, tokens_of
 from lora_lab.adapters.wear import worn
 from lora_lab.errors import InputError
@@ -68,7 +68,7 @@ def begin(unet: UNet2DConditionModel, config: PeftConfig) -> None:
                 parameter.data = data
             unet.add_adapter(_like(config, unet), START)
             _take_away(unet)
-        kohya_state({"unet": unet})  # now, instead of after training, shows what no file can hold
+        refuse_unknown(unet)  # now, instead of after training
     except ValueError as error:
         if is_pissa(config) and "initialization" in str(error):
             raise InputError(

@@ -33,14 +33,15 @@ class Keep:
         """The LoRA after `step` steps as lora/NAME.safetensors."""
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
-        with self.job.finished(), self.job.learnt.exact():  # until it is written, for the state is no copy
-            state = kohya_state(self.job.adapted)
+        with self.job.finished():  # until it is written, for the state is no copy
+            state = kohya_state(self.job.adapted, learnt=self.job.state())
             network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
             network |= notes_of(self.config)
             notes = notes_for(self.config, self.plan, self.job.asked.settings, step, network)
             if self.job.read and self.job.read.tokens:
-                vectors = {key: tokens.vectors for key, tokens in self.job.read.tokens.items()}
-                save_tokens(beside(file), vectors, {"modelspec.title": name, TRIGGER: self.config.trigger})
+                with self.job.learnt.exact():
+                    vectors = {key: tokens.vectors for key, tokens in self.job.read.tokens.items()}
+                    save_tokens(beside(file), vectors, {"modelspec.title": name, TRIGGER: self.config.trigger})
             return save_lora(file, state, dtype, notes)
 
     def checkpoint(self, step: int) -> None:

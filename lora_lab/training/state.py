@@ -12,6 +12,7 @@ from lora_lab.adapters.files import START
 from lora_lab.errors import InputError
 from lora_lab.training.step import Job
 
+LEARNT = "learnt.safetensors"
 STATEFUL = ("optimizer", "schedule", "scaler")  # of a job, beside what is learnt
 
 
@@ -28,18 +29,11 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with job.learnt.exact():
-        adapter = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(job.unet).items()}
-    save_file(adapter, str(temporary / "adapter.safetensors"))
-    if job.read is not None:
-        with job.learnt.exact():
-            text = {name: p.detach().cpu().clone() for name, p in _text(job).items()}
-        save_file(text, str(temporary / "text.safetensors"))
+    save_file(job.state(), str(temporary / LEARNT))
+    state = {"names": job.names, "average": job.average} | {part: getattr(job, part).state_dict() for part in STATEFUL}
     if START in job.unet.peft_config:
-        start = get_peft_model_state_dict(job.unet, adapter_name=START)
-        save_file({k: v.detach().cpu().contiguous() for k, v in start.items()}, str(temporary / "start.safetensors"))
-    state = {part: getattr(job, part).state_dict() for part in STATEFUL} | {"average": job.average}
-    torch.save(state, temporary / "optimizer.pt")
+        state[START] = get_peft_model_state_dict(job.unet, adapter_name=START)
+    torch.save(state, temporary / "state.pt")
     (temporary / "training.json").write_text(json.dumps({"step": step, "recipe": recipe}, indent=2), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
@@ -50,6 +44,8 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
 
 def refuse_other_recipe(checkpoint: Path, recipe: dict) -> None:
     """Raise InputError if `checkpoint` was trained by another recipe than the run that wants to go on from it."""
+    if not (checkpoint / LEARNT).is_file():
+        raise InputError(f"resume: {checkpoint} is from an older version of lora_lab: start a new run")
     saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["recipe"]
     for key, value in recipe.items():
         if saved.get(key) != value:
@@ -60,29 +56,19 @@ def refuse_other_recipe(checkpoint: Path, recipe: dict) -> None:
 
 
 def load_checkpoint(checkpoint: Path, job: Job) -> int:
-    """Restore what learns; returns the number of steps done."""
-    with job.learnt.exact():
-        set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "adapter.safetensors")))
-    if job.read is not None:
-        text = load_file(str(checkpoint / "text.safetensors"))
-        with job.learnt.exact(), torch.no_grad():
-            for name, parameter in _text(job).items():
-                parameter.copy_(text[name])
+    """Restore what learns; returns the number of steps done. Raises InputError if something else learnt there."""
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if state["names"] != job.names:
+        raise InputError(
+            f"resume: what learns has other names in {checkpoint}, from another version of diffusers or peft: "
+            "install that, or start a new run"
+        )
+    learnt = load_file(str(checkpoint / LEARNT))
+    job.learnt.become(torch.cat([learnt[name].reshape(-1) for name in job.names]))
     if START in job.unet.peft_config:  # another machine may have found other singular vectors
-        set_peft_model_state_dict(job.unet, load_file(str(checkpoint / "start.safetensors")), START)
-    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_peft_model_state_dict(job.unet, state[START], START)
     for part in STATEFUL:
         getattr(job, part).load_state_dict(state[part])
     if job.average is not None:
         job.average.copy_(state["average"])
     return json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["step"]
-
-
-def _text(job: Job) -> dict[str, torch.nn.Parameter]:
-    """What learns of the text encoders."""
-    return {
-        f"{part}.{name}": parameter
-        for part, encoder in job.read.encoders.items()
-        for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad
-    }

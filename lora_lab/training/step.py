@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -47,6 +48,19 @@ class Job:
     def adapted(self) -> dict[str, nn.Module]:
         """Of these what has an adapter in training."""
         return {name: part for name, part in self.parts.items() if getattr(part, "peft_config", None)}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all that learns, in the order of learnt.parameters: unet.down_blocks.1..., text_encoder...."""
+        known = {p: f"{part}.{name}" for part, network in self.parts.items() for name, p in network.named_parameters()}
+        return [known[p] for p in self.learnt.parameters]
+
+    def state(self) -> dict[str, Tensor]:
+        """What learns in float32 by its names, in one piece of the CPU's memory, which on a CPU is where it learns."""
+        numbers = self.learnt.master.detach()
+        if numbers.is_cuda:  # pinned memory, which torch keeps for the next time, takes them many times as fast
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers)
+        return dict(zip(self.names, self.learnt.views(numbers.cpu()), strict=True))
 
     def mode(self, training: bool) -> None:
         """Let dropout, and what is recomputed, be as in training or as in drawing."""

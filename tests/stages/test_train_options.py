@@ -8,13 +8,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny_runs import assert_same, lora, metrics, train
+from tiny_runs import assert_same, checkpointed, lora, metrics, train
 
 from lora_lab.errors import InputError
 from lora_lab.training.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def in_the_file(key: str) -> str:
+    """What a LoRA file calls a B matrix of a checkpoint."""
+    layer = key.removeprefix("unet.").removesuffix(".lora_B.default.weight").replace(".", "_")
+    return f"lora_unet_{layer}.lora_up.weight"
 
 
 CHANGES = [
@@ -51,10 +56,10 @@ def test_prodigys_own_rate_is_what_is_logged_and_shown(capsys):
 
 def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved():
     train("run", "steps=3", "optimizer=schedule_free")
-    walking = load_file("run/checkpoints/step-000003/adapter.safetensors")
+    walking = checkpointed("run/checkpoints/step-000003")
     saved = {key: value for key, value in lora("run").items() if not key.endswith(".alpha")}
     key = next(key for key in walking if "lora_B" in key)
-    name = "lora_unet_" + key.removesuffix(".lora_B.weight").replace(".", "_") + ".lora_up.weight"
+    name = in_the_file(key)
     average, last = saved[name], walking[key]
     assert not torch.equal(average, last)
     assert average.norm() < last.norm()  # it began at zero, and the average comes after
@@ -62,10 +67,10 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved():
 
 def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_both(three_steps):
     train("run", "steps=3", "stage.ema_decay=0.99", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
-    steps = [load_file(str(c / "adapter.safetensors")) for c in checkpoints(Path("run"))]
+    steps = [checkpointed(c) for c in checkpoints(Path("run"))]
     saved = lora("run")
     for key in (key for key in steps[0] if "lora_B" in key):
-        name = "lora_unet_" + key.removesuffix(".lora_B.weight").replace(".", "_") + ".lora_up.weight"
+        name = in_the_file(key)
         average = torch.zeros_like(saved[name])  # as every LoRA begins
         for n, weights in enumerate(steps):
             average = average.lerp(weights[key], 1 - (1 + n) / (10 + n))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train
 
 from lora_lab.errors import InputError
@@ -51,12 +52,24 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted):
     train("run", "steps=10", "stage.checkpoint_every=5")
     half = Path("run/checkpoints/.step-000015")  # what a kill in the middle of writing leaves
     half.mkdir()
-    (half / "adapter.safetensors").write_bytes(b"half")
+    (half / "learnt.safetensors").write_bytes(b"half")
     with Path("run/metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
     train("run", "steps=20", f"resume={Path('run').absolute()}")
     assert_same(lora("run"), lora(uninterrupted))
     assert [line["step"] for line in metrics("run")] == list(range(1, 21))
+
+
+def test_a_checkpoint_that_this_version_cannot_read_is_refused():
+    train("run", "steps=2")
+    state = Path("run/checkpoints/step-000002/state.pt")
+    kept = torch.load(state, weights_only=True)
+    torch.save(kept | {"names": [name.replace("to_q", "query") for name in kept["names"]]}, state)
+    with pytest.raises(InputError, match="step-000002, from another version of diffusers or peft"):
+        train("run", "steps=4", f"resume={Path('run').absolute()}")
+    state.with_name("learnt.safetensors").rename(state.with_name("adapter.safetensors"))
+    with pytest.raises(InputError, match="step-000002 is from an older version of lora_lab"):
+        train("run", "steps=4", f"resume={Path('run').absolute()}")
 
 
 def test_a_resumed_run_refuses_to_become_another_one():

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_runs import FAST, NOISE, encoded, lora, metrics, train
+from tiny_runs import FAST, NOISE, checkpointed, encoded, lora, metrics, train
 
 from lora_lab.adapters.wear import worn
 from lora_lab.config import compose
@@ -86,7 +85,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeyp
     monkeypatch.setattr(step, "sample_losses", sometimes_nan)
     with pytest.raises(RunError, match=r"step 4 is nan, at 0\d\.png, 0\d\.png: "):
         train("run", "steps=6", "stage.checkpoint_every=2")
-    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    state = checkpointed(checkpoints(Path("run"))[-1])
     assert checkpoints(Path("run"))[-1].name == "step-000002"
     assert all(tensor.isfinite().all() for tensor in state.values())
 
@@ -107,7 +106,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_
     with pytest.raises(RunError, match=rf"gradient's norm of step {at} is (inf|nan), at 0\d\.png, 0\d\.png: "):
         train("run", "steps=6", "stage.checkpoint_every=1", "stage.validate_every=1")
     assert checkpoints(Path("run"))[-1].name == f"step-{at - 1:06d}"
-    state = load_file(str(checkpoints(Path("run"))[-1] / "adapter.safetensors"))
+    state = checkpointed(checkpoints(Path("run"))[-1])
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert [line["step"] for line in metrics("run")] == list(range(1, at))
     assert max(p.name for p in Path("run/lora").iterdir()) == f"HANA_TOFU-{at - 1:06d}.safetensors"

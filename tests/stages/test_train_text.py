@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import inside, interrupt_at
+from tiny_runs import checkpointed, inside, interrupt_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_lab.adapters.tokens import beside, tokenizers_of, tokens_in
@@ -105,7 +105,8 @@ def losses_of_one_batch(*overrides: str) -> list[float]:
 
 def learnt(folder: Path | str, step: int) -> dict[str, torch.Tensor]:
     """What a checkpoint has of the text encoders."""
-    return load_file(f"{folder}/checkpoints/step-{step:06d}/text.safetensors")
+    its = checkpointed(f"{folder}/checkpoints/step-{step:06d}")
+    return {name: numbers for name, numbers in its.items() if not name.startswith("unet.")}
 
 
 def moved(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
