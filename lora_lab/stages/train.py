@@ -1,6 +1,5 @@
 """Train a LoRA: plan, load, learn, save, and only then look."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from lora_lab.schema import Config
 from lora_lab.training.data import caption_texts, encode_dataset
 from lora_lab.training.loop import apart, train_steps
 from lora_lab.training.loss import objective
-from lora_lab.training.memory import let_go, not_enough
+from lora_lab.training.memory import let_go, not_enough, uncollected
 from lora_lab.training.pack import Pack, shell
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.prior import prior_data
@@ -93,7 +92,7 @@ def started(config: Config, plan: Plan, base: Base, alone: bool = True) -> tuple
     base's UNet as it is."""
     pipe = base.encoder.pipe
     asked = objective(config.loss, pipe.scheduler.config)
-    with _uncollected():
+    with uncollected():
         unet = pipe.unet if alone else shell(pipe.unet)
         job = start_job(unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter), alone)
     if plan.goes_on:
@@ -129,14 +128,3 @@ def kept(runs: Sequence[Run]) -> Iterator[None]:
                     run.settle()
                     run.checkpoint()
         raise
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all
-    of them again for every few hundred more takes a third of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -3,6 +3,8 @@
 The numbers are those of SDXL, fitted to what `python -m benchmarks` measures (docs/performance.md)."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +63,17 @@ def not_enough(config: Config, folder: Path) -> RunError:
     """What to say where the GPU's memory ended in the run of `folder`."""
     goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
     return RunError(f"the GPU's memory is not enough: {what_helps(config.memory, config.batch_size)}{goes_on}")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all
+    of them again for every few hundred more takes a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def let_go(device: torch.device) -> None:
