@@ -61,3 +61,27 @@ def test_loras_of_a_pack_look_as_they_do_alone(exit_code_of, capsys, tmp_path):
         print("MEASURED " + json.dumps(measured))
     packed, rounded = (statistics.mean(x for job in measured for x in job[of]) for of in ("packed", "rounded"))
     assert packed < 1.5 * rounded
+
+
+def test_a_pack_that_the_memory_is_not_enough_for_goes_on_in_halves(exit_code_of, capsys, tmp_path):
+    """The memory really ends: what this process may take lies between what four jobs need and what two do."""
+    how = (*SWEEP[:-3], "steps=20", "rank=16", "lr=1e-3,2e-3,3e-3,4e-3", "batch_size=16", PACKED)
+    needed = []
+    for most in (2, 4):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        assert exit_code_of(*how, f"hydra.launcher.max_jobs={most}", f"hydra.sweep.dir=most{most}") == 0
+        needed.append(torch.cuda.max_memory_reserved())
+    capsys.readouterr()
+    share = sum(needed) / 2 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        assert exit_code_of(*how, "hydra.launcher.max_jobs=4", "hydra.sweep.dir=halved") == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capsys.readouterr().out
+    with capsys.disabled():
+        print("MEASURED " + json.dumps({"needed_mib": [n // 2**20 for n in needed]}))
+    assert "they go on at most 2 at a time" in said
+    for job in range(4):
+        assert losses(tmp_path / f"halved/{job}") == pytest.approx(losses(tmp_path / f"most4/{job}"), rel=0.01)

@@ -210,7 +210,7 @@ def test_memory_fast_keeps_the_activations(place, trained, measured):
     )  # fmt: skip
     assert all(np.isfinite(line["loss"]) for line in fast.metrics)
     if not DRY:
-        assert fast.seconds_per_step() < trained.seconds_per_step()
+        assert mebibytes[0] > mebibytes[1]  # that they are kept; what it saves is for benchmarks
 
 
 def test_a_single_checkpoint_file_is_the_same_base(place, measured):
