@@ -55,7 +55,7 @@ def main() -> None:
         arguments = [
             "-m", *bench.overrides, *asked.points, f"steps={asked.steps}", f"memory={asked.memory}",
             f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", "stage.prompts=[]",
-            "stage.save_dtype=fp32", *asked.also,
+            *asked.also,
         ]  # fmt: skip
         beside = asked.out / "sweeps" / asked.launchers[0] if rows else None
         rows.append(measured(launcher, folder, arguments, asked.steps, beside))
