@@ -54,8 +54,7 @@ def main() -> None:
         folder = asked.out / "sweeps" / launcher
         arguments = [
             "-m", *bench.overrides, *asked.points, f"steps={asked.steps}", f"memory={asked.memory}",
-            f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", "stage.prompts=[]",
-            *asked.also,
+            f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", "stage.prompts=[]", *asked.also,
         ]  # fmt: skip
         beside = asked.out / "sweeps" / asked.launchers[0] if rows else None
         rows.append(measured(launcher, folder, arguments, asked.steps, beside))

@@ -77,7 +77,7 @@ class Flat:
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Within the context the model's parameters are the master's float32 numbers, to be saved or loaded."""
+        """Within the context the model's parameters are the master's float32 numbers, to be loaded."""
         if self._alike:
             yield
             return

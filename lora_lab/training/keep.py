@@ -34,14 +34,15 @@ class Keep:
         dtype = DTYPES[self.job.settings.save_dtype]
         file = self.folder / "lora" / f"{name}.safetensors"
         with self.job.finished():  # until it is written, for the state is no copy
-            state = kohya_state(self.job.adapted, learnt=self.job.state())
+            learnt = self.job.state()
+            state = kohya_state(self.job.adapted, learnt=learnt)
             network = network_notes(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
             network |= notes_of(self.config)
             notes = notes_for(self.config, self.plan, self.job.asked.settings, step, network)
             if self.job.read and self.job.read.tokens:
-                with self.job.learnt.exact():
-                    vectors = {key: tokens.vectors for key, tokens in self.job.read.tokens.items()}
-                    save_tokens(beside(file), vectors, {"modelspec.title": name, TRIGGER: self.config.trigger})
+                numbers = dict(zip(self.job.learnt.parameters, learnt.values(), strict=True))
+                vectors = {key: numbers[tokens.vectors] for key, tokens in self.job.read.tokens.items()}
+                save_tokens(beside(file), vectors, {"modelspec.title": name, TRIGGER: self.config.trigger})
             return save_lora(file, state, dtype, notes)
 
     def checkpoint(self, step: int) -> None:

@@ -30,6 +30,7 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(job.state(), str(temporary / LEARNT))
+    # The names once more, in the order that average and optimizer have: safetensors sorts them.
     state = {"names": job.names, "average": job.average} | {part: getattr(job, part).state_dict() for part in STATEFUL}
     if START in job.unet.peft_config:
         state[START] = get_peft_model_state_dict(job.unet, adapter_name=START)
@@ -43,7 +44,8 @@ def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
 
 
 def refuse_other_recipe(checkpoint: Path, recipe: dict) -> None:
-    """Raise InputError if `checkpoint` was trained by another recipe than the run that wants to go on from it."""
+    """Raise InputError if `checkpoint` was trained by another recipe than the run that wants to go on from it, or is of
+    a form from before."""
     if not (checkpoint / LEARNT).is_file():
         raise InputError(f"resume: {checkpoint} is from an older version of lora_lab: start a new run")
     saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["recipe"]

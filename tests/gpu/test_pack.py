@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import validation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,10 +22,6 @@ SWEEP = (
 )  # fmt: skip
 PACKED, COMPILED = "hydra/launcher=packed", "compile=blocks"
 SWEEPS = {"alone": (), "alone_compiled": (COMPILED,), "packed": (PACKED,), "packed_compiled": (PACKED, COMPILED)}
-
-
-def losses(job: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (job / "validation.jsonl").read_text().splitlines()]
 
 
 def apart(job: Path, other: Path) -> float:
@@ -50,13 +47,13 @@ def test_loras_of_a_pack_look_as_they_do_alone(exit_code_of, capsys, tmp_path):
         of = {name: tmp_path / name / job for name in SWEEPS}
         measured.append(
             {
-                "losses": {name: losses(folder)[-1] for name, folder in of.items()},
+                "losses": {name: validation(folder)[100] for name, folder in of.items()},
                 "packed": [apart(of["packed"], of["alone"]), apart(of["packed_compiled"], of["alone_compiled"])],
                 "rounded": [apart(of["alone"], of["alone_compiled"])],
             }
         )
         for name in ("packed", "packed_compiled"):
-            assert losses(of[name]) == pytest.approx(losses(of["alone"]), rel=0.01)
+            assert validation(of[name]) == pytest.approx(validation(of["alone"]), rel=0.01)
     with capsys.disabled():
         print("MEASURED " + json.dumps(measured))
     packed, rounded = (statistics.mean(x for job in measured for x in job[of]) for of in ("packed", "rounded"))
@@ -84,4 +81,4 @@ def test_a_pack_that_the_memory_is_not_enough_for_goes_on_in_halves(exit_code_of
         print("MEASURED " + json.dumps({"needed_mib": [n // 2**20 for n in needed]}))
     assert "they go on at most 2 at a time" in said
     for job in range(4):
-        assert losses(tmp_path / f"halved/{job}") == pytest.approx(losses(tmp_path / f"most4/{job}"), rel=0.01)
+        assert validation(tmp_path / f"halved/{job}") == pytest.approx(validation(tmp_path / f"most4/{job}"), rel=0.01)

@@ -5,10 +5,10 @@ python -m pytest tests/gpu/test_workers.py -m gpu -n 0"""
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import validation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,10 +20,6 @@ SWEEP = (
 )  # fmt: skip
 
 
-def losses(job: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (job / "validation.jsonl").read_text().splitlines()]
-
-
 def test_every_gpu_takes_a_share(exit_code_of, capfd, tmp_path):
     began = time.perf_counter()
     code = exit_code_of(*SWEEP, "hydra.sweep.dir=shared")
@@ -33,7 +29,7 @@ def test_every_gpu_takes_a_share(exit_code_of, capfd, tmp_path):
     assert set(re.findall(r"begins on GPU (\d)", said.out)) == {"0", "1"} and "can't be recorded" not in said.out
     assert exit_code_of(*SWEEP, "hydra.launcher.workers=1", "hydra.sweep.dir=one") == 0
     assert "begins" not in capfd.readouterr().out
-    of = {sweep: [losses(tmp_path / sweep / str(job)) for job in range(4)] for sweep in ("shared", "one")}
+    of = {sweep: [validation(tmp_path / sweep / str(job)) for job in range(4)] for sweep in ("shared", "one")}
     with capfd.disabled():
         print("MEASURED " + json.dumps({"seconds": [shared, time.perf_counter() - began - shared], "losses": of}))
     for ours, theirs in zip(of["shared"], of["one"], strict=True):
