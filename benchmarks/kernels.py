@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lora_lab.config import compose
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training.step import Job
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import hydra
 
-from lora_lab import __version__, command_line, config, schema, stopping
+from lora_lab import __version__
 from lora_lab.board.hook import attach_page, rewrite_page
 from lora_lab.errors import InputError
-from lora_lab.job import at_home, exit_codes, job, prepare_process, report, sentence, settled, told
-from lora_lab.resume import quoted, resumed
+from lora_lab.launch import command_line, config, packed_launcher, stopping
+from lora_lab.launch import sweep_folder as sweeps
+from lora_lab.launch.grid import searches
+from lora_lab.launch.job import at_home, exit_codes, job, prepare_process, report, sentence, settled, told
+from lora_lab.launch.resume import quoted, resumed
 from lora_lab.runs import as_typed
-from lora_lab.sweeps import folder as sweeps
-from lora_lab.sweeps import packed
-from lora_lab.sweeps.points import searches
+from lora_lab.settings import schema
 
 main = hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(job)
 
@@ -38,7 +39,7 @@ def _exit_code(argv: list[str]) -> int:
     overrides: list[str] = []
     try:
         config.register()
-        packed.register()
+        packed_launcher.register()
         if "--version" in argv:
             print(f"lora_lab {__version__}")
             return 0

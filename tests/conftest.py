@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture
 def composed():
     """`composed("stage=train", "lr=1e-3")`: the configuration that the command line would give."""
-    from lora_lab.config import compose
+    from lora_lab.launch.config import compose
 
     return compose
 

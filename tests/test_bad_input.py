@@ -57,8 +57,13 @@ def nothing_loads(monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("a model was loaded before the input was refused")
 
-    for place in ("stages.train.load_base", "stages.train.Evaluation", "draw.load_base", "judge.load_captioner",
-                  "stages.caption.load_captioner"):  # fmt: skip
+    for place in (
+        "stages.train.load_base",
+        "stages.train.Evaluation",
+        "sampling.render.load_base",
+        "evaluation.embedders.load_captioner",
+        "stages.caption.load_captioner",
+    ):
         monkeypatch.setattr(f"lora_lab.{place}", load)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import lora_lab
-from lora_lab import config, schema
+from lora_lab.launch import config
+from lora_lab.settings import schema
 
 HOME = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md")), HOME / "multirun" / "README.md"]

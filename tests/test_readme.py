@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import command_line, config, demo
+from lora_lab import demo
 from lora_lab.__main__ import cli
+from lora_lab.launch import command_line, config
 
 HOME = Path(__file__).resolve().parents[1]
 README = HOME / "README.md"

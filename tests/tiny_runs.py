@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
-from lora_lab.config import compose
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training import run as files
 from lora_lab.training.data import TrainingData, encode_dataset

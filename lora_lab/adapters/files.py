@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
-from lora_lab.schema import Loss
+from lora_lab.settings.schema import Loss
 
 PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
@@ -48,7 +48,7 @@ def kohya_state(
             scaling, rank = layer.scaling[adapter], layer.r[adapter]
             if "lora_up.weight" in leaves:
                 if START in layer.r and adapter == "default":
-                    leaves, rank = _since_start(leaves, layer), 2 * rank
+                    leaves, rank = _difference_from_start(leaves, layer), 2 * rank
                 common = common or float(scaling * rank)
                 alpha, left = common, scaling * rank / common
             elif {"lokr_w1", "lokr_w2"} <= leaves.keys():
@@ -92,7 +92,7 @@ def _layers(model: nn.Module, adapter: str, own: dict[str, Tensor]) -> dict[str,
     return layers
 
 
-def _since_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
+def _difference_from_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
     """B A - B0 A0 as one LoRA of twice the rank: (B - B0) A + B0 (A - A0). In either product one factor is small, so
     that rounding to half precision costs the difference no more than it costs any LoRA."""
     down, up = leaves["lora_down.weight"].float(), leaves["lora_up.weight"].float()
@@ -145,7 +145,7 @@ def rank_of(leaves: dict[str, Tensor]) -> int | None:
     return next((leaves[leaf].shape[0] for leaf in inner if leaf in leaves), None)
 
 
-def config_of(model: nn.Module, state: dict[str, Tensor], factor: int) -> PeftConfig:
+def config_from_state(model: nn.Module, state: dict[str, Tensor], factor: int) -> PeftConfig:
     """The peft configuration whose adapter of `model` has the shapes and scales of `state`: DoRA, LoHa or LoKr.
 
     `factor` is the one number that LoKr's shapes do not tell (decompose_factor)."""
@@ -179,7 +179,7 @@ def _pattern(values: dict[str, float]) -> dict[str, float]:
     return {"|".join(names): value for value, names in modules.items()}
 
 
-def kind_of(keys: Iterable[str]) -> str:
+def adapter_kind(keys: Iterable[str]) -> str:
     """What a file with these keys holds: LoRA, DoRA, LoHa or LoKr."""
     leaves = {key.partition(".")[2] for key in keys}
     if leaves & set(HADAMARD):
@@ -192,12 +192,12 @@ def describe(state: dict[str, Tensor]) -> str:
     layers = _by_layer(state)
     ranks = sorted({rank for leaves in layers if (rank := rank_of(leaves))})
     rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
-    return f"{kind_of(state)}{rank} in {len(layers)} layers"
+    return f"{adapter_kind(state)}{rank} in {len(layers)} layers"
 
 
-def network_notes(config: PeftConfig, state: dict[str, Tensor], lora_plus_ratio: float) -> dict[str, str]:
+def network_metadata(config: PeftConfig, state: dict[str, Tensor], lora_plus_ratio: float) -> dict[str, str]:
     """The metadata that says what kind of adapter `state` is, in the words of kohya's scripts and of LyCORIS."""
-    kind, layers = kind_of(state), _by_layer(state)
+    kind, layers = adapter_kind(state), _by_layer(state)
     ranked = [leaves for leaves in layers if rank_of(leaves)]
     ranks = {rank_of(leaves) for leaves in ranked} or {config.r}
     alphas = {leaves["alpha"].item() for leaves in ranked} or {float(config.r)}

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_lab.base.stored import Stored, StoredLinear, joined
+from lora_lab.base.quantize import FrozenWeight, QuantizedLinear, joined
 
 ADAPTER = "default"  # peft's name of the adapter in training
 
@@ -26,7 +26,7 @@ class Projections:
     """K linear layers on one input (B, N, I), each giving (B, N, O), with the LoRAs of J jobs: the first B / J samples
     meet those of the first, and so on."""
 
-    frozen: Stored  # of the weights (K * O, I)
+    frozen: FrozenWeight  # of the weights (K * O, I)
     bias: Tensor | None  # (K * O,)
     down: nn.Parameter  # (J, K * R, I)
     up: nn.Parameter  # (J, K, O, R)
@@ -43,7 +43,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, down: Tensor, up: Tensor, scale: float | Tensor, frozen: Stored, bias: Tensor | None
+        ctx, rows: Tensor, down: Tensor, up: Tensor, scale: float | Tensor, frozen: FrozenWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         jobs, count, width, rank = up.shape
         down, alpha = (_scaled(down, scale), 1.0) if isinstance(scale, Tensor) else (down, scale)
@@ -214,7 +214,7 @@ def _plain_lora(layer: Linear) -> bool:
     """Whether a linear layer wears a LoRA, and nothing more than that."""
     return (
         layer.active_adapters == [ADAPTER]
-        and type(layer.base_layer) in (nn.Linear, StoredLinear)
+        and type(layer.base_layer) in (nn.Linear, QuantizedLinear)
         and ADAPTER not in layer.lora_variant
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and layer.lora_B[ADAPTER].bias is None

@@ -5,26 +5,26 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lora_lab.adapters.tokens import tokens_of
-from lora_lab.adapters.wear import find_lora
+from lora_lab.adapters.attach import find_lora
+from lora_lab.adapters.tokens import read_tokens
 from lora_lab.errors import InputError
-from lora_lab.schema import Config, Loss
+from lora_lab.settings.schema import Config, Loss
 
 
-def given_lora(value: str, trigger: str | None) -> Path:
+def resolve_lora(value: str, trigger: str | None) -> Path:
     """The file that lora=`value` means. Raises InputError for one that is not there, that lacks the embeddings that it
     needs, or that was trained on another trigger than `trigger`: that would draw anything but the character."""
     lora = find_lora(value)
-    tokens_of(lora)
-    its = notes(lora).get("modelspec.trigger_phrase")
+    read_tokens(lora)
+    its = read_metadata(lora).get("modelspec.trigger_phrase")
     if its and trigger and its != trigger:
         raise InputError(f"{lora.name} was trained on the trigger {its}, not {trigger}: say trigger={its}")
     return lora
 
 
-def what_it_predicts(config: Config, lora: Path | None) -> Loss:
+def prediction_from_metadata(config: Config, lora: Path | None) -> Loss:
     """What training said of this very base holds for drawing on it, where the command line leaves it open."""
-    its, loss = notes(lora) if lora else {}, config.loss
+    its, loss = read_metadata(lora) if lora else {}, config.loss
     if its.get("ss_sd_model_name") != config.model.base or "ss_zero_terminal_snr" not in its:
         return loss
     velocity, zero = its.get("modelspec.prediction_type") == "v", its["ss_zero_terminal_snr"] == "True"
@@ -33,7 +33,7 @@ def what_it_predicts(config: Config, lora: Path | None) -> Loss:
     return replace(loss, zero_terminal_snr=zero) if loss.zero_terminal_snr is None else loss
 
 
-def notes(lora: Path) -> dict[str, str]:
+def read_metadata(lora: Path) -> dict[str, str]:
     """The file's metadata. Raises InputError for what is no such file."""
     try:
         with safe_open(str(lora), "pt") as file:

@@ -23,14 +23,14 @@ COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for 
 TRIGGER = "modelspec.trigger_phrase"
 
 
-def names_of(count: int) -> list[str]:
+def token_names(count: int) -> list[str]:
     """What the new tokens are called: <s0>, <s1> and so on, as in diffusers' pages."""
     return [f"<s{i}>" for i in range(count)]
 
 
-def reading(tokenizer: PreTrainedTokenizerBase, trigger: str, count: int) -> PreTrainedTokenizerBase:
+def with_new_tokens(tokenizer: PreTrainedTokenizerBase, trigger: str, count: int) -> PreTrainedTokenizerBase:
     """A copy of `tokenizer` that reads `trigger`, spelt so, as `count` new tokens. Raises InputError if it has them."""
-    copied, names = copy.deepcopy(tokenizer), names_of(count)
+    copied, names = copy.deepcopy(tokenizer), token_names(count)
     if copied.add_tokens(names) < count:
         raise InputError(f"text.tokens={count}: the base's tokenizer has {names[0]} already, say text.tokens=0")
     rust = copied.backend_tokenizer
@@ -41,7 +41,7 @@ def reading(tokenizer: PreTrainedTokenizerBase, trigger: str, count: int) -> Pre
 def tokenizers_of(pipe: StableDiffusionXLPipeline, trigger: str, count: int) -> list[PreTrainedTokenizerBase]:
     """The pipeline's two tokenizers, or where there are new tokens copies that read the trigger as these."""
     both = [pipe.tokenizer, pipe.tokenizer_2]
-    return [reading(tokenizer, trigger, count) for tokenizer in both] if count else both
+    return [with_new_tokens(tokenizer, trigger, count) for tokenizer in both] if count else both
 
 
 class NewTokens(nn.Module):
@@ -62,7 +62,7 @@ class NewTokens(nn.Module):
         return torch.where((ids >= self.first).unsqueeze(-1), new, old)
 
 
-def put_in(
+def install_tokens(
     pipe: StableDiffusionXLPipeline, tokenizers: Sequence[PreTrainedTokenizerBase], vectors: dict[str, Tensor]
 ) -> dict[str, NewTokens]:
     """Let both text encoders know the new tokens of `tokenizers`; returns what they know them by, by the names of KEYS.
@@ -71,7 +71,7 @@ def put_in(
     put = {}
     for (part, key), tokenizer in zip(KEYS.items(), tokenizers, strict=True):
         encoder = getattr(pipe, part)
-        table, first = encoder.get_input_embeddings(), tokenizer.convert_tokens_to_ids(names_of(1)[0])
+        table, first = encoder.get_input_embeddings(), tokenizer.convert_tokens_to_ids(token_names(1)[0])
         if vectors[key].shape[1] != table.embedding_dim:
             raise InputError(f"the new tokens' {key} is of another base: it has other widths")
         put[part] = NewTokens(table, first, vectors[key])
@@ -83,16 +83,16 @@ def put_in(
     return {KEYS[part]: tokens for part, tokens in put.items()}
 
 
-def tokens_in(pipe: StableDiffusionXLPipeline) -> dict[str, NewTokens]:
+def installed_tokens(pipe: StableDiffusionXLPipeline) -> dict[str, NewTokens]:
     """What `put_in` put there; {} if it did not."""
     tables = {key: getattr(pipe, part).get_input_embeddings() for part, key in KEYS.items()}
     return {key: table for key, table in tables.items() if isinstance(table, NewTokens)}
 
 
 @contextmanager
-def without_tokens(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
+def tokens_disabled(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
     """Within the context the text encoders have their own tables alone, as the base has."""
-    aside = tokens_in(pipe)
+    aside = installed_tokens(pipe)
     encoders = {key: getattr(pipe, part) for part, key in KEYS.items()}
     for key, tokens in aside.items():
         encoders[key].set_input_embeddings(tokens.table)
@@ -104,13 +104,13 @@ def without_tokens(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
 
 
 @contextmanager
-def with_tokens(pipe: StableDiffusionXLPipeline, trigger: str, vectors: dict[str, Tensor]) -> Iterator[None]:
+def tokens_installed(pipe: StableDiffusionXLPipeline, trigger: str, vectors: dict[str, Tensor]) -> Iterator[None]:
     """Within the context `pipe`, whose encoders have their own tables, draws the trigger by `vectors`."""
     own = [pipe.tokenizer, pipe.tokenizer_2]
     pipe.tokenizer, pipe.tokenizer_2 = copies = tokenizers_of(pipe, trigger, len(vectors["clip_l"]))
     put = {}
     try:
-        put = put_in(pipe, copies, vectors)
+        put = install_tokens(pipe, copies, vectors)
         for tokens in put.values():
             tokens.requires_grad_(False)
         yield
@@ -121,7 +121,7 @@ def with_tokens(pipe: StableDiffusionXLPipeline, trigger: str, vectors: dict[str
                 getattr(pipe, part).set_input_embeddings(put[key].table)
 
 
-def beginning(
+def initial_vectors(
     encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, text: str | None, source: torch.Generator
 ) -> Tensor:
     """Embeddings (count, width) that new tokens begin with: those of `text`'s tokens in turn, or normal random numbers
@@ -134,12 +134,12 @@ def beginning(
     return table[[ids[i % len(ids)] for i in range(count)]].clone()
 
 
-def beside(lora: Path) -> Path:
+def embeddings_path(lora: Path) -> Path:
     """Where the embeddings of a LoRA file's trigger lie: NAME_emb.safetensors beside NAME.safetensors."""
     return lora.with_name(f"{lora.stem}_emb.safetensors")
 
 
-def is_beside(file: Path) -> bool:
+def is_embeddings_file(file: Path) -> bool:
     """Whether a file is the embeddings of a LoRA file that is there too, and no LoRA itself."""
     return file.stem.endswith("_emb") and file.with_name(f"{file.stem.removesuffix('_emb')}.safetensors").is_file()
 
@@ -150,7 +150,7 @@ def save_tokens(file: Path, vectors: dict[str, Tensor], notes: dict[str, str]) -
     return write_atomically(file, lambda path: save_file(state, str(path), metadata=notes))
 
 
-def tokens_of(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
+def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
     """The trigger of a LoRA file and the embeddings of the tokens that stand for it; None if it is plain words.
 
     Raises InputError where the embeddings should be beside the file, and are not."""
@@ -161,7 +161,7 @@ def tokens_of(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
         return None  # whoever loads the LoRA says so
     if COUNT not in notes or TRIGGER not in notes:
         return None
-    file = beside(lora)
+    file = embeddings_path(lora)
     try:
         vectors = load_file(str(file))
     except (OSError, SafetensorError) as error:

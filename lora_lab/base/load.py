@@ -6,11 +6,11 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import nn
 
-from lora_lab.base.gated import gate
+from lora_lab.base.geglu import split_geglu_
 from lora_lab.base.locate import locate_model
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
-from lora_lab.schema import Model
+from lora_lab.settings.schema import Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,7 +53,7 @@ def load_base(model: Model, device: torch.device, waiting: bool = False) -> Stab
         raise InputError(f"model.base={model.base}: cannot be loaded as SDXL ({_sentence(error)})") from error
     for part in _parts(pipe).values():
         part.requires_grad_(False).eval()
-    gate(pipe.unet)
+    split_geglu_(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     pipe.watermark = None  # changes the pixels of what is learnt from and compared
     return pipe if waiting else pipe.to(device)

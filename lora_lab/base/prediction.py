@@ -9,10 +9,10 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from lora_lab.base.locate import locate_model
 from lora_lab.errors import InputError
-from lora_lab.schema import Loss
+from lora_lab.settings.schema import Loss
 
 
-def settled(loss: Loss, scheduler: Mapping[str, Any]) -> Loss:
+def resolve_prediction_type(loss: Loss, scheduler: Mapping[str, Any]) -> Loss:
     """`loss` with what it leaves to the base filled in from `scheduler`, the configuration of the base's scheduler.
 
     Raises InputError for what cannot be trained: a base of neither prediction, epsilon with zero terminal SNR."""
@@ -25,12 +25,12 @@ def settled(loss: Loss, scheduler: Mapping[str, Any]) -> Loss:
     return replace(loss, prediction=prediction, zero_terminal_snr=zero)
 
 
-def settle(pipe: StableDiffusionXLPipeline, loss: Loss) -> Loss:
+def apply_prediction_type(pipe: StableDiffusionXLPipeline, loss: Loss) -> Loss:
     """Make the scheduler of `pipe`, from which training and every sampler take theirs, say what `loss` says.
 
     Returns the settled loss. Whoever rescales the schedule to zero terminal SNR must also draw from its last timestep
     on, "trailing" (Lin et al. 2023, arXiv 2305.08891, section 3.3); a base that says so itself keeps its spacing."""
-    said, loss = pipe.scheduler.config, settled(loss, pipe.scheduler.config)
+    said, loss = pipe.scheduler.config, resolve_prediction_type(loss, pipe.scheduler.config)
     changes: dict[str, Any] = {}
     if loss.prediction != said.get("prediction_type", "epsilon"):
         changes["prediction_type"] = loss.prediction
@@ -44,7 +44,7 @@ def settle(pipe: StableDiffusionXLPipeline, loss: Loss) -> Loss:
     return loss
 
 
-def refuse_unfit(base: str, loss: Loss) -> None:
+def validate_prediction(base: str, loss: Loss) -> None:
     """Raise InputError, before `base` is loaded, where its scheduler can be read and `loss` does not fit it."""
     location = locate_model("model.base", base)
     if not loss.zero_terminal_snr or Path(location).is_file():
@@ -53,4 +53,4 @@ def refuse_unfit(base: str, loss: Loss) -> None:
         scheduler = EulerDiscreteScheduler.load_config(location, subfolder="scheduler")
     except OSError:
         return  # of a hub that is not reached, or a folder that is no base: loading says so
-    settled(loss, scheduler)
+    resolve_prediction_type(loss, scheduler)

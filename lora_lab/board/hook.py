@@ -7,7 +7,7 @@ from filelock import FileLock
 
 from lora_lab.errors import InputError
 from lora_lab.runs import as_typed
-from lora_lab.schema import Tracker
+from lora_lab.settings.schema import Tracker
 
 LOCK = ".page.lock"
 

@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from lora_lab.board.curves import smoothed
 from lora_lab.board.read import Picture, Run, Sweep, last_loss, validation_loss
 from lora_lab.board.verdict import Verdict, axes, fault, label, words
-from lora_lab.curves import smoothed
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet

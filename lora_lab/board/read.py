@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lab import command_line, config
 from lora_lab.base.locate import locate_folder
-from lora_lab.curves import read_metrics
+from lora_lab.board.curves import read_metrics
 from lora_lab.errors import InputError
 from lora_lab.images.scan import natural_key, pictures
+from lora_lab.launch import command_line, config
 
 STAGES = ("train", "pipeline")  # whose runs can be compared
 # What tells runs apart without being a setting that one would choose.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_lab.console import quiet_libraries
 from lora_lab.runs import refuse_unwritable, write_json
-from lora_lab.schema import STAGES, Config
+from lora_lab.settings.schema import STAGES, Config
 
 NAMES = {schema: name for name, schema in STAGES.items()}
 

@@ -14,7 +14,7 @@ from lora_lab.console import bar, say
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
-from lora_lab.schema import Captioner, Config
+from lora_lab.settings.schema import Captioner, Config
 
 
 @dataclass(frozen=True)

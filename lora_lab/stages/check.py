@@ -12,14 +12,20 @@ from PIL import Image
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.files import Texts, read_caption_lists
 from lora_lab.console import say
-from lora_lab.dataset import dressed, few, missing_captions, missing_picture, same_name_twice
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import aspect_buckets, enlargement, nearest_bucket
+from lora_lab.images.dataset import (
+    apply_caption_affixes,
+    list_names,
+    missing_captions,
+    missing_picture,
+    same_name_twice,
+)
 from lora_lab.images.masks import Masks, find_masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures, same_names, unsupported
 from lora_lab.runs import write_json
-from lora_lab.schema import Config
+from lora_lab.settings.schema import Config
 
 CLIP_WINDOW = 77  # tokens, with the start and end markers
 
@@ -75,7 +81,9 @@ def check(config: Config, folder: Path) -> CheckResult:
         model.bucket_step,
         token_counter(model.base),
         find_masks(config.loss.mask),
-        lambda text: dressed(text, config.dataset.caption_prefix, config.dataset.caption_suffix, config.trigger),
+        lambda text: apply_caption_affixes(
+            text, config.dataset.caption_prefix, config.dataset.caption_suffix, config.trigger
+        ),
     )
     if result.errors:
         raise InputError(result.errors[0] + (f" (and {len(result.errors) - 1} more)" if result.errors[1:] else ""))
@@ -265,7 +273,7 @@ def _errors(found: Findings, root: Path, captions_needed: bool) -> list[str]:
 def _warnings(found: Findings, trigger: str, captions_needed: bool) -> list[str]:
     warnings = []
     if found.uncaptioned and not captions_needed:
-        warnings.append(f"{len(found.uncaptioned)} pictures have no caption yet ({few(found.uncaptioned)})")
+        warnings.append(f"{len(found.uncaptioned)} pictures have no caption yet ({list_names(found.uncaptioned)})")
     if found.enlarged:
         worst = max(found.enlarged, key=found.enlarged.__getitem__)
         warnings.append(
@@ -275,7 +283,7 @@ def _warnings(found: Findings, trigger: str, captions_needed: bool) -> list[str]
     for copy, original in found.duplicates:
         warnings.append(f"{copy} is the same picture as {original}: it counts twice; keep the larger file")
     if found.without_trigger:
-        names = few(found.without_trigger)
+        names = list_names(found.without_trigger)
         warnings.append(f"{len(found.without_trigger)} captions do not say {trigger} ({names}): run stage=refine")
     for name, tokens in found.too_long.items():
         warnings.append(f"the caption of {name} is {tokens} tokens: CLIP reads {CLIP_WINDOW}, so shorten it")
@@ -285,7 +293,9 @@ def _warnings(found: Findings, trigger: str, captions_needed: bool) -> list[str]
             "add pictures that show something else there"
         )
     if found.unsupported:
-        warnings.append(f"{len(found.unsupported)} files are not read ({few(found.unsupported)}): convert them to PNG")
+        warnings.append(
+            f"{len(found.unsupported)} files are not read ({list_names(found.unsupported)}): convert them to PNG"
+        )
     for names in found.same_but_case:
         warnings.append(f"{' and '.join(names)} are one file on Windows and macOS: rename one")
     return warnings

@@ -10,7 +10,7 @@ from lora_lab.board.verdict import verdict
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.runs import refuse_unwritable
-from lora_lab.schema import Config
+from lora_lab.settings.schema import Config
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_caption_file, read_captions, write_captions
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.schema import Config
+from lora_lab.settings.schema import Config
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,27 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_lab.adapters.given import given_lora, what_it_predicts
-from lora_lab.base import stored
+from lora_lab.adapters.given import prediction_from_metadata, resolve_lora
+from lora_lab.base import quantize
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.base.prediction import refuse_unfit
+from lora_lab.base.prediction import validate_prediction
 from lora_lab.console import say
-from lora_lab.draw import base_to_draw
 from lora_lab.errors import InputError
-from lora_lab.evaluation import (
+from lora_lab.evaluation.metrics import Scores
+from lora_lab.evaluation.scores import (
     Evaluation,
-    Scored,
+    ScoredImages,
     held_out_pictures,
     pictures_in,
-    refuse_unfit_judges,
     table,
+    validate_embedders,
     write_lines,
 )
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import distinct_names, refuse_used, write_atomically, write_manifest
-from lora_lab.schema import Config, Loss
-from lora_lab.scoring import Scores
+from lora_lab.sampling.render import load_base_for_sampling
+from lora_lab.settings.schema import Config, Loss
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     loras = _loras(config)
     loss = _loss(config, loras)
     base = locate_model("model.base", config.model.base)
-    refuse_unfit(config.model.base, loss)
-    refuse_unfit_judges(config)
+    validate_prediction(config.model.base, loss)
+    validate_embedders(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.precision, device)
-    stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
+    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     training = _training_pictures(config)
     held_out = held_out_pictures(config)
     of = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
@@ -67,7 +67,7 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     hashes = {"base": hash_model(base)}
     write_manifest(folder, device, hashes)
     evaluation = Evaluation(config, device, training, held_out)
-    encoder = base_to_draw(config, loss, device)
+    encoder = load_base_for_sampling(config, loss, device)
     before = evaluation.begin(encoder, hashes["base"], dtype, folder)
     places = [folder / "samples" / name for name in distinct_names(loras)]
     scored = [evaluation.score(lora, place, encoder) for lora, place in zip(loras, places, strict=True)]
@@ -91,12 +91,12 @@ def _loras(config: Config) -> list[Path]:
     values = config.lora if isinstance(config.lora, list) else [config.lora]
     if not values or None in values:
         raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, lora=RUN FOLDER, or lora=[A,B]")
-    return [given_lora(str(value), config.trigger) for value in values]
+    return [resolve_lora(str(value), config.trigger) for value in values]
 
 
 def _loss(config: Config, loras: list[Path]) -> Loss:
     """What the base predicts, on which all files have to agree."""
-    first, *others = [what_it_predicts(config, lora) for lora in loras]
+    first, *others = [prediction_from_metadata(config, lora) for lora in loras]
     for lora, loss in zip(loras[1:], others, strict=True):
         if loss != first:
             raise InputError(
@@ -110,7 +110,7 @@ def _training_pictures(config: Config) -> list[Image.Image]:
     return [picture for root in roots for picture in pictures_in(root, "dataset.root", config)]
 
 
-def _sheet(scored: list[Scored], path: Path) -> Path:
+def _sheet(scored: list[ScoredImages], path: Path) -> Path:
     """A row for each prompt and seed, a column for the base and for each LoRA."""
     pictures = zip(*(each.pictures for each in scored), strict=True)
     rows = [

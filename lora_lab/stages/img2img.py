@@ -6,24 +6,24 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_lab.adapters.given import given_lora, what_it_predicts
-from lora_lab.adapters.wear import worn
-from lora_lab.base import stored
+from lora_lab.adapters.attach import lora_attached
+from lora_lab.adapters.given import prediction_from_metadata, resolve_lora
+from lora_lab.base import quantize
 from lora_lab.base.load import pick_device
 from lora_lab.base.locate import locate_folder
-from lora_lab.base.prediction import refuse_unfit
+from lora_lab.base.prediction import validate_prediction
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
-from lora_lab.draw import base_to_draw
 from lora_lab.errors import InputError
-from lora_lab.generate import Request, check_strength, generate
+from lora_lab.evaluation.embedders import caption_images
 from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.judge import read_back
 from lora_lab.runs import distinct_names, refuse_used, save_picture, write_atomically, write_manifest, write_text
-from lora_lab.schema import Config
+from lora_lab.sampling.generate import Request, check_strength, generate
+from lora_lab.sampling.render import load_base_for_sampling
+from lora_lab.settings.schema import Config
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     opened = [open_picture(path) for path in paths]
     photos = [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
     lora = _lora(config)
-    loss = what_it_predicts(config, lora)
-    refuse_unfit(model.base, loss)
+    loss = prediction_from_metadata(config, lora)
+    validate_prediction(model.base, loss)
     device = pick_device(config.device)
-    stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
-    worn_file = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
-    say(f"{len(photos)} photos, strength {stage.strength:g}, {worn_file}, {model.base} on {device}")
-    captions = [None] * len(photos) if stage.prompt else read_back(config.captioner, opened, device)
+    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
+    attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
+    say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {model.base} on {device}")
+    captions = [None] * len(photos) if stage.prompt else caption_images(config.captioner, opened, device)
     rules = Rules.from_config(**asdict(config.refiner))
     prompts = [refine(text, config.trigger, rules) if text else _given(config) for text in captions]
     write_manifest(folder, device, {})
@@ -69,10 +69,10 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     names = distinct_names(paths)
     asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
-    encoder = base_to_draw(config, loss, device)
+    encoder = load_base_for_sampling(config, loss, device)
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []
-    with worn(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
+    with lora_attached(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
         for (i, seed), picture in zip(asked, generate(encoder.pipe, requests, config.sampler, encoder), strict=True):
             file = folder / f"{names[i]}-s{seed}.png"  # saved at once: Ctrl-C loses only what is not drawn yet
             notes = {"prompt": prompts[i], "seed": seed, "strength": stage.strength, "lora": lora and lora.name}
@@ -108,7 +108,7 @@ def _lora(config: Config) -> Path | None:
         raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: pictures are drawn with one LoRA, name that")
-    return given_lora(str(config.lora), None if config.stage.prompt else config.trigger)
+    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger)
 
 
 def _given(config: Config) -> str:

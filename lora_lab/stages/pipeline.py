@@ -8,13 +8,13 @@ from pathlib import Path
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.console import say
-from lora_lab.dataset import copy_pictures
+from lora_lab.evaluation.metrics import Scores
+from lora_lab.images.dataset import copy_pictures
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, write_atomically
-from lora_lab.schema import Caption, Check, Config, Refine, Stage
-from lora_lab.scoring import Scores
-from lora_lab.training.state import checkpoints
+from lora_lab.settings.schema import Caption, Check, Config, Refine, Stage
+from lora_lab.training.checkpoint import checkpoints
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lora_lab.captions.rules import Rules, read_hints
 from lora_lab.captions.rules import refine as refine_caption
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.schema import Config
+from lora_lab.settings.schema import Config
 
 
 @dataclass(frozen=True)

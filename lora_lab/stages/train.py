@@ -8,29 +8,29 @@ from pathlib import Path
 
 import torch
 
-from lora_lab.adapters.fresh import begin_with
+from lora_lab.adapters.inject import load_adapter_weights
 from lora_lab.adapters.tokens import tokenizers_of
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base, tile_vae
-from lora_lab.base.prediction import settle
-from lora_lab.base.stored import store
+from lora_lab.base.prediction import apply_prediction_type
+from lora_lab.base.quantize import quantize_
 from lora_lab.console import say
-from lora_lab.evaluation import Evaluation
+from lora_lab.evaluation.scores import Evaluation
 from lora_lab.runs import refuse_used, write_manifest
-from lora_lab.schema import Config
+from lora_lab.settings.schema import Config
+from lora_lab.training.build import build_training
+from lora_lab.training.checkpoint import load_checkpoint
 from lora_lab.training.data import caption_texts, encode_dataset
 from lora_lab.training.loop import apart, train_steps
 from lora_lab.training.loss import objective
-from lora_lab.training.memory import let_go, not_enough, uncollected
-from lora_lab.training.pack import Pack, shell
+from lora_lab.training.memory import free_gpu_memory, gc_paused, out_of_memory_error
+from lora_lab.training.pack import Pack, clone_sharing_weights
 from lora_lab.training.plan import Plan, describe, make_plan
 from lora_lab.training.prior import prior_data
 from lora_lab.training.run import METRICS, Base, Run, TrainResult
-from lora_lab.training.start import start_job
-from lora_lab.training.state import load_checkpoint
 from lora_lab.training.step import Job
-from lora_lab.training.text import begin_text
+from lora_lab.training.text_encoders import inject_text_adapters
 
 
 def train(config: Config, folder: Path) -> TrainResult:
@@ -49,7 +49,7 @@ def train(config: Config, folder: Path) -> TrainResult:
                 )
             return run.finish()
     except torch.OutOfMemoryError as error:
-        raise not_enough(config, folder) from error
+        raise out_of_memory_error(config, folder) from error
 
 
 def planned(config: Config, folder: Path, like: Plan | None = None) -> Plan:
@@ -63,7 +63,7 @@ def planned(config: Config, folder: Path, like: Plan | None = None) -> Plan:
 
 def base_of(config: Config, plan: Plan, folder: Path) -> Base:
     """Load the base, and look at and encode what is to be learnt."""
-    let_go(plan.device)
+    free_gpu_memory(plan.device)
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     references = [fitted.picture for fitted in plan.pictures]
@@ -71,7 +71,7 @@ def base_of(config: Config, plan: Plan, folder: Path) -> Base:
     pipe = load_base(config.model, plan.device, waiting=True)  # each part has its turn, and then the UNet stays
     if config.memory.vae_tiling:
         tile_vae(pipe.vae, config.model.resolution // 2)
-    settle(pipe, config.loss)
+    apply_prediction_type(pipe, config.loss)
     tokenizers = tokenizers_of(pipe, config.trigger, config.text.tokens) if config.text.learns else None
     encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), True, tokenizers)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
@@ -79,7 +79,7 @@ def base_of(config: Config, plan: Plan, folder: Path) -> Base:
         cuts = [[fitted] for fitted in plan.held_out_pictures]
         texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
-    store(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
+    quantize_(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
     prior = prior_data(config, plan, data, encoder)
     if config.text.learns:  # then what a text is changes with every step
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
@@ -92,14 +92,16 @@ def started(config: Config, plan: Plan, base: Base, alone: bool = True) -> tuple
     base's UNet as it is."""
     pipe = base.encoder.pipe
     asked = objective(config.loss, pipe.scheduler.config)
-    with uncollected():
-        unet = pipe.unet if alone else shell(pipe.unet)
-        job = start_job(unet, asked, config, plan, begin_text(pipe, plan.device, config, plan.adapter), alone)
+    with gc_paused():
+        unet = pipe.unet if alone else clone_sharing_weights(pipe.unet)
+        job = build_training(
+            unet, asked, config, plan, inject_text_adapters(pipe, plan.device, config, plan.adapter), alone
+        )
     if plan.goes_on:
         return job, load_checkpoint(plan.goes_on, job)
     if plan.start:
         with job.learnt.exact():
-            begin_with(pipe, plan.start)
+            load_adapter_weights(pipe, plan.start)
         if job.average is not None:
             job.average.copy_(job.learnt.master.detach())
     return job, 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lora_lab.errors import InputError
 from lora_lab.track import tensorboard, trackio, wandb
-from lora_lab.track.forgiving import NOTHING, Track
+from lora_lab.track.base import NOTHING, Track
 
 KINDS = ("wandb", "trackio", "tensorboard", "off")
 EXTRAS = ("trackio", "tensorboard")  # the package and the extra that brings it are called as the kind

@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import Any
 
-from lora_lab.track.forgiving import Pictures, Rows
+from lora_lab.track.base import Pictures, Rows
 
 
 def pictures_of(library: ModuleType, pictures: Pictures) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_lab.track.forgiving import Pictures, Track, forgiving, line
+from lora_lab.track.base import Pictures, Track, forgiving, line
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.runs import as_typed, hash_files, hash_text, write_text
-from lora_lab.track.forgiving import NOTHING, Pictures, Rows, Track, forgiving, line
+from lora_lab.track.base import NOTHING, Pictures, Rows, Track, forgiving, line
 from lora_lab.track.media import pictures_of, table_of
 
 if TYPE_CHECKING:

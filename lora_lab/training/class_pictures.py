@@ -10,13 +10,13 @@ from lora_lab.base.cache import key_of
 from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.console import say
-from lora_lab.dataset import Sample, read_dataset
-from lora_lab.draw import key_of_base, side_of
 from lora_lab.errors import InputError
-from lora_lab.generate import Request, generate
+from lora_lab.images.dataset import Sample, read_dataset
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import hash_files, hash_text, save_picture
-from lora_lab.schema import Config
+from lora_lab.sampling.generate import Request, generate
+from lora_lab.sampling.render import base_image_key, image_side
+from lora_lab.settings.schema import Config
 from lora_lab.training.randomness import seed_of
 
 
@@ -73,7 +73,7 @@ def _drawn_folder(config: Config, folder: Path, base: str, dtype: torch.dtype) -
 
     Their number is no part of it: asking for more adds to them. Without a cache they lie in the run `folder`."""
     prior = config.prior
-    key = key_of("class pictures", key_of_base(config, base, dtype), prior.prompt, prior.seed, side_of(config))
+    key = key_of("class pictures", base_image_key(config, base, dtype), prior.prompt, prior.seed, image_side(config))
     return (folder if config.cache is None else Path(config.cache)) / "class" / key
 
 
@@ -90,7 +90,7 @@ def draw_missing(samples: Sequence[Sample], config: Config, encoder: Encoder) ->
 
     Each is saved as it is done, so whoever stops it loses the one being drawn; two runs that draw the same write the
     same."""
-    missing, side = [s for s in samples if not s.path.is_file()], side_of(config)
+    missing, side = [s for s in samples if not s.path.is_file()], image_side(config)
     if not missing:
         return
     requests = [

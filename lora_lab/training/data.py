@@ -12,14 +12,14 @@ from torch.nn.functional import interpolate
 
 from lora_lab.base.encode import Encoder, TextEmbedding, TextIds, micro_conditioning
 from lora_lab.console import say
-from lora_lab.dataset import Sample, dressed
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
+from lora_lab.images.dataset import Sample, apply_caption_affixes
 from lora_lab.images.masks import Masks
 from lora_lab.images.pixels import open_picture
-from lora_lab.schema import Dataset
+from lora_lab.settings.schema import Dataset
 from lora_lab.training.loss import Batch, Objective
-from lora_lab.training.randomness import chosen, draw, pick, shuffled
+from lora_lab.training.randomness import batch_indices, choose, sample_randomness, shuffle_caption_tags
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,17 @@ class TrainingData:
         self, *, seed: int, step: int, part: int, parts: int, batch_size: int, asked: Objective, caption_dropout: float
     ) -> Batch:
         """Batch `part` of the `parts` that step `step` accumulates; a function of its arguments alone."""
-        pictures = pick(seed, step * parts + part, self.buckets, batch_size)
+        pictures = batch_indices(seed, step * parts + part, self.buckets, batch_size)
         examples = [self.examples[i] for i in pictures]
         shape, loss = tuple(examples[0].crops[0][0].latents.shape), asked.settings
-        draws = [draw(seed, step, part * batch_size + i, shape, loss, caption_dropout) for i in range(batch_size)]
-        views = [chosen(d.crop, e.crops)[-1 if d.flip else 0] for e, d in zip(examples, draws, strict=True)]
+        draws = [
+            sample_randomness(seed, step, part * batch_size + i, shape, loss, caption_dropout)
+            for i in range(batch_size)
+        ]
+        views = [choose(d.crop, e.crops)[-1 if d.flip else 0] for e, d in zip(examples, draws, strict=True)]
         masks = [view.mask for view in views if view.mask is not None]
         texts = [
-            self.empty if d.drop_caption else chosen(d.order, chosen(d.caption, e.texts))
+            self.empty if d.drop_caption else choose(d.order, choose(d.caption, e.texts))
             for e, d in zip(examples, draws, strict=True)
         ]
         timesteps = torch.tensor([d.timestep for d in draws])
@@ -71,13 +74,13 @@ class TrainingData:
             **{name: torch.stack([vars(text)[name] for text in texts]) for name in vars(texts[0])},
             time_ids=torch.stack([view.time_ids for view in views]),
             weights=_sent(asked.weights[timesteps], device),
-            huber_c=_sent(asked.huber_c[timesteps], device),
+            huber_delta=_sent(asked.huber_delta[timesteps], device),
             mask=loss.unmasked_weight + (1 - loss.unmasked_weight) * torch.stack(masks) if masks else None,
         )
 
     def names(self, *, seed: int, step: int, parts: int, batch_size: int) -> list[str]:
         """The pictures of step `step`."""
-        batches = (pick(seed, step * parts + part, self.buckets, batch_size) for part in range(parts))
+        batches = (batch_indices(seed, step * parts + part, self.buckets, batch_size) for part in range(parts))
         return [self.examples[i].name for pictures in batches for i in pictures]
 
 
@@ -117,9 +120,9 @@ def caption_texts(captions: Sequence[str], settings: Dataset, trigger: str) -> l
     """Every text that a picture of these captions is trained with: of each caption its orders."""
     return [
         [
-            dressed(order, settings.caption_prefix, settings.caption_suffix, trigger)
+            apply_caption_affixes(order, settings.caption_prefix, settings.caption_suffix, trigger)
             for order in (
-                shuffled(caption, settings.keep_tokens, settings.caption_variants)
+                shuffle_caption_tags(caption, settings.keep_tokens, settings.caption_variants)
                 if settings.shuffle_captions
                 else [caption]
             )

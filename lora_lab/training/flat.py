@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Flat:
+class FlatParams:
     """Parameters laid end to end: `working` is what the model computes with, in its precision; `master` what the
     optimizer changes, in float32, for half precision would round most updates away.
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora_lab.console import bar
 from lora_lab.errors import InputError, RunError
-from lora_lab.stopping import stop_on_signal
+from lora_lab.launch.stopping import stop_on_signal
 from lora_lab.training.loss import Batch
-from lora_lab.training.memory import uncollected
+from lora_lab.training.memory import gc_paused
 from lora_lab.training.pack import Pack
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.run import Base, Run
@@ -32,7 +32,7 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
             if packed and list(map(id, jobs)) != list(map(id, together)):
                 pack = None
                 gc.collect()  # its memory goes before that of the next comes
-                with uncollected():
+                with gc_paused():
                     together, pack = jobs, packed(jobs)
             for run in now:
                 run.step_begins()

@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from lora_lab.base.prediction import settled
+from lora_lab.base.prediction import resolve_prediction_type
 from lora_lab.errors import InputError
-from lora_lab.schema import Loss
+from lora_lab.settings.schema import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Batch:
     given: Tensor | None = None  # (B,) whether there is a text; if not, zeros stand for it
     time_ids: Tensor  # (B, 6) micro-conditioning
     weights: Tensor  # (B,) of the samples' losses
-    huber_c: Tensor  # (B,) where large errors begin
+    huber_delta: Tensor  # (B,) where large errors begin
     mask: Tensor | None = None  # (B, 1, height / 8, width / 8) of the latent pixels' errors; None weighs all alike
     prior_weight: Tensor | None = None  # () of the whole loss of a batch of the prior; None is one of the character
 
@@ -43,12 +43,12 @@ class Objective:
     settings: Loss  # settled
     schedule: DDPMScheduler
     weights: Tensor  # (timesteps,) of the loss, on the CPU
-    huber_c: Tensor  # (timesteps,), on the CPU
+    huber_delta: Tensor  # (timesteps,), on the CPU
 
 
 def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
     """What `settings` ask of a base whose scheduler has the configuration `scheduler`. Raises InputError."""
-    settings = settled(settings, scheduler)
+    settings = resolve_prediction_type(settings, scheduler)
     schedule = DDPMScheduler.from_config(
         scheduler, prediction_type=settings.prediction, rescale_betas_zero_snr=settings.zero_terminal_snr
     )
@@ -56,7 +56,7 @@ def objective(settings: Loss, scheduler: Mapping[str, Any]) -> Objective:
     if settings.max_timestep > count:
         raise InputError(f"loss.max_timestep={settings.max_timestep}: the base has {count} timesteps, say at most that")
     snr = compute_snr(schedule, torch.arange(count))
-    c = huber_c(settings.huber_c, settings.huber_schedule, schedule.alphas_cumprod)
+    c = huber_delta(settings.huber_c, settings.huber_schedule, schedule.alphas_cumprod)
     return Objective(settings, schedule, _weights(settings, snr), c)
 
 
@@ -77,7 +77,7 @@ def debiased_weights(snr: Tensor, prediction: str) -> Tensor:
     return 1 / (snr + 1) if prediction == "v_prediction" else 1 / snr.sqrt()
 
 
-def huber_c(c: float, schedule: str, alphas_cumprod: Tensor) -> Tensor:
+def huber_delta(c: float, schedule: str, alphas_cumprod: Tensor) -> Tensor:
     """Where large errors begin, per timestep t of T: `constant` c, `exponential` c ** (t / T), `snr`
     (1 - c) / (1 + sigma) ** 2 + c with sigma ** 2 = (1 - alphas_cumprod) / alphas_cumprod.
 
@@ -91,7 +91,7 @@ def huber_c(c: float, schedule: str, alphas_cumprod: Tensor) -> Tensor:
     return torch.full_like(alphas_cumprod, c)
 
 
-def pixel_errors(kind: str, predicted: Tensor, target: Tensor, c: Tensor) -> Tensor:
+def elementwise_loss(kind: str, predicted: Tensor, target: Tensor, c: Tensor) -> Tensor:
     """Error of every latent pixel, of the shape of `predicted` (B, 4, height, width), d being the difference:
 
     `l2` d ** 2, `l1` |d|, `huber` 2 c (sqrt(d ** 2 + c ** 2) - c), `smooth_l1` 2 (sqrt(d ** 2 + c ** 2) - c), with `c`
@@ -116,7 +116,7 @@ def predict(unet: UNet2DConditionModel, asked: Objective, batch: Batch) -> Tenso
     return unet(noisy, batch.timesteps, batch.tokens, added_cond_kwargs=conditions, return_dict=False)[0]
 
 
-def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch, target: Tensor | None = None) -> Tensor:
+def per_sample_loss(unet: UNet2DConditionModel, asked: Objective, batch: Batch, target: Tensor | None = None) -> Tensor:
     """The weighed mean error (B,) of the UNet's prediction, in float32.
 
     `target`, of the latents' shape, stands in for the noise or velocity that is there to be predicted.
@@ -126,7 +126,7 @@ def sample_losses(unet: UNet2DConditionModel, asked: Objective, batch: Batch, ta
         velocity = asked.settings.prediction == "v_prediction"
         schedule = asked.schedule
         target = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps) if velocity else batch.noise
-    errors = pixel_errors(asked.settings.type, predicted.float(), target.float(), batch.huber_c)
+    errors = elementwise_loss(asked.settings.type, predicted.float(), target.float(), batch.huber_delta)
     if batch.mask is not None:
         errors = errors * batch.mask
     return errors.mean(dim=(1, 2, 3)) * batch.weights

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_lab.errors import RunError
-from lora_lab.schema import Config, Memory
+from lora_lab.settings.schema import Config, Memory
 
 LINEARS, CONVOLUTIONS = 2.233e9, 0.333e9  # numbers of the UNet; all others are few
 TEXT = 0.818e9  # numbers of the text encoders, which stay on the GPU only if something of the text learns
@@ -44,10 +44,10 @@ def memory_line(config: Config, free_mib: float) -> str:
     """What the plan says of it, on a GPU of which `free_mib` are free."""
     expected = expected_mib(config) - CONTEXT  # what it takes from there on is in what is free
     line = f"about {expected / 1024:.1f} GiB at SDXL's size, {free_mib / 1024:.1f} GiB are free"
-    return line if expected < free_mib else f"{line}: if it ends there, {what_helps(config.memory, config.batch_size)}"
+    return line if expected < free_mib else f"{line}: if it ends there, {memory_hint(config.memory, config.batch_size)}"
 
 
-def what_helps(memory: Memory, batch_size: int) -> str:
+def memory_hint(memory: Memory, batch_size: int) -> str:
     """What to say on the command line, to need less than with `memory`."""
     fewer = f", or batch_size={batch_size // 2} with stage.gradient_accumulation=2" if batch_size > 1 else ""
     if not memory.gradient_checkpointing:
@@ -59,14 +59,14 @@ def what_helps(memory: Memory, batch_size: int) -> str:
     return f"say a smaller rank or model.resolution{fewer}"
 
 
-def not_enough(config: Config, folder: Path) -> RunError:
+def out_of_memory_error(config: Config, folder: Path) -> RunError:
     """What to say where the GPU's memory ended in the run of `folder`."""
     goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
-    return RunError(f"the GPU's memory is not enough: {what_helps(config.memory, config.batch_size)}{goes_on}")
+    return RunError(f"the GPU's memory is not enough: {memory_hint(config.memory, config.batch_size)}{goes_on}")
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all
     of them again for every few hundred more takes a third of the time."""
     gc.disable()
@@ -76,7 +76,7 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def let_go(device: torch.device) -> None:
+def free_gpu_memory(device: torch.device) -> None:
     """Give back what earlier jobs in this process held: their networks and hooks hold each other."""
     gc.collect()
     if device.type == "cuda":

@@ -13,25 +13,25 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from lora_lab.adapters.fused import fuse, scale_of
-from lora_lab.schema import Memory
-from lora_lab.training.compiled import compile_blocks
-from lora_lab.training.flat import Flat
-from lora_lab.training.loss import Batch, sample_losses
+from lora_lab.settings.schema import Memory
+from lora_lab.training.compile import compile_blocks
+from lora_lab.training.flat import FlatParams
+from lora_lab.training.loss import Batch, per_sample_loss
 from lora_lab.training.step import Job, of_batches
 
 
-def shell(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def clone_sharing_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Another UNet of the same weights, in the same memory: an adapter put into it is in no other."""
     return copy.deepcopy(unet, {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())})
 
 
-class Stack:
+class StackedLoRAs:
     """What J jobs compute with, side by side: rows of the largest's layout, smaller ranks filled up with zeros.
 
     `parameters` are the largest's, whose layout it is. A zero row of A meets a zero column of B, so neither ever gets a
     gradient that counts."""
 
-    def __init__(self, flats: Sequence[Flat]) -> None:
+    def __init__(self, flats: Sequence[FlatParams]) -> None:
         self._flats = list(flats)
         largest = max(flats, key=lambda flat: flat.master.numel())
         self.parameters = largest.parameters
@@ -82,9 +82,9 @@ class Pack:
     The jobs' own UNets are shells of one base; none of them runs here."""
 
     def __init__(self, jobs: Sequence[Job], memory: Memory, compiled: str, cache: str | None) -> None:
-        self._stack = Stack([job.learnt for job in jobs])
+        self._stack = StackedLoRAs([job.learnt for job in jobs])
         largest = max(jobs, key=lambda job: job.learnt.master.numel())
-        unet = shell(largest.unet)
+        unet = clone_sharing_weights(largest.unet)
         names = {module: name for name, module in unet.named_modules()}
 
         def scales(layer: Linear) -> tuple[float, ...]:
@@ -98,7 +98,7 @@ class Pack:
         asked, parts, count = jobs[0].asked, jobs[0].settings.gradient_accumulation, len(jobs)
 
         def run(batch: Batch) -> Tensor:
-            losses = sample_losses(unet, asked, batch).unflatten(0, (count, -1)).mean(1) / parts
+            losses = per_sample_loss(unet, asked, batch).unflatten(0, (count, -1)).mean(1) / parts
             losses.sum().backward()
             self._stack.collect()
             return losses.detach()

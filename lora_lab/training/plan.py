@@ -13,25 +13,25 @@ from peft import PeftConfig
 from PIL import Image
 
 from lora_lab import track
-from lora_lab.adapters import fresh
-from lora_lab.adapters.tokens import beside, tokens_of
-from lora_lab.adapters.wear import MODELS, find_lora
-from lora_lab.base import stored
+from lora_lab.adapters import inject
+from lora_lab.adapters.attach import MODELS, find_lora
+from lora_lab.adapters.tokens import embeddings_path, read_tokens
+from lora_lab.base import quantize
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.base.prediction import refuse_unfit
-from lora_lab.dataset import Sample, read_dataset, read_folders
+from lora_lab.base.prediction import validate_prediction
 from lora_lab.errors import InputError
-from lora_lab.evaluation import held_out_pictures, refuse_unfit_judges
+from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.buckets import Fitted
+from lora_lab.images.dataset import Sample, read_dataset, read_folders
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
-from lora_lab.schema import Config
-from lora_lab.training import class_pictures, text
+from lora_lab.settings.schema import Config
+from lora_lab.training import class_pictures, text_encoders
+from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
 from lora_lab.training.memory import memory_line
 from lora_lab.training.randomness import batches_per_epoch
-from lora_lab.training.state import checkpoints, refuse_other_recipe
 
 T = TypeVar("T")
 EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_optimizer": "optimizers"}  # in pyproject
@@ -64,27 +64,27 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
 
     `like` is the plan of a run of the same base and the same pictures, which are not read again then."""
     base = locate_model("model.base", config.model.base)
-    refuse_unfit(config.model.base, config.loss)
+    validate_prediction(config.model.base, config.loss)
     device = pick_device(config.device)
     # Without patterns peft wants an empty dict, which Hydra would let nobody add to.
     adapter = from_library("adapter", {key: {} if value is None else value for key, value in config.adapter.items()})
     start = find_lora(config.stage.start_from, "stage.start_from") if config.stage.start_from else None
-    fresh.refuse_unfit(adapter, config.adapter, config.stage.lora_plus_ratio, start)
+    inject.validate_adapter(adapter, config.adapter, config.stage.lora_plus_ratio, start)
     make_optimizer = from_library("optimizer", settled_optimizer(config.optimizer, device))
-    text.refuse_unfit(config, adapter, make_optimizer([torch.nn.Parameter(torch.zeros(1))]), start)
+    text_encoders.validate_text(config, adapter, make_optimizer([torch.nn.Parameter(torch.zeros(1))]), start)
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
-    stored.refuse_unfit(config.memory.linear_weights, config.memory.convolution_weights, device)
+    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     dtype = pick_dtype(config.model.precision, device)
     known = vars(like) if like else _read(config, folder, base, dtype)
     hashes = known["hashes"]
     if start:
-        hashes = hashes | {"start": hash_files(start, *([beside(start)] if tokens_of(start) else []))}
+        hashes = hashes | {"start": hash_files(start, *([embeddings_path(start)] if read_tokens(start) else []))}
     # What is measured decides nothing.
     decisive = {name: value for name, value in hashes.items() if name != "validation"}
     recipe, goes_on = _recipe(config) | decisive, _newest_checkpoint(config, folder)
     if goes_on:
-        refuse_other_recipe(goes_on, recipe)
+        validate_fingerprint(goes_on, recipe)
     if not like:
         known |= _opened(config, known["samples"], known["held_out"], known["class_samples"])
     own = {
@@ -121,7 +121,7 @@ def _read(config: Config, folder: Path, base: str, dtype: torch.dtype) -> dict:
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
         hashes["validation"] = hash_files(*(s.path for s in held_out))
-    refuse_unfit_judges(config)
+    validate_embedders(config)
     track.refuse_missing(config.tracker.kind)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
@@ -209,7 +209,7 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if config.dataset.shuffle_captions:
         lines["captions"] = f"{len({order for its in plan.texts for orders in its for order in orders})} orders"
     if config.text.learns:
-        lines["text"] = text.described(config)
+        lines["text"] = text_encoders.describe_text(config)
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {said}" for name, said in lines.items())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.base.encode import Encoder
-from lora_lab.schema import Config
+from lora_lab.settings.schema import Config
 from lora_lab.training.class_pictures import draw_missing
 from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures
 from lora_lab.training.loss import Batch

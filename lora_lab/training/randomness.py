@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_lab.schema import Loss
+from lora_lab.settings.schema import Loss
 
 
 def seed_of(*key: int | str) -> int:
@@ -28,7 +28,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleRandomness:
     """What one sample of one step needs: `timestep`, `noise` of the latents' shape, two coins, three choices.
 
     A choice is a share, 0 to 1 without 1: of the picture's crops, its captions, and that caption's orders."""
@@ -42,7 +42,9 @@ class Draw:
     order: float
 
 
-def draw(seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Loss, caption_dropout: float) -> Draw:
+def sample_randomness(
+    seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Loss, caption_dropout: float
+) -> SampleRandomness:
     """The draws of sample `index` (counted over the whole step, accumulated batches included) of step `step`.
 
     `shape` is that of the latents: channels, height, width. Options of the noise and the timestep draw from generators
@@ -61,18 +63,18 @@ def draw(seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Lo
         source = generator(seed, "pyramid noise", step, index)
         noise = pyramid_noise(noise, loss.pyramid_iterations, loss.pyramid_discount, source)
     choices = torch.rand(3, generator=generator(seed, "choices", step, index)).tolist()
-    return Draw(timestep, noise, flip < 0.5, drop < caption_dropout, *choices)
+    return SampleRandomness(timestep, noise, flip < 0.5, drop < caption_dropout, *choices)
 
 
 T = TypeVar("T")
 
 
-def chosen(share: float, among: Sequence[T]) -> T:
+def choose(share: float, among: Sequence[T]) -> T:
     """What lies at `share`, 0 to 1 without 1; every one of a kind is as likely."""
     return among[int(share * len(among))]
 
 
-def shuffled(caption: str, kept: int, most: int) -> list[str]:
+def shuffle_caption_tags(caption: str, kept: int, most: int) -> list[str]:
     """`most` different orders of the phrases that commas part, or all if there are no more; the first `kept` stay.
 
     They depend on the caption alone: runs of any seed share what is encoded, and differ in which they draw when."""
@@ -124,7 +126,7 @@ def batches_per_epoch(buckets: list[list[int]], batch_size: int) -> int:
     return sum(math.ceil(len(bucket) / batch_size) for bucket in buckets)
 
 
-def pick(seed: int, batch: int, buckets: list[list[int]], batch_size: int) -> list[int]:
+def batch_indices(seed: int, batch: int, buckets: list[list[int]], batch_size: int) -> list[int]:
     """The pictures of batch number `batch`: each epoch shows every picture, in a new order, one bucket a batch.
 
     `buckets` lists the pictures of each size. A bucket that batches do not fill is filled from its own beginning."""

@@ -13,21 +13,21 @@ from types import TracebackType
 from torch import Tensor
 
 from lora_lab.base.encode import Encoder
+from lora_lab.board.curves import loss_plot, read_metrics
 from lora_lab.console import say
-from lora_lab.curves import loss_plot, read_metrics
 from lora_lab.errors import RunError
-from lora_lab.evaluation import Evaluation, Scored, numbers, rows, table, write_lines
-from lora_lab.schema import Config
-from lora_lab.scoring import Scores
+from lora_lab.evaluation.metrics import Scores
+from lora_lab.evaluation.scores import Evaluation, ScoredImages, numbers, rows, table, write_lines
+from lora_lab.settings.schema import Config
 from lora_lab.track import tracking
+from lora_lab.training.artifacts import RunArtifacts, install_lora
+from lora_lab.training.async_metrics import AsyncMetrics
 from lora_lab.training.data import TrainingData
-from lora_lab.training.keep import Keep, publish
-from lora_lab.training.look import Look
 from lora_lab.training.plan import Plan
 from lora_lab.training.prior import PriorData
-from lora_lab.training.readings import Readings
 from lora_lab.training.step import Job
 from lora_lab.training.validation import validation_loss
+from lora_lab.training.validation_images import ValidationImages
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of every step, and of what is measured between
 
@@ -57,7 +57,7 @@ class Base:
     prior: PriorData | None
     measured: TrainingData  # for the validation loss
     evaluation: Evaluation | None
-    before: Scored | None  # the scores of the base alone
+    before: ScoredImages | None  # the scores of the base alone
 
 
 class Run:
@@ -83,10 +83,10 @@ class Run:
         self.result: TrainResult | None = None
         self.latest: dict[str, float] = {}
         self._base, self._began, self._done, self._ended = base, began, done, ended
-        self._keep, self._look = Keep(job, config, plan, folder), Look(base.encoder, config, folder)
+        self._keep, self._look = RunArtifacts(job, config, plan, folder), ValidationImages(base.encoder, config, folder)
         self._look.base(plan.hashes["base"], plan.dtype)
         pictures = job.batch_size * job.settings.gradient_accumulation
-        self._readings = Readings(pictures, job.learnt.master.device, self._seen)
+        self._readings = AsyncMetrics(pictures, job.learnt.master.device, self._seen)
 
     def __enter__(self) -> "Run":
         config, stage, done = self.config, self.config.stage, self._done
@@ -172,7 +172,7 @@ class Run:
         self._measure(self.reached)
         lora = self._keep.lora(self.reached, config.name)
         self._track.images(self.reached, self._look.validate(lora, self.reached))
-        published = None if config.publish is False else str(publish(lora, config.name))
+        published = None if config.publish is False else str(install_lora(lora, config.name))
         before = self._base.before
         scored = before and self._base.evaluation.score(lora, self.folder / "samples" / "score", self._base.encoder)
         if scored:

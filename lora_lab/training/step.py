@@ -11,12 +11,12 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_lab.adapters.wear import taken_off
-from lora_lab.capture import Captured, Tensors
-from lora_lab.schema import Schedule, Train
-from lora_lab.training.flat import Flat
-from lora_lab.training.loss import Batch, Objective, predict, sample_losses
-from lora_lab.training.text import Reader
+from lora_lab.adapters.attach import adapters_disabled
+from lora_lab.base.cuda_graph import GraphedCallable, Tensors
+from lora_lab.settings.schema import Schedule, Train
+from lora_lab.training.flat import FlatParams
+from lora_lab.training.loss import Batch, Objective, per_sample_loss, predict
+from lora_lab.training.text_encoders import TrainableTextEncoders
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Job:
     """One LoRA in training: what learns, how, and until when."""
 
     unet: UNet2DConditionModel  # with the adapter in it
-    learnt: Flat
+    learnt: FlatParams
     optimizer: torch.optim.Optimizer  # of learnt.master, as one tensor or matrix by matrix
     schedule: LRScheduler
     scaler: torch.amp.GradScaler  # of the loss; enabled for float16 alone
@@ -36,7 +36,7 @@ class Job:
     average: Tensor | None  # of learnt.master over the steps; None without stage.ema_decay
     # Adds a batch's share to the gradient, gives its share of the loss; of the prior's before its weight.
     backward: Callable[[Batch], Tensor]
-    read: Reader | None = None  # encodes a batch's texts, if something of that learns
+    read: TrainableTextEncoders | None = None  # encodes a batch's texts, if something of that learns
     ends: Sequence[tuple[Tensor, int]] = ()  # parts of the gradient, and the steps after which they count no more
 
     @property
@@ -143,13 +143,13 @@ def _ending(factor: Callable[[int], float], stop: int) -> Callable[[int], float]
 
 def backward_pass(
     unet: UNet2DConditionModel,
-    learnt: Flat,
+    learnt: FlatParams,
     scaler: torch.amp.GradScaler,
     asked: Objective,
     parts: int,
     capture: bool,
     cudnn_benchmark: bool,
-    read: Reader | None,
+    read: TrainableTextEncoders | None,
     base_is_prior: bool,
 ) -> Callable[[Batch], Tensor]:
     """What `Job.backward` is, by `of_batches`.
@@ -162,10 +162,10 @@ def backward_pass(
         target = None
         of_prior = batch.prior_weight is not None  # another kind of batch, so another graph
         if of_prior and base_is_prior:
-            with torch.no_grad(), taken_off(*networks):
+            with torch.no_grad(), adapters_disabled(*networks):
                 target = predict(unet, asked, read(batch) if read else batch)
         batch = read(batch) if read else batch
-        loss = sample_losses(unet, asked, batch, target).mean() / parts
+        loss = per_sample_loss(unet, asked, batch, target).mean() / parts
         scaler.scale(loss * batch.prior_weight if of_prior else loss).backward()
         learnt.collect()
         return loss.detach()
@@ -187,5 +187,5 @@ def of_batches(
         finally:
             torch.backends.cudnn.benchmark = before
 
-    run = Captured(run, device) if capture else run
+    run = GraphedCallable(run, device) if capture else run
     return lambda batch: run({name: value for name, value in vars(batch).items() if value is not None})

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from lora_lab.training.data import Example, TrainingData
-from lora_lab.training.loss import Batch, sample_losses
+from lora_lab.training.loss import Batch, per_sample_loss
 from lora_lab.training.randomness import generator
 from lora_lab.training.step import Job
 
@@ -26,7 +26,7 @@ def validation_loss(job: Job, data: TrainingData, timesteps: Sequence[int]) -> f
                 batch = _batch(example, timesteps[start : start + job.batch_size])
                 if job.read is not None:
                     batch = job.read(batch)
-                total += sample_losses(job.unet, asked, batch).sum()
+                total += per_sample_loss(job.unet, asked, batch).sum()
     return total.item() / (len(data.examples) * len(timesteps))
 
 
@@ -42,5 +42,5 @@ def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
         **{name: value.expand(count, *value.shape) for name, value in vars(text).items()},
         time_ids=view.time_ids.expand(count, *view.time_ids.shape),
         weights=ones,
-        huber_c=ones,  # of no meaning to squares
+        huber_delta=ones,  # of no meaning to squares
     )

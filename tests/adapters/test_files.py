@@ -14,9 +14,9 @@ from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import files
 from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
-from lora_lab.base.prediction import settled
-from lora_lab.config import compose
+from lora_lab.base.prediction import resolve_prediction_type
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -121,7 +121,7 @@ def notes_of(*overrides):
     return metadata(
         name="두부", base="demo:tiny-sdxl", trigger="HANA_TOFU", lr=1e-4, steps=300, batch_size=4,
         seed=7, resolution=1024, captions=["A HANA_TOFU, smiling", "A HANA_TOFU, winking, smiling", "한 두부"],
-        loss=settled(compose(*overrides).loss, {}), dataset_hash="d" * 64, base_hash="b" * 64,
+        loss=resolve_prediction_type(compose(*overrides).loss, {}), dataset_hash="d" * 64, base_hash="b" * 64,
         network={"ss_network_dim": "16", "ss_network_alpha": "8.0"},
     )  # fmt: skip
 

@@ -10,8 +10,8 @@ from peft.tuners.lora import Linear
 
 from lora_lab.adapters.fused import FusedAttention, FusedLinear, fuse
 from lora_lab.base.load import load_base
-from lora_lab.config import compose
-from lora_lab.training.flat import Flat
+from lora_lab.launch.config import compose
+from lora_lab.training.flat import FlatParams
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -33,7 +33,7 @@ def learner(unet, **settings):
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.05)
     trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-    return Flat([p for _, p in sorted(trained, key=lambda each: ".lora_B." in each[0])], torch.float32)
+    return FlatParams([p for _, p in sorted(trained, key=lambda each: ".lora_B." in each[0])], torch.float32)
 
 
 def ask(unet):

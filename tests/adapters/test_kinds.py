@@ -11,12 +11,12 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from safetensors.torch import load_file
 from sdxl_structure import NARROW, outputs, pipeline
 
-from lora_lab.adapters import fresh
-from lora_lab.adapters.files import describe, kohya_state, network_notes, save_lora
-from lora_lab.adapters.wear import worn
-from lora_lab.base.stored import store
-from lora_lab.config import CONF, compose
+from lora_lab.adapters import inject
+from lora_lab.adapters.attach import lora_attached
+from lora_lab.adapters.files import describe, kohya_state, network_metadata, save_lora
+from lora_lab.base.quantize import quantize_
 from lora_lab.errors import InputError
+from lora_lab.launch.config import CONF, compose
 from lora_lab.training.plan import from_library
 
 BASE = pipeline(NARROW)
@@ -49,7 +49,7 @@ def taught(config, by=0.1):
     """A pipeline with the adapter in training, after an update of random numbers."""
     pipe = copy.deepcopy(BASE)
     torch.manual_seed(1)
-    fresh.begin(pipe.unet, copy.deepcopy(config))
+    inject.inject_adapter(pipe.unet, copy.deepcopy(config))
     with torch.no_grad():
         for parameter in pipe.unet.parameters():
             if parameter.requires_grad:
@@ -59,7 +59,7 @@ def taught(config, by=0.1):
 
 def saved(pipe, config, file, dtype=torch.float32):
     state = kohya_state({"unet": pipe.unet})
-    return save_lora(file, state, dtype, network_notes(config, state, 1.0))
+    return save_lora(file, state, dtype, network_metadata(config, state, 1.0))
 
 
 def far(one, other):
@@ -78,13 +78,13 @@ def test_the_file_on_a_fresh_base_gives_what_was_in_training(kind, tmp_path):
     file, trained = saved(pipe, config, tmp_path / "x.safetensors"), outputs(pipe)[2]
     assert far(trained, base) > 0.01
     plain = copy.deepcopy(BASE)
-    with worn(plain, file):
+    with lora_attached(plain, file):
         assert far(outputs(plain)[2], trained) < 2e-6
     assert torch.equal(outputs(plain)[2], base) and not plain.get_list_adapters()
     learning = {name for name, p in pipe.unet.named_parameters() if p.requires_grad}
-    with worn(pipe, file):  # a validation picture in the middle of training
+    with lora_attached(pipe, file):  # a validation picture in the middle of training
         assert far(outputs(pipe)[2], trained) < 2e-6
-    with worn(pipe, None):
+    with lora_attached(pipe, None):
         assert torch.equal(outputs(pipe)[2], base)
     assert torch.equal(outputs(pipe)[2], trained)
     assert {name for name, p in pipe.unet.named_parameters() if p.requires_grad} == learning
@@ -100,7 +100,7 @@ def test_a_file_for_another_base_is_named_and_leaves_the_base_clean(kind, tmp_pa
     for name, broken in (("foreign", foreign), ("wider", wider)):
         file = save_lora(tmp_path / f"{name}.safetensors", broken, torch.float32, {})
         for somebody, before in ((plain, outputs(BASE)[2]), (pipe, trained)):
-            with pytest.raises(InputError, match=rf"{name}\.safetensors: does not fit"), worn(somebody, file):
+            with pytest.raises(InputError, match=rf"{name}\.safetensors: does not fit"), lora_attached(somebody, file):
                 raise AssertionError("drew with a broken file")
             assert torch.equal(outputs(somebody)[2], before), name
     assert not plain.get_list_adapters() and pipe.get_list_adapters() == {"unet": ["default"]}
@@ -114,11 +114,11 @@ def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(
     for somebody, weight in ((copy.deepcopy(BASE), 0.5), (pipe, 1.0)):  # at inference, and in the middle of training
         unet, before = somebody.unet, outputs(somebody)[2]
         weights = {parameter: (parameter.data_ptr(), parameter.detach().clone()) for parameter in unet.parameters()}
-        with worn(somebody, file, weight):
+        with lora_attached(somebody, file, weight):
             apart = outputs(somebody)[2]
-        with pytest.raises(KeyboardInterrupt), worn(somebody, file, weight, fuse=True):
+        with pytest.raises(KeyboardInterrupt), lora_attached(somebody, file, weight, fuse=True):
             merged = [layer.merged_adapters for layer in unet.modules() if getattr(layer, "merged_adapters", [])]
-            assert merged and all(names == ["worn"] for names in merged)
+            assert merged and all(names == ["attached"] for names in merged)
             assert far(outputs(somebody)[2], apart) < 2e-6
             raise KeyboardInterrupt
         assert torch.equal(outputs(somebody)[2], before)
@@ -128,11 +128,11 @@ def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(
 def test_a_layer_whose_weights_are_kept_in_fewer_bits_keeps_its_lora_beside_it(tmp_path):
     config = KINDS["by a regular expression"]
     file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)
-    store(plain.unet, "int8", "int8", torch.device("cpu"))
+    quantize_(plain.unet, "int8", "int8", torch.device("cpu"))
     base = outputs(plain)[2]
-    with worn(plain, file):
+    with lora_attached(plain, file):
         beside = outputs(plain)[2]
-    with worn(plain, file, fuse=True):
+    with lora_attached(plain, file, fuse=True):
         assert torch.equal(outputs(plain)[2], beside) and far(beside, base) > 0.01
     assert torch.equal(outputs(plain)[2], base)
 
@@ -142,12 +142,12 @@ def test_a_fresh_adapter_changes_nothing_and_a_weight_between_gives_less(kind, t
     config = KINDS[kind]
     pipe = copy.deepcopy(BASE)
     base = outputs(pipe)[2]
-    fresh.begin(pipe.unet, copy.deepcopy(config))
+    inject.inject_adapter(pipe.unet, copy.deepcopy(config))
     assert far(outputs(pipe)[2], base) < 1e-5
     pipe = taught(config)
     file, trained = saved(pipe, config, tmp_path / "x.safetensors"), outputs(pipe)[2]
     plain = copy.deepcopy(BASE)
-    with worn(plain, file, 0.5):
+    with lora_attached(plain, file, 0.5):
         assert far(outputs(plain)[2], trained) > 0 and far(outputs(plain)[2], base) > 0
 
 
@@ -232,7 +232,7 @@ def test_the_second_matrix_of_a_convolution_stays_one_by_one():
     ],
 )
 def test_the_metadata_says_what_the_file_holds(kind, module, dim, alpha, args):
-    notes = network_notes(KINDS[kind], kohya_state({"unet": taught(KINDS[kind]).unet}), 1.0)
+    notes = network_metadata(KINDS[kind], kohya_state({"unet": taught(KINDS[kind]).unet}), 1.0)
     assert (notes["ss_network_module"], notes["ss_network_dim"], notes["ss_network_alpha"]) == (module, dim, alpha)
     assert json.loads(notes.get("ss_network_args", "{}")).items() >= args.items()
 
@@ -240,7 +240,7 @@ def test_the_metadata_says_what_the_file_holds(kind, module, dim, alpha, args):
 def refuse(*overrides, start=None, **more):
     settings = compose("stage=train", *overrides).adapter | more
     made = from_library("adapter", {key: {} if value is None else value for key, value in settings.items()})
-    fresh.refuse_unfit(made, settings, 1.0, start)
+    inject.validate_adapter(made, settings, 1.0, start)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_every_key_of_an_option_reaches_peft(option):
     } == settings
     assert settings["rank_pattern"] == {"attn2.to_q": 3} and settings["r"] == 7
     if option != "pissa":  # which asks for DoRA here
-        fresh.refuse_unfit(made, settings, 1.0, None)
+        inject.validate_adapter(made, settings, 1.0, None)
 
 
 def test_pissa_says_what_it_cannot_begin_with():
@@ -282,7 +282,7 @@ def test_pissa_says_what_it_cannot_begin_with():
         (LoraConfig(r=99, init_lora_weights="pissa", target_modules=FEW), r"adapter\.r=99: .* has \d\d?$"),
     ):
         with pytest.raises(InputError, match=named):
-            fresh.begin(copy.deepcopy(BASE).unet, config)
+            inject.inject_adapter(copy.deepcopy(BASE).unet, config)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "rsLoRA", "DoRA", "LoHa in Tucker form", "LoKr of two low ranks"])
@@ -295,9 +295,9 @@ def test_training_begins_with_what_a_file_holds_also_at_another_alpha(kind, tmp_
         if hasattr(other, key):
             setattr(other, key, 7)
     again = copy.deepcopy(BASE)
-    fresh.begin(again.unet, other)
+    inject.inject_adapter(again.unet, other)
     assert far(outputs(again)[2], trained) > 0.01
-    fresh.begin_with(again, file)
+    inject.load_adapter_weights(again, file)
     assert far(outputs(again)[2], trained) < 2e-6
 
 
@@ -308,8 +308,8 @@ def test_training_begins_with_a_file_of_diffusers_too(tmp_path):
     pipe = taught(config)
     pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     again = copy.deepcopy(BASE)
-    fresh.begin(again.unet, copy.deepcopy(config))
-    fresh.begin_with(again, tmp_path / "pytorch_lora_weights.safetensors")
+    inject.inject_adapter(again.unet, copy.deepcopy(config))
+    inject.load_adapter_weights(again, tmp_path / "pytorch_lora_weights.safetensors")
     assert torch.equal(outputs(again)[2], outputs(pipe)[2])
     assert again.get_list_adapters() == {"unet": ["default"]}
 
@@ -324,6 +324,6 @@ def test_a_file_of_another_rank_kind_or_place_is_refused_with_both_named(tmp_pat
         (LoHaConfig(r=2, target_modules=FEW), f"LoHa of rank 2 in {FEWER} layers"),
     ):
         again = copy.deepcopy(BASE)
-        fresh.begin(again.unet, config)
+        inject.inject_adapter(again.unet, config)
         with pytest.raises(InputError, match=f"holds {there}, but this run trains {here}"):
-            fresh.begin_with(again, file)
+            inject.load_adapter_weights(again, file)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from sdxl_structure import NARROW, pipeline, save_single_file
 
 from lora_lab.base.load import load_base, pick_device, pick_dtype
-from lora_lab.config import compose
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 
 CPU = torch.device("cpu")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -38,7 +38,11 @@ def model():
 
 
 @torch.no_grad()
+@torch.no_grad()
 def outputs(pipe):
+    for part in PARTS:  # a product's last bit may depend on where a weight lies: files are mapped, copies are aligned
+        for parameter in getattr(pipe, part).parameters():
+            parameter.data = parameter.data.clone()
     tokens, _, pooled, _ = pipe.encode_prompt("A HANA_TOFU, smiling", do_classifier_free_guidance=False)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}

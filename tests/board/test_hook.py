@@ -7,7 +7,7 @@ import pytest
 from tiny_runs import interrupt_at
 
 from lora_lab.board.read import read_sweep
-from lora_lab.sweeps.folder import write_failure
+from lora_lab.launch.sweep_folder import write_failure
 
 pytestmark = pytest.mark.slow
 

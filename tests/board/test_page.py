@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
-from lora_lab import board, command_line, config
+from lora_lab import board
 from lora_lab.board.hook import rewrite_page
 from lora_lab.errors import InputError
-from lora_lab.resume import resumed
+from lora_lab.launch import command_line, config
+from lora_lab.launch.resume import resumed
 from lora_lab.stages import run
 
 HERE = Path(board.__file__).parent

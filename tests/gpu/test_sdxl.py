@@ -24,8 +24,8 @@ from sdxl_structure import FULL, NARROW, pipeline, save_single_file
 
 from lora_lab import demo
 from lora_lab.base.load import load_base
-from lora_lab.config import compose
-from lora_lab.schema import Config
+from lora_lab.launch.config import compose
+from lora_lab.settings.schema import Config
 from lora_lab.stages import run
 
 pytestmark = [

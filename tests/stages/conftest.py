@@ -12,8 +12,8 @@ from tiny_runs import inside, train
 
 from lora_lab.adapters.files import kohya_state, save_lora
 from lora_lab.base.load import load_base
-from lora_lab.config import compose
 from lora_lab.demo import TOFU
+from lora_lab.launch.config import compose
 
 
 @pytest.fixture(scope="session")

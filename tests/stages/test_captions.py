@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lora_lab.captions.files import read_captions, write_captions
-from lora_lab.config import compose
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_lab.config import compose
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 
 FAST = ("stage=img2img", "device=cpu", "sampler.steps=4", "stage.strength=0.8")
@@ -112,7 +112,7 @@ def test_low_strength_keeps_more_of_the_photo(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_refused_before_the_base_loads(tmp_path, made_lora, monkeypatch):
-    monkeypatch.setattr("lora_lab.stages.img2img.base_to_draw", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("lora_lab.stages.img2img.load_base_for_sampling", lambda *_: pytest.fail("the base was loaded"))
     photo = f"stage.photo={PHOTOS / '1.png'}"
     for overrides, words in (
         ((photo, f"lora={made_lora}", "stage.strength=0.1"), "leaves no step to run"),

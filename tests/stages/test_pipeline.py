@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from lora_lab.captions.files import read_captions
-from lora_lab.config import compose
 from lora_lab.demo import PHOTOS
 from lora_lab.images.pixels import open_picture
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.stages.pipeline import draw_overview
 from lora_lab.training import run as files

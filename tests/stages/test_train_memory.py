@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from lora_lab.config import compose
 from lora_lab.demo import TOFU
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 
 FAST = (

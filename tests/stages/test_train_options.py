@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tiny_runs import assert_same, checkpointed, lora, metrics, train
 
 from lora_lab.errors import InputError
-from lora_lab.training.state import checkpoints
+from lora_lab.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import MEASURED, lora, metrics, train, validation
 
-from lora_lab.config import compose
 from lora_lab.demo import BASE
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
-from lora_lab.training.state import checkpoints
+from lora_lab.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_runs import FAST, assert_same, cut_out, encoded, interrupt_at, lora, metrics, planned, train
 
-from lora_lab.adapters.wear import worn
+from lora_lab.adapters.attach import lora_attached
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.config import compose
 from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError, RunError
+from lora_lab.launch.config import compose
 from lora_lab.training import class_pictures, step
 from lora_lab.training.loss import objective, predict
 from lora_lab.training.prior import prior_data
@@ -67,12 +67,12 @@ def test_a_folder_of_class_pictures_is_learnt_and_named_where_its_loss_is_no_num
     assert different(lora("run"), three_steps) and all(loss > 0 for loss in losses("run", "prior_loss"))
     with safe_open("run/lora/HANA_TOFU.safetensors", "pt") as file:
         assert file.metadata()["ss_num_reg_images"] == "3" and file.metadata()["ss_prior_loss_weight"] == "1.0"
-    real = step.sample_losses
+    real = step.per_sample_loss
 
     def no_number(unet, asked, batch, target):
         return real(unet, asked, batch, target) * (1 if batch.prior_weight is None else math.nan)
 
-    monkeypatch.setattr(step, "sample_losses", no_number)
+    monkeypatch.setattr(step, "per_sample_loss", no_number)
     with pytest.raises(RunError, match=r"prior's loss of step 1 is nan, at other-\d\.png, other-\d\.png: "):
         train("nan", "steps=1", *how)
 
@@ -178,7 +178,7 @@ def drift(file: Path, *prior: str) -> float:
         batch = of_class.batch(seed=7, step=number, part=0, parts=1, batch_size=2, asked=asked)
         with torch.no_grad():
             base = predict(pipe.unet, asked, batch)
-            with worn(pipe, file):
+            with lora_attached(pipe, file):
                 squares.append((predict(pipe.unet, asked, batch) - base).square().mean().item())
     return sum(squares) / len(squares)
 

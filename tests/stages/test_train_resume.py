@@ -7,7 +7,7 @@ import torch
 from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train
 
 from lora_lab.errors import InputError
-from lora_lab.training.state import checkpoints
+from lora_lab.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import checkpointed, inside, interrupt_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.adapters.tokens import beside, tokenizers_of, tokens_in
-from lora_lab.adapters.wear import find_lora, worn
+from lora_lab.adapters.attach import find_lora, lora_attached
+from lora_lab.adapters.tokens import embeddings_path, installed_tokens, tokenizers_of
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder, encode_captions
 from lora_lab.base.load import load_base
-from lora_lab.config import compose
 from lora_lab.demo import BASE, PHOTOS, TOFU
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
+from lora_lab.training.build import build_training
 from lora_lab.training.data import encode_dataset
-from lora_lab.training.loss import objective, sample_losses
+from lora_lab.training.loss import objective, per_sample_loss
 from lora_lab.training.plan import make_plan
-from lora_lab.training.start import start_job
-from lora_lab.training.text import begin_text
+from lora_lab.training.text_encoders import inject_text_adapters
 
 # Four of the tofu pictures, encoded once for all tests.
 FAST = (
@@ -84,8 +84,8 @@ class Prepared:
         encoder = Encoder(self.pipe, CPU, Cache(Path(self.config.cache)), False, tokenizers)
         self.data = encode_dataset(plan.samples, plan.crops, plan.texts, False, encoder)
         self.asked = objective(self.config.loss, self.pipe.scheduler.config)
-        read = begin_text(self.pipe, CPU, self.config, plan.adapter)
-        self.job = start_job(self.pipe.unet, self.asked, self.config, plan, read)
+        read = inject_text_adapters(self.pipe, CPU, self.config, plan.adapter)
+        self.job = build_training(self.pipe.unet, self.asked, self.config, plan, read)
 
     def batch(self, step=0, dropout=0.0):
         return self.data.batch(
@@ -228,7 +228,7 @@ def test_a_new_token_is_no_end_of_text():
     base = load_base(run.config.model, CPU)
     base.text_encoder_2.text_model.eos_token_id = 2
     plan = make_plan(run.config, Path("run"))
-    assert torch.equal(begin_text(base, CPU, run.config, plan.adapter)(run.batch()).pooled, pooled)
+    assert torch.equal(inject_text_adapters(base, CPU, run.config, plan.adapter)(run.batch()).pooled, pooled)
 
 
 def test_what_stops_stays_exactly_and_the_rest_goes_on(trained):
@@ -249,8 +249,8 @@ def test_every_optimizer_leaves_what_stops_exactly(optimizer):
 
 def test_validation_is_what_plain_diffusers_draws_with_both_files(trained):
     file = trained / "models" / "lora" / "HANA_TOFU.safetensors"
-    embeddings = load_file(str(beside(file)))
-    assert beside(file).name == "HANA_TOFU_emb.safetensors"
+    embeddings = load_file(str(embeddings_path(file)))
+    assert embeddings_path(file).name == "HANA_TOFU_emb.safetensors"
     assert {key: tuple(value.shape) for key, value in embeddings.items()} == {"clip_l": (2, 96), "clip_g": (2, 160)}
     state = load_file(str(file))
     assert {key[:10] for key in state} == {"lora_unet_", "lora_te1_t", "lora_te2_t"}
@@ -298,13 +298,13 @@ def test_img2img_draws_with_the_embeddings_and_misses_them(trained):
         result = run(compose(*asked, "lora=HANA_TOFU", f"stage.prompt={PROMPT}", *more), Path(folder).absolute())
         return np.asarray(Image.open(result.pictures[0].picture))
 
-    right, emb = drawn("right"), load_file(str(beside(file)))
-    save_file({key: -value for key, value in emb.items()}, str(beside(file)))
+    right, emb = drawn("right"), load_file(str(embeddings_path(file)))
+    save_file({key: -value for key, value in emb.items()}, str(embeddings_path(file)))
     assert not np.array_equal(drawn("wrong"), right)
-    save_file({key: value[:1] for key, value in emb.items()}, str(beside(file)))
+    save_file({key: value[:1] for key, value in emb.items()}, str(embeddings_path(file)))
     with pytest.raises(InputError, match="does not hold the 2 embeddings clip_l and clip_g"):
         drawn("short")
-    beside(file).unlink()
+    embeddings_path(file).unlink()
     with pytest.raises(InputError, match=r"trigger HANA_TOFU is 2 new tokens, .*HANA_TOFU_emb.safetensors: put"):
         drawn("without")
 
@@ -325,24 +325,24 @@ def test_publishing_moves_an_older_file_with_its_embeddings(trained):
 def test_wearing_a_file_leaves_nothing_behind(trained):
     file, run = trained / "models" / "lora" / "HANA_TOFU.safetensors", Prepared(*ALL)
     pipe, before = run.pipe, run.job.read(run.batch())
-    own, put = [pipe.tokenizer, pipe.tokenizer_2], tokens_in(pipe)
+    own, put = [pipe.tokenizer, pipe.tokenizer_2], installed_tokens(pipe)
     learning = [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad]
     places = [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()]
     for lora in (file, None):
-        with worn(pipe, lora):
+        with lora_attached(pipe, lora):
             count = len(pipe.tokenizer) - len(own[0])
-            assert count == (2 if lora else 0) and bool(tokens_in(pipe)) == bool(lora)
+            assert count == (2 if lora else 0) and bool(installed_tokens(pipe)) == bool(lora)
             assert not any(pipe.text_encoder.get_input_embeddings() is tokens for tokens in put.values())
-    assert [pipe.tokenizer, pipe.tokenizer_2] == own and tokens_in(pipe) == put
+    assert [pipe.tokenizer, pipe.tokenizer_2] == own and installed_tokens(pipe) == put
     after = run.job.read(run.batch())
     # Where a recorded step reads and writes.
     assert [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()] == places
     assert torch.equal(after.tokens, before.tokens) and torch.equal(after.pooled, before.pooled)
     assert [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad] == learning
-    assert sample_losses(pipe.unet, run.asked, after).requires_grad
+    assert per_sample_loss(pipe.unet, run.asked, after).requires_grad
     base = load_base(run.config.model, CPU)
     (plain,) = encode_captions(base, [PROMPT], CPU, False)
-    with worn(base, file):
+    with lora_attached(base, file):
         assert not torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].pooled, plain.pooled)
     assert torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].tokens, plain.tokens)
 
@@ -392,7 +392,7 @@ def test_training_begins_with_what_the_files_hold(trained):
     train("more", *ALL, "steps=1", "lr=1e-30", "text.token_lr=1e-30", f"stage.start_from={file}")
     state, begun = load_file(str(file)), load_file("more/lora/HANA_TOFU.safetensors")
     assert state.keys() == begun.keys() and all(torch.allclose(state[key], begun[key], atol=1e-9) for key in state)
-    emb, begun = load_file(str(beside(file))), load_file("more/lora/HANA_TOFU_emb.safetensors")
+    emb, begun = load_file(str(embeddings_path(file))), load_file("more/lora/HANA_TOFU_emb.safetensors")
     assert not moved(emb, begun)
     for how, named in (
         ("text=lora", r"has 2 new tokens for its trigger, but this run trains 0: say text\.tokens=2"),

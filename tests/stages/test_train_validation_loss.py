@@ -12,8 +12,8 @@ from tiny_runs import FAST, MEASURED, assert_same, cut_out, inside, train, valid
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
-from lora_lab.config import compose
 from lora_lab.demo import TOFU
+from lora_lab.launch.config import compose
 from lora_lab.training.data import encode_dataset
 from lora_lab.training.plan import make_plan
 from lora_lab.training.randomness import generator

@@ -30,7 +30,7 @@ from experiments.tiny_base.vocabulary import (
     Look,
     full_caption,
 )
-from lora_lab.dataset import read_dataset
+from lora_lab.images.dataset import read_dataset
 
 AVATARS = Path(__file__).with_name("avatars.jsonl.xz")
 PLAIN = Look("yellow lemon")

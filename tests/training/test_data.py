@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from lora_lab.base.encode import TextEmbedding
-from lora_lab.config import compose
-from lora_lab.dataset import Sample
+from lora_lab.images.dataset import Sample
 from lora_lab.images.masks import find_masks
+from lora_lab.launch.config import compose
 from lora_lab.training.data import Example, TrainingData, View, fit_pictures, latent_mask
 from lora_lab.training.loss import objective
 
@@ -74,7 +74,7 @@ def test_a_sample_brings_the_figures_of_its_timestep(override):
     asked = objective(compose(override).loss, {})
     for batch in batches([None, None], override):
         assert torch.equal(batch.weights, asked.weights[batch.timesteps])
-        assert torch.equal(batch.huber_c, asked.huber_c[batch.timesteps])
+        assert torch.equal(batch.huber_delta, asked.huber_delta[batch.timesteps])
 
 
 def test_a_sample_sees_one_crop_and_reads_one_order_of_one_caption():

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lab.training.flat import Flat
+from lora_lab.training.flat import FlatParams
 
 
 def model(dtype):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).to(dtype)
-    return layers, Flat(list(layers.parameters()), dtype)
+    return layers, FlatParams(list(layers.parameters()), dtype)
 
 
 def one_step(layers, learnt, optimizer, most=None):

@@ -5,16 +5,16 @@ import torch
 from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.config import compose
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 from lora_lab.training.loss import (
     Batch,
     debiased_weights,
-    huber_c,
+    elementwise_loss,
+    huber_delta,
     min_snr_weights,
     objective,
-    pixel_errors,
-    sample_losses,
+    per_sample_loss,
 )
 
 SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -47,7 +47,7 @@ def batch_of(asked, **changes):
         pooled=torch.zeros(3, 8),
         time_ids=torch.zeros(3, 6),
         weights=asked.weights[TIMESTEPS],
-        huber_c=asked.huber_c[TIMESTEPS],
+        huber_delta=asked.huber_delta[TIMESTEPS],
         mask=None,
     )
     return Batch(**parts | changes)
@@ -79,9 +79,9 @@ def test_debiased_is_one_over_the_root_of_the_snr_and_of_v_prediction_over_one_m
 
 def test_huber_c_falls_from_one_to_c_where_noise_grows():
     kept = torch.tensor([1.0, 0.5, 0.2, 0.0])  # sigma 0, 1, 2, infinite
-    assert torch.allclose(huber_c(0.1, "constant", kept), torch.full((4,), 0.1))
-    assert torch.allclose(huber_c(0.1, "snr", kept), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1]))
-    assert torch.allclose(huber_c(0.0001, "exponential", kept), torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    assert torch.allclose(huber_delta(0.1, "constant", kept), torch.full((4,), 0.1))
+    assert torch.allclose(huber_delta(0.1, "snr", kept), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1]))
+    assert torch.allclose(huber_delta(0.0001, "exponential", kept), torch.tensor([1.0, 0.1, 0.01, 0.001]))
 
 
 def test_the_errors_of_a_pixel():
@@ -89,12 +89,12 @@ def test_the_errors_of_a_pixel():
     c = torch.tensor([4.0, 1.0])  # hypotenuses 5 and 1.25
     expected = {"l2": [9, 0.5625], "l1": [3, 0.75], "huber": [2 * 4 * (5 - 4), 2 * 0.25], "smooth_l1": [2, 0.5]}
     for kind, errors in expected.items():
-        assert torch.allclose(pixel_errors(kind, wrong, right, c).flatten(), torch.tensor(errors).float()), kind
+        assert torch.allclose(elementwise_loss(kind, wrong, right, c).flatten(), torch.tensor(errors).float()), kind
 
 
 def test_huber_is_nearly_the_square_of_small_errors_and_grows_straight_beyond():
     c, right = torch.full((1,), 0.1), torch.zeros(1, 1, 1, 1)
-    errors = [pixel_errors("huber", right + d, right, c).item() for d in (1e-4, 100.0, 200.0)]
+    errors = [elementwise_loss("huber", right + d, right, c).item() for d in (1e-4, 100.0, 200.0)]
     assert errors[0] == pytest.approx(1e-8, rel=1e-4)
     assert errors[2] - errors[1] == pytest.approx(2 * 0.1 * 100, rel=1e-3)
 
@@ -116,8 +116,8 @@ def test_the_right_answer_costs_nothing_and_a_wrong_one_its_square(prediction):
     asked = asked_of("loss.snr_gamma=0.5", prediction_type=prediction)
     batch = batch_of(asked)
     right = target_of(asked, batch)
-    assert torch.allclose(sample_losses(Knowing(right), asked, batch), torch.zeros(3), atol=1e-10)
-    off_by_two = sample_losses(Knowing(right + 2), asked, batch)
+    assert torch.allclose(per_sample_loss(Knowing(right), asked, batch), torch.zeros(3), atol=1e-10)
+    off_by_two = per_sample_loss(Knowing(right + 2), asked, batch)
     assert torch.allclose(off_by_two, 4 * batch.weights, rtol=1e-4) and batch.weights.min() < 0.1
 
 
@@ -127,7 +127,9 @@ def test_the_prediction_is_the_bases_unless_another_is_named():
     for base in ("epsilon", "v_prediction"):
         asked = asked_of("loss.prediction=v_prediction", prediction_type=base)
         batch = batch_of(asked)
-        assert torch.allclose(sample_losses(Knowing(target_of(asked, batch)), asked, batch), torch.zeros(3), atol=1e-10)
+        assert torch.allclose(
+            per_sample_loss(Knowing(target_of(asked, batch)), asked, batch), torch.zeros(3), atol=1e-10
+        )
         snr = asked.schedule.alphas_cumprod / (1 - asked.schedule.alphas_cumprod)
         assert torch.allclose(asked.weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
 
@@ -136,10 +138,11 @@ def test_the_prediction_is_the_bases_unless_another_is_named():
 def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
     asked = asked_of("loss.snr_gamma=0.5", f"loss.type={kind}", "loss.huber_c=0.3", "loss.huber_schedule=exponential")
     batch = batch_of(asked)
-    assert torch.allclose(batch.huber_c, 0.3 ** (TIMESTEPS / 1000))
-    distances = (4 + batch.huber_c**2).sqrt() - batch.huber_c  # of errors of 2
-    expected = {"l1": torch.full((3,), 2.0), "huber": 2 * batch.huber_c * distances, "smooth_l1": 2 * distances}[kind]
-    losses = sample_losses(Knowing(batch.noise + 2), asked, batch)
+    assert torch.allclose(batch.huber_delta, 0.3 ** (TIMESTEPS / 1000))
+    distances = (4 + batch.huber_delta**2).sqrt() - batch.huber_delta  # of errors of 2
+    scaled = 2 * batch.huber_delta * distances
+    expected = {"l1": torch.full((3,), 2.0), "huber": scaled, "smooth_l1": 2 * distances}[kind]
+    losses = per_sample_loss(Knowing(batch.noise + 2), asked, batch)
     assert torch.allclose(losses, expected * batch.weights, rtol=1e-4)
 
 
@@ -151,7 +154,7 @@ def test_a_mask_takes_errors_out_and_leaves_a_pixel_its_weight():
     wrong = batch.noise + 2
     wrong[0, :, :, :6] += 100  # where nothing is learnt
     expected = torch.tensor([4 * 2 / 8, 4 * (6 + 0.5 * 2) / 8, 4])
-    assert torch.allclose(sample_losses(Knowing(wrong), asked, batch), expected, rtol=1e-4)
+    assert torch.allclose(per_sample_loss(Knowing(wrong), asked, batch), expected, rtol=1e-4)
 
 
 def test_a_base_of_fewer_timesteps_is_told():
@@ -169,7 +172,7 @@ def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
     assert asked.schedule.alphas_cumprod[-1] == 0 and asked.weights.isfinite().all()
     batch = batch_of(asked, timesteps=torch.tensor([999, 999, 999]))
     velocity = -batch.latents  # of noise alone
-    assert torch.allclose(sample_losses(Knowing(velocity), asked, batch), torch.zeros(3), atol=1e-10)
+    assert torch.allclose(per_sample_loss(Knowing(velocity), asked, batch), torch.zeros(3), atol=1e-10)
     assert asked_of(prediction_type="v_prediction", rescale_betas_zero_snr=True).schedule.alphas_cumprod[-1] == 0
     off = asked_of("loss.zero_terminal_snr=false", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert off.schedule.alphas_cumprod[-1] > 0.004
@@ -183,5 +186,5 @@ def test_a_step_waits_for_no_number(overrides, mask):
     batch = batch_of(asked, mask=mask)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = Batch(**{key: value if value is None else mode.from_tensor(value) for key, value in vars(batch).items()})
-        losses = sample_losses(Knowing(fake.noise + 1), asked, fake)
+        losses = per_sample_loss(Knowing(fake.noise + 1), asked, fake)
     assert losses.shape == (3,)

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from lora_lab.config import compose
 from lora_lab.errors import RunError
+from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training import step
-from lora_lab.training.memory import expected_mib, memory_line, what_helps
+from lora_lab.training.memory import expected_mib, memory_hint, memory_line
 
 SDXL = ("stage=train", "experiment=sdxl", "dataset.root=x")
 PRESETS = ("fast", "balanced", "low", "minimal")
@@ -39,9 +39,9 @@ def test_the_plan_says_what_to_change_where_it_does_not_fit():
 
 
 def test_what_helps_leads_down_the_presets_to_the_end():
-    said = [what_helps(compose(*SDXL, f"memory={name}").memory, 1) for name in PRESETS]
+    said = [memory_hint(compose(*SDXL, f"memory={name}").memory, 1) for name in PRESETS]
     assert said == [f"say memory={name}" for name in PRESETS[1:]] + ["say a smaller rank or model.resolution"]
-    assert what_helps(compose(*SDXL).memory, 4).endswith("batch_size=2 with stage.gradient_accumulation=2")
+    assert memory_hint(compose(*SDXL).memory, 4).endswith("batch_size=2 with stage.gradient_accumulation=2")
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, 
     monkeypatch.chdir(tmp_path)
     common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
     common += ("stage.prompts=['A {trigger}']",)
-    folder, losses, done = tmp_path / "run", step.sample_losses, []
+    folder, losses, done = tmp_path / "run", step.per_sample_loss, []
 
     def small(*given) -> torch.Tensor:
         if len(done) == 2:
@@ -57,7 +57,7 @@ def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, 
         done.append(1)
         return losses(*given)
 
-    monkeypatch.setattr(step, "sample_losses", small)
+    monkeypatch.setattr(step, "per_sample_loss", small)
     with pytest.raises(RunError, match=r"not enough: say memory=balanced, or batch_size=2 .* go on with resume=.*run"):
         run(compose(*common), folder)
     monkeypatch.undo()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lab.config import CONF, compose
-from lora_lab.training.flat import Flat
+from lora_lab.launch.config import CONF, compose
+from lora_lab.training.flat import FlatParams
 from lora_lab.training.plan import from_library, settled_optimizer
 from lora_lab.training.step import Job
 
@@ -25,7 +25,7 @@ class Toy:
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(80, 64, bias=False), nn.Linear(64, 80, bias=False))
         nn.init.zeros_(self.layers[1].weight)  # as a LoRA begins
-        learnt = Flat(list(self.layers.parameters()), torch.float32)
+        learnt = FlatParams(list(self.layers.parameters()), torch.float32)
         whole = own if elementwise is None else elementwise
         optimizer = from_library("optimizer", settings)([learnt.master] if whole else learnt.matrices())
         if hasattr(optimizer, "train"):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_runs import FAST, encoded
 
-from lora_lab.base.stored import store
-from lora_lab.config import compose
+from lora_lab.base.quantize import quantize_
 from lora_lab.demo import TOFU
+from lora_lab.launch.config import compose
+from lora_lab.training.build import build_training
 from lora_lab.training.loss import objective
-from lora_lab.training.pack import Pack, shell
+from lora_lab.training.pack import Pack, clone_sharing_weights
 from lora_lab.training.plan import make_plan
-from lora_lab.training.start import start_job
 
 STEPS = 4
 POINTS = {
@@ -62,12 +62,14 @@ def trained(jobs, data, backward, publish=lambda: None) -> list[torch.Tensor]:
 def test_a_lora_in_a_pack_is_the_lora_alone(points, prepared, tmp_path):
     root, _, data, pipe = prepared
     configs = [compose(*FAST, root, *COMMON, *point.split()) for point in points]
-    unet = shell(pipe.unet)
-    store(unet, configs[0].memory.linear_weights, configs[0].memory.convolution_weights, torch.device("cpu"))
+    unet = clone_sharing_weights(pipe.unet)
+    quantize_(unet, configs[0].memory.linear_weights, configs[0].memory.convolution_weights, torch.device("cpu"))
     asked = objective(configs[0].loss, pipe.scheduler.config)
 
     def started(alone: bool):
-        return [start_job(shell(unet), asked, c, make_plan(c, tmp_path), alone=alone) for c in configs]
+        return [
+            build_training(clone_sharing_weights(unet), asked, c, make_plan(c, tmp_path), alone=alone) for c in configs
+        ]
 
     alone = []
     for job in started(alone=True):

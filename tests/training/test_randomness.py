@@ -1,17 +1,17 @@
 import pytest
 import torch
 
-from lora_lab.config import compose
+from lora_lab.launch.config import compose
 from lora_lab.training.randomness import (
+    batch_indices,
     batches_per_epoch,
-    chosen,
-    draw,
+    choose,
     generator,
     offset_noise,
-    pick,
     pyramid_noise,
+    sample_randomness,
     seed_of,
-    shuffled,
+    shuffle_caption_tags,
     timestep_at,
 )
 
@@ -25,28 +25,28 @@ def test_the_draws_of_earlier_versions_stay_as_they_were():
         ((0, 5, 2), 110, (True, False), [0.7286866, -1.1788789, -0.6293774, 0.5116912]),
         ((7, 123, 0), 16, (False, False), [0.6189024, 0.0027619, 1.5863043, -0.1394519]),
     ):
-        drawn = draw(*key, (4, 8, 8), LOSS, 0.1)
+        drawn = sample_randomness(*key, (4, 8, 8), LOSS, 0.1)
         assert drawn.timestep == timestep and (drawn.flip, drawn.drop_caption) == coins
         assert [*drawn.noise[0, 0, :3].tolist(), drawn.noise[3, 7, 7].item()] == pytest.approx(numbers, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", [LOSS, ALL_ON], ids=["plain", "all options"])
 def test_a_draw_depends_on_seed_step_and_sample_alone(loss):
-    first = draw(0, 5, 2, (4, 8, 8), loss, 0.1)
+    first = sample_randomness(0, 5, 2, (4, 8, 8), loss, 0.1)
     torch.rand(100)  # whatever else draws in between
-    again = draw(0, 5, 2, (4, 8, 8), loss, 0.1)
+    again = sample_randomness(0, 5, 2, (4, 8, 8), loss, 0.1)
     assert first.timestep == again.timestep and torch.equal(first.noise, again.noise)
     assert (first.flip, first.drop_caption) == (again.flip, again.drop_caption)
     for other in (
-        draw(1, 5, 2, (4, 8, 8), loss, 0.1),
-        draw(0, 6, 2, (4, 8, 8), loss, 0.1),
-        draw(0, 5, 3, (4, 8, 8), loss, 0.1),
+        sample_randomness(1, 5, 2, (4, 8, 8), loss, 0.1),
+        sample_randomness(0, 6, 2, (4, 8, 8), loss, 0.1),
+        sample_randomness(0, 5, 3, (4, 8, 8), loss, 0.1),
     ):
         assert not torch.equal(first.noise, other.noise)
 
 
 def test_timesteps_and_coins_are_uniform():
-    draws = [draw(0, step, 0, (1, 1, 1), LOSS, 0.25) for step in range(2000)]
+    draws = [sample_randomness(0, step, 0, (1, 1, 1), LOSS, 0.25) for step in range(2000)]
     timesteps = torch.tensor([d.timestep for d in draws], dtype=torch.float64)
     assert timesteps.min() < 10 and timesteps.max() > 989
     assert abs(timesteps.mean().item() - 499.5) < 20  # three standard errors
@@ -66,7 +66,7 @@ def test_timesteps_and_coins_are_uniform():
 )
 def test_an_option_changes_its_own_draw_and_no_other(override, changed):
     for step in range(5):
-        plain, other = (draw(0, step, 0, (4, 8, 8), loss, 0.1) for loss in (LOSS, compose(override).loss))
+        plain, other = (sample_randomness(0, step, 0, (4, 8, 8), loss, 0.1) for loss in (LOSS, compose(override).loss))
         found = {
             key
             for key, value in vars(plain).items()
@@ -77,16 +77,18 @@ def test_an_option_changes_its_own_draw_and_no_other(override, changed):
 
 def test_the_discount_of_the_pyramid_reaches_the_noise():
     loss, other = (compose("loss.pyramid_iterations=6", f"loss.pyramid_discount={d}").loss for d in (0.3, 0.9))
-    noise = draw(0, 0, 0, (4, 8, 8), LOSS, 0.1).noise
+    noise = sample_randomness(0, 0, 0, (4, 8, 8), LOSS, 0.1).noise
     for settings in (loss, other):
-        drawn = draw(0, 0, 0, (4, 8, 8), settings, 0.1).noise
+        drawn = sample_randomness(0, 0, 0, (4, 8, 8), settings, 0.1).noise
         source = generator(0, "pyramid noise", 0, 0)
         assert torch.equal(drawn, pyramid_noise(noise, 6, settings.pyramid_discount, source))
 
 
 def timesteps_of(*overrides, count=2000):
     loss = compose(*overrides).loss
-    return torch.tensor([draw(0, step, 0, (1, 1, 1), loss, 0.0).timestep for step in range(count)]).double()
+    return torch.tensor(
+        [sample_randomness(0, step, 0, (1, 1, 1), loss, 0.0).timestep for step in range(count)]
+    ).double()
 
 
 def test_timesteps_fill_their_range_and_keep_to_it():
@@ -152,13 +154,13 @@ def test_near_keys_give_unrelated_seeds():
 def test_an_epoch_shows_every_picture_once():
     buckets = [list(range(24))]
     for epoch in range(3):
-        batches = [pick(0, epoch * 6 + i, buckets, 4) for i in range(6)]
+        batches = [batch_indices(0, epoch * 6 + i, buckets, 4) for i in range(6)]
         assert sorted(i for batch in batches for i in batch) == list(range(24))
 
 
 def test_epochs_and_seeds_differ_in_order():
     buckets = [list(range(24))]
-    epoch = lambda seed, number: [pick(seed, number * 6 + i, buckets, 4) for i in range(6)]  # noqa: E731
+    epoch = lambda seed, number: [batch_indices(seed, number * 6 + i, buckets, 4) for i in range(6)]  # noqa: E731
     assert epoch(0, 0) != epoch(0, 1)
     assert epoch(0, 0) != epoch(1, 0)
 
@@ -166,7 +168,7 @@ def test_epochs_and_seeds_differ_in_order():
 def test_a_batch_holds_one_size_and_a_short_bucket_is_filled_from_itself():
     buckets = [[0, 1, 2, 3, 4], [5, 6], [7]]
     assert batches_per_epoch(buckets, 4) == 4
-    batches = [pick(0, i, buckets, 4) for i in range(4)]
+    batches = [batch_indices(0, i, buckets, 4) for i in range(4)]
     for batch in batches:
         assert len(batch) == 4
         assert any(set(batch) <= set(bucket) for bucket in buckets)
@@ -174,33 +176,33 @@ def test_a_batch_holds_one_size_and_a_short_bucket_is_filled_from_itself():
 
 
 def test_choices_are_even_and_drawn_apart():
-    draws = [draw(0, step, 0, (1, 1, 1), LOSS, 0.0) for step in range(3000)]
+    draws = [sample_randomness(0, step, 0, (1, 1, 1), LOSS, 0.0) for step in range(3000)]
     for key in ("crop", "caption", "order"):
-        picked = [chosen(vars(d)[key], "abc") for d in draws]
+        picked = [choose(vars(d)[key], "abc") for d in draws]
         assert all(abs(picked.count(one) - 1000) < 100 for one in "abc")
-    pairs = {(chosen(d.crop, "abc"), chosen(d.caption, "abc"), chosen(d.order, "abc"), d.flip) for d in draws}
+    pairs = {(choose(d.crop, "abc"), choose(d.caption, "abc"), choose(d.order, "abc"), d.flip) for d in draws}
     assert len(pairs) == 54, "every crop meets every caption, order and flip"
-    assert draws[5].crop == draw(0, 5, 0, (4, 8, 8), ALL_ON, 0.5).crop
-    assert len({d.crop for d in (draw(0, 5, i, (1, 1, 1), LOSS, 0) for i in range(9))}) == 9
+    assert draws[5].crop == sample_randomness(0, 5, 0, (4, 8, 8), ALL_ON, 0.5).crop
+    assert len({d.crop for d in (sample_randomness(0, 5, i, (1, 1, 1), LOSS, 0) for i in range(9))}) == 9
 
 
 def test_phrases_are_shuffled_behind_those_that_stay():
     caption = "A HANA_TOFU, with a hat,winking, waving , in the snow"
-    orders = shuffled(caption, 1, 8)
+    orders = shuffle_caption_tags(caption, 1, 8)
     assert len(set(orders)) == 8 and all(order.startswith("A HANA_TOFU, ") for order in orders)
     phrases = ["A HANA_TOFU", "in the snow", "waving", "winking", "with a hat"]
     assert all(sorted(order.split(", ")) == phrases for order in orders)
-    assert {order.split(", ")[0] for order in shuffled(caption, 0, 40)} == set(phrases)
-    assert orders == shuffled(caption, 1, 8) != shuffled(caption + "!", 1, 8)
-    assert shuffled(caption, 3, 8) == [
+    assert {order.split(", ")[0] for order in shuffle_caption_tags(caption, 0, 40)} == set(phrases)
+    assert orders == shuffle_caption_tags(caption, 1, 8) != shuffle_caption_tags(caption + "!", 1, 8)
+    assert shuffle_caption_tags(caption, 3, 8) == [
         "A HANA_TOFU, with a hat, winking, waving, in the snow",
         "A HANA_TOFU, with a hat, winking, in the snow, waving",
     ]
-    assert shuffled("A HANA_TOFU", 1, 8) == shuffled("A HANA_TOFU", 5, 8) == ["A HANA_TOFU"]
+    assert shuffle_caption_tags("A HANA_TOFU", 1, 8) == shuffle_caption_tags("A HANA_TOFU", 5, 8) == ["A HANA_TOFU"]
 
 
 def test_a_repeated_picture_comes_as_often_as_it_is_repeated_in_every_epoch():
     buckets = [[0, 0, 0, 1, 2]]
     for epoch in range(4):
-        seen = [i for batch in range(5) for i in pick(0, epoch * 5 + batch, buckets, 1)]
+        seen = [i for batch in range(5) for i in batch_indices(0, epoch * 5 + batch, buckets, 1)]
         assert sorted(seen) == buckets[0]

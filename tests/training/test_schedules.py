@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lora_lab.config import compose
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
 from lora_lab.training.step import learning_rates
 
 

@@ -17,7 +17,7 @@ from experiments.tiny_base.held_out import HeldOut
 from experiments.tiny_base.lessons import write
 from experiments.tiny_base.palette import background
 from experiments.tiny_base.render import picture
-from lora_lab.config import compose
+from lora_lab.launch.config import compose
 
 SEED = 2  # of everything drawn here; training's is 1
 SIZE = (128, 128)

@@ -15,7 +15,7 @@ from experiments.tiny_base.held_out import HELD_OUT
 from experiments.tiny_base.palette import background
 from experiments.tiny_base.render import picture
 from experiments.tiny_base.vocabulary import altered, full_caption
-from lora_lab.judge import look
+from lora_lab.evaluation.embedders import embed
 
 
 @torch.inference_mode()
@@ -28,7 +28,7 @@ def clip(bench: Bench, size: int = 256) -> dict:
     rng = Random(f"{SEED}/clip")
 
     def see(pictures: list[Image.Image]) -> Tensor:
-        return look(settings, pictures, [], torch.device("cpu")).clip.whole
+        return embed(settings, pictures, [], torch.device("cpu")).clip.whole
 
     def understand(texts: list[str]) -> Tensor:
         tokens = processor(text=texts, return_tensors="pt", padding="max_length", truncation=True)
@@ -57,9 +57,9 @@ def subject_retrieval(see: Callable, kinds: int = 60) -> float:
     rng = Random(f"{SEED}/subjects")
     pairs: dict[str, list[Image.Image]] = defaultdict(list)
     while sum(len(images) >= 2 for images in pairs.values()) < kinds:
-        svg, look = random_character(rng)
-        if not look.subject.endswith("blob"):
-            pairs[look.subject].append(picture(svg, background(rng)[1]))
+        svg, embed = random_character(rng)
+        if not embed.subject.endswith("blob"):
+            pairs[embed.subject].append(picture(svg, background(rng)[1]))
     twins = [images[:2] for images in pairs.values() if len(images) >= 2]
     features = see([image for pair in twins for image in pair])
     nearest = (features @ features.T).fill_diagonal_(-1).argmax(1)

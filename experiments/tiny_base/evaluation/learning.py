@@ -15,9 +15,9 @@ from experiments.tiny_base.held_out import HELD_OUT, HeldOut
 from experiments.tiny_base.palette import BACKGROUNDS
 from experiments.tiny_base.vocabulary import full_caption, parsed
 from lora_lab import demo
-from lora_lab.adapters.wear import worn
+from lora_lab.adapters.attach import lora_attached
 from lora_lab.base.load import load_base, pick_device
-from lora_lab.generate import Request, generate
+from lora_lab.sampling.generate import Request, generate
 from lora_lab.stages.img2img import img2img
 from lora_lab.stages.train import TrainResult, train
 
@@ -46,7 +46,7 @@ def taught(bench: Bench, name: str, root: Path, looks: int, *overrides: str) -> 
     config = bench.config("stage=train")
     pipe = load_base(config.model, pick_device("auto"))
     before = list(generate(pipe, [Request(prompt, 0, SIZE) for prompt in prompts], config.sampler))
-    with worn(pipe, Path(result.lora)):
+    with lora_attached(pipe, Path(result.lora)):
         requests = [Request(prompt, seed, SIZE) for seed in range(2) for prompt in prompts]
         images = list(generate(pipe, requests, config.sampler))
     bench.sheet(f"lora-{name}", [*pictures_in(root)[:looks], *before, *images], looks)

@@ -9,8 +9,8 @@ from experiments.tiny_base import judge
 from experiments.tiny_base.evaluation.bench import COLUMNS, SIZE, Bench, image_of, spread, tally
 from experiments.tiny_base.vocabulary import Look, full_caption
 from lora_lab.base.load import load_base, pick_device
-from lora_lab.generate import Request, generate
 from lora_lab.images.sheet import contact_sheet
+from lora_lab.sampling.generate import Request, generate
 
 # What an older base knows too; for the picture that shows both.
 SAMPLES = (

@@ -1,0 +1,301 @@
+"""Frozen weights kept in fewer bits: layers that hold 8 or 4 bits a number and give whole ones when they multiply.
+
+A product keeps nothing of the whole weight for its backward pass, but makes it again: it is the reading of an eighth
+of a number, and what is saved is the memory of a base that does not learn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lab.errors import InputError
+
+BLOCK = 64  # numbers that share a scale in NF4; SDXL has no layer that is no multiple
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # the ends and the time embedding are small, and stay as they are
+LEAST = 1024  # rows and outputs of a product in fp8: with fewer, rounding x takes longer than the product saves (H100)
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+class RowwiseQuantized(nn.Module):
+    """8 bits a number and a scale a row: the largest number of an output becomes the largest that the type has.
+
+    The relative error of a product is about 2.7 % in fp8 (three bits of fraction), 0.8 % in int8."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)  # the weight's shape
+        self.register_buffer("scale", scale, persistent=False)  # (outputs,)
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> "RowwiseQuantized":
+        rows = weight.detach().flatten(1).float()
+        most = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+        scale = (rows.abs().amax(1).clamp(min=1e-12) / most).to(weight.dtype)  # rounded first, so that codes fit it
+        codes = rows / scale.float()[:, None]
+        codes = codes.round() if dtype == torch.int8 else codes
+        return cls(codes.to(dtype).view_as(weight), scale)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype) * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.linear(x, self.codes.to(x.dtype))
+        # The scale belongs to the outputs, which are fewer than the weights.
+        return out * self.scale if bias is None else torch.addcmul(bias, out, self.scale)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        return (gradient * self.scale) @ self.codes.to(gradient.dtype)
+
+    def convolve(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        return _Convolution.apply(x, self.codes, layer) * self.scale.view(-1, 1, 1)
+
+    @classmethod
+    def joined(cls, parts: Sequence["RowwiseQuantized"]) -> "RowwiseQuantized":
+        return cls(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]))
+
+    def cut(self, count: int) -> list["RowwiseQuantized"]:
+        """`count` parts of equally many rows, in the same memory."""
+        return [type(self)(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
+
+
+class Fp8Matmul(RowwiseQuantized):
+    """fp8 in the products too, forward and backward, where the hardware multiplies fp8 twice as fast as bf16.
+
+    What is multiplied with the weight is rounded to fp8 with a scale of its own for each row. A second copy of the
+    codes lies the other way round, as the backward product needs it: memory is that of bf16. Products that would not
+    gain by it are made of whole numbers."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__(codes, scale)
+        self.register_buffer("turned", codes.t().contiguous(), persistent=False)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not _fp8_pays(x, self.codes):
+            return super().product(x, bias)
+        out = _fp8_product(x, self.codes, self.scale)
+        return out if bias is None else out + bias
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """The rows' scale belongs to the gradient's columns."""
+        if not _fp8_pays(gradient, self.turned):
+            return super().back(gradient)
+        ones = torch.ones_like(self.scale[:1]).expand(len(self.turned))
+        return _fp8_product(gradient * self.scale, self.turned, ones)
+
+    def cut(self, count: int) -> list[RowwiseQuantized]:
+        return [RowwiseQuantized(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
+
+
+class Nf4(nn.Module):
+    """4 bits a number and a scale for 64 of them (Dettmers et al. 2023, arXiv 2305.14314); by bitsandbytes.
+
+    The relative error of a product is about 9 %. bitsandbytes is shown rows of 64, whatever the weight's shape: on a
+    CPU (0.50.2) it gives wrong numbers for rows that are no whole number of blocks."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, levels: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)  # (numbers / 2, 1)
+        self.register_buffer("scale", scale, persistent=False)  # (numbers / 64,)
+        self.register_buffer("levels", levels, persistent=False)  # (16,)
+        self.shape = shape
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Nf4":
+        """Of a weight whose numbers are a multiple of 64."""
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, state = quantize_4bit(weight.detach().reshape(-1, BLOCK), blocksize=BLOCK, quant_type="nf4")
+        return cls(codes, state.absmax, state.code, weight.shape)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        rows = torch.Size((self.shape.numel() // BLOCK, BLOCK))
+        state = QuantState(self.scale, rows, self.levels, BLOCK, "nf4", dtype=dtype)
+        return dequantize_4bit(self.codes, state).view(self.shape)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight(x.dtype), bias)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.weight(gradient.dtype)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Nf4"]) -> "Nf4":
+        codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+        shape = torch.Size((sum(p.shape[0] for p in parts), *parts[0].shape[1:]))
+        return cls(codes, scale, parts[0].levels, shape)
+
+    def cut(self, count: int) -> list["Nf4"]:
+        shape = torch.Size((self.shape[0] // count, *self.shape[1:]))
+        parts = zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)
+        return [Nf4(codes, scale, self.levels, shape) for codes, scale in parts]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight as it is, with what the stored ones can do."""
+
+    matrix: Tensor  # (outputs, inputs)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.matrix, bias)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.matrix
+
+
+FrozenWeight = RowwiseQuantized | Nf4 | Dense  # product(x, bias), back(gradient)
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight is `stored` as one of the above."""
+
+    def __init__(self, inputs: int, outputs: int, bias: nn.Parameter | None, stored: nn.Module, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = inputs, outputs
+        self.bias, self.stored, self.dtype = bias, stored, dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, made anew."""
+        return self.stored.weight(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.stored, self.bias)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A frozen convolution whose weight is `stored`."""
+
+    def __init__(self, layer: nn.Conv2d, stored: RowwiseQuantized) -> None:
+        nn.Module.__init__(self)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(layer, name))
+        self.padding_mode, self.bias, self.stored, self.dtype = (
+            layer.padding_mode,
+            layer.bias,
+            stored,
+            layer.weight.dtype,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, made anew."""
+        return self.stored.weight(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.stored.convolve(x, self)
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+
+def validate_quantization(linears: str, convolutions: str, device: torch.device) -> None:
+    """Raise InputError for what `device` cannot keep or multiply."""
+    if device.type == "cuda" and linears == "fp8_products" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(
+            "memory.linear_weights=fp8_products: this GPU multiplies no fp8 (Ada, Hopper and later do), say base, or "
+            "fp8 to save memory"
+        )
+    for key, form in (("linear_weights", linears), ("convolution_weights", convolutions)):
+        if device.type == "mps" and form not in ("base", "int8"):
+            raise InputError(f"memory.{key}={form}: there is no {form} on this device, say base or int8")
+
+
+def quantize_(unet: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    """Put the frozen `unet` on `device`, its blocks' weights stored as asked: base, fp8, int8, and of linear layers nf4
+    and fp8_products.
+
+    Layer by layer, so that the device never holds all of it in full precision."""
+    for name in BLOCKS:
+        _replace(getattr(unet, name), linears, convolutions, device)
+    unet.to(device)
+
+
+def _replace(module: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and linears != "base" and child.weight.numel() % BLOCK == 0:
+            setattr(module, name, _quantized_linear(child.to(device), linears))
+        elif type(child) is nn.Conv2d and convolutions != "base" and child.groups == 1 and max(child.dilation) == 1:
+            setattr(
+                module, name, QuantizedConv2d(child, RowwiseQuantized.of(child.to(device).weight, DTYPES[convolutions]))
+            )
+        else:
+            _replace(child, linears, convolutions, device)
+
+
+def _quantized_linear(layer: nn.Linear, form: str) -> QuantizedLinear:
+    weight = layer.weight.detach()
+    if form == "nf4":
+        stored = Nf4.of(weight)
+    else:
+        kind = Fp8Matmul if form == "fp8_products" else RowwiseQuantized
+        stored = kind.of(weight, DTYPES.get(form, torch.float8_e4m3fn))
+    return QuantizedLinear(layer.in_features, layer.out_features, layer.bias, stored, weight.dtype)
+
+
+def joined(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
+    """The weights of `layers`, of one input and one output size, one below the other: they make one product.
+
+    The layers share its memory from now on. None where they can't be one."""
+    if all(type(layer) is nn.Linear for layer in layers):
+        whole = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+        for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
+            layer.weight.data = part
+        return Dense(whole)
+    kinds = {type(layer.stored) if isinstance(layer, QuantizedLinear) else None for layer in layers}
+    if len(kinds) > 1 or None in kinds:
+        return None
+    if len(layers) == 1:
+        return layers[0].stored
+    whole = kinds.pop().joined([layer.stored for layer in layers])
+    for layer, part in zip(layers, whole.cut(len(layers)), strict=True):
+        layer.stored = part
+    return whole
+
+
+class _Product(torch.autograd.Function):
+    """x times a stored weight, of which nothing whole is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, stored: FrozenWeight, bias: Tensor | None) -> Tensor:
+        ctx.stored = stored
+        return stored.product(x, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.stored.back(gradient), None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """`layer`'s convolution by `codes`, without its bias; likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, layer: nn.Conv2d) -> Tensor:
+        ctx.codes, ctx.shape, ctx.layer = codes, x.shape, layer
+        return F.conv2d(x, codes.to(x.dtype), None, layer.stride, layer.padding)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        layer, weight = ctx.layer, ctx.codes.to(gradient.dtype)
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding), None, None
+
+
+def _fp8_pays(x: Tensor, codes: Tensor) -> bool:
+    return min(x.shape[:-1].numel(), len(codes)) >= LEAST
+
+
+def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., I) times codes (O, I) with the scales of their rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    its = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(codes.dtype).max
+    out = torch._scaled_mm(
+        (rows / its).to(codes.dtype),
+        codes.t(),
+        scale_a=its,
+        scale_b=scale.float()[None].contiguous(),
+        out_dtype=torch.bfloat16,  # the only one that scales by rows have
+        use_fast_accum=True,
+    )
+    return out.to(x.dtype).view(*x.shape[:-1], -1)

@@ -1,0 +1,1 @@
+"""How good a LoRA is, read from the pictures that it draws."""

@@ -1,0 +1,1 @@
+"""Every setting: its type, default, bounds, meaning, and what it decides."""

@@ -1,0 +1,114 @@
+"""The judges, on CLIP and DINOv2 with the real ones' architecture and random weights."""
+
+import gc
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
+
+from lora_lab.demo import HERE, TOFU
+from lora_lab.errors import InputError
+from lora_lab.evaluation import metrics
+from lora_lab.evaluation.embedders import caption_images, embed
+from lora_lab.launch.config import compose
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A CLIP of clip-vit-large-patch14's settings and a DINOv2 of dinov2-base's, but for width and depth."""
+    torch.manual_seed(0)
+    clip, dino = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("dino")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=size | {"vocab_size": 1143, "projection_dim": 24},
+        vision_config=size | {"patch_size": 14, "image_size": 224, "projection_dim": 24},
+        projection_dim=24,
+    )
+    CLIPModel(config).half().save_pretrained(clip)
+    CLIPImageProcessor().save_pretrained(clip)  # 224 px, cut at the centre
+    for file in (HERE / "tiny-clip").iterdir():
+        if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
+            shutil.copy(file, clip)
+    size = {key: value for key, value in size.items() if key != "intermediate_size"}
+    Dinov2Model(Dinov2Config(**size, patch_size=14, image_size=518)).save_pretrained(dino)
+    (dino / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "crop_size": {"height": 224, '
+        '"width": 224}, "do_center_crop": true, "do_convert_rgb": true, "do_normalize": true, "do_rescale": true, '
+        '"do_resize": true, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3, '
+        '"rescale_factor": 0.00392156862745098}'
+    )
+    return replace(compose().model, judge=str(clip), dino=str(dino))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.open(TOFU / f"{i:02d}.png").convert("RGB").resize((128 + 32 * (i % 2), 128)) for i in range(18)]
+
+
+def test_what_the_judges_see_are_unit_vectors_of_every_picture_and_text(large, pictures):
+    seen = embed(large, pictures, ["a tofu", "a tofu with a hat " * 40], CPU)
+    assert seen.clip.whole.shape == (18, 24) and seen.dino.whole.shape == (18, 32) and seen.texts.shape == (2, 24)
+    assert seen.clip.parts.shape == seen.dino.parts.shape == (18, 16 * 16, 32)
+    for vectors in (seen.clip.whole, seen.dino.whole, seen.texts):
+        assert vectors.dtype == torch.float32 and torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)))
+    alone = embed(large, pictures[17:], [], CPU)
+    for view, among in ((alone.clip, seen.clip), (alone.dino, seen.dino)):
+        assert torch.allclose(view.whole[0], among.whole[17], atol=1e-5), "a picture does not depend on its company"
+        assert torch.allclose(view.parts[0], among.parts[17], atol=1e-4)
+
+
+def test_what_clip_sees_is_what_its_own_forward_pass_compares(pictures):
+    """The bundled CLIP finds the caption of a picture, and two tofus more alike than a tofu and a face."""
+    texts = ["A character with a purple background, wearing round glasses", "A cartoon person with a red background"]
+    photo = Image.open(HERE / "photos" / "1.png").convert("RGB")
+    seen = embed(compose().model, [pictures[3], pictures[4], photo], texts, CPU)
+    assert seen.dino is None
+    tofu, another, face = seen.clip.whole
+    own, other = seen.texts @ tofu
+    assert own > other + 0.2 and tofu @ another > tofu @ face
+
+
+def test_the_parts_that_clip_sees_lie_where_they_are_in_the_picture(pictures):
+    """Painted over at the upper left, the parts there change most."""
+    over = pictures[4].copy()
+    over.paste("black", (0, 0, 48, 48))
+    seen = embed(compose().model, [pictures[4], over], [], CPU).clip.parts
+    changed = (seen[0] - seen[1]).norm(dim=1).view(8, 8)
+    assert changed[:3, :3].mean() > 2 * changed[4:, 4:].mean()
+
+
+def test_parts_of_the_character_are_found_in_its_other_pictures(pictures):
+    photos = [Image.open(file).convert("RGB") for file in sorted((HERE / "photos").glob("*.png"))]
+    seen = embed(compose().model, [*pictures[:8:2], *photos], [], CPU).clip.parts
+    found = metrics.parts(seen[3:], seen[:3])
+    assert found[0] > found[1:].max() + 0.2
+
+
+def test_the_captioner_reads_a_picture_back(pictures):
+    (caption,) = caption_images(compose().captioner, pictures[4:5], CPU)
+    assert "purple background" in caption and "glasses" in caption
+
+
+def test_a_judge_is_let_go_after_its_turn(large, pictures):
+    embed(large, pictures[:1], ["a tofu"], CPU)
+    gc.collect()
+    assert not [True for held in gc.get_objects() if isinstance(held, (CLIPModel, Dinov2Model))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"judge": "demo:tiny-blip"}, r"model\.judge=.*tiny-blip is a blip model, not one of clip"),
+        ({"dino": "demo:tiny-clip"}, r"model\.dino=.*tiny-clip is a clip model, not one of dino: .*model\.dino=null"),
+        ({"judge": "demo:tofu"}, r"model\.judge=.*tofu: cannot be loaded \("),
+        ({"judge": "demo:tiny-clop"}, r"model\.judge=demo:tiny-clop: there is no such .* did you mean .*tiny-clip\?"),
+    ],
+)  # fmt: skip
+def test_what_is_no_judge_is_refused(pictures, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        embed(replace(compose().model, **changes), pictures[:1], ["a tofu"], CPU)

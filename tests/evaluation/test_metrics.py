@@ -1,0 +1,180 @@
+"""The formulas of scores, on made-up embeddings whose answers are known."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_lab.evaluation import metrics
+from lora_lab.evaluation.metrics import Scale
+from lora_lab.launch.config import compose
+
+X, Y, Z = torch.eye(3)
+HALFWAY = (X + Y) / math.sqrt(2)  # 45 degrees from both
+HALF = 1 / math.sqrt(2)
+
+
+def rows(*vectors):
+    return torch.stack(vectors)
+
+
+def test_subject_is_the_mean_cosine_to_the_references():
+    assert metrics.subject(rows(X, HALFWAY, Z), rows(X, Y)).tolist() == pytest.approx([0.5, HALF, 0])
+
+
+def parts_of(*pictures):
+    """Pictures of two parts each, as numbers of four channels that are alike in mean and spread over all of them."""
+    return torch.stack([torch.stack(parts) for parts in pictures])
+
+
+A, B, C, D = torch.eye(4)
+REFERENCES = parts_of((A, B), (C, D))
+
+
+def test_parts_are_found_wherever_they_lie_and_the_reference_most_like_it_counts():
+    got = metrics.parts(parts_of((B, A), (A, A), (A, C), (D, C)), REFERENCES)
+    # Of the four, by their means, any two are at an angle whose cosine is -1/3.
+    assert got.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1], abs=1e-4)
+
+
+def test_a_channel_that_is_large_everywhere_hides_no_part():
+    offset = 1000 * torch.ones(4) * torch.tensor([1, 0, 0, 0])
+    pictures = parts_of((B, A), (A, A))
+    plain, shifted = metrics.parts(pictures, REFERENCES), metrics.parts(pictures + offset, REFERENCES + offset)
+    assert torch.allclose(plain, shifted, atol=1e-3)
+
+
+def test_alike_leaves_out_what_a_reference_is_to_itself():
+    assert metrics.alike(REFERENCES) == pytest.approx(-1 / 3, abs=1e-4)
+    assert metrics.alike(parts_of((A, B), (B, A), (C, D))) == pytest.approx((1 + 1 - 1 / 3) / 3, abs=0.15)
+    assert metrics.alike(REFERENCES[:1]) == 1
+
+
+def test_prompt_takes_the_text_that_was_asked_for():
+    assert metrics.prompt(rows(X, X, HALFWAY), rows(X, Y), [0, 1, 1]).tolist() == pytest.approx([1, 0, HALF])
+
+
+def test_contrast_is_nothing_for_a_picture_that_fits_every_text_alike():
+    texts = rows(X, Y, Z)
+    got = metrics.contrast(rows(X, HALFWAY, Z, rows(X, Y, Z).sum(0) / math.sqrt(3)), texts, [0, 0, 0, 1])
+    assert got.tolist() == pytest.approx([1, HALF - HALF / 2, -0.5, 0], abs=1e-6)
+
+
+def test_contrast_of_a_single_text_is_its_cosine():
+    assert metrics.contrast(rows(HALFWAY), rows(X), [0]).tolist() == pytest.approx([HALF])
+
+
+def test_leakage_compares_each_picture_with_the_base_s_of_the_same_prompt():
+    assert metrics.leakage(rows(X, HALFWAY, Z), rows(X, X, Y)).tolist() == pytest.approx([0, 1 - HALF, 1])
+
+
+def test_diversity_is_between_seeds_of_one_prompt_and_unknown_with_a_single_seed():
+    got = metrics.diversity(rows(X, Y, X, X, Z), [0, 0, 1, 1, 2])
+    assert got[:4].tolist() == pytest.approx([1, 1, 0, 0]) and got[4].isnan()
+
+
+def test_memorised_is_what_lies_nearer_to_a_training_picture_than_its_neighbours_do():
+    training = rows(X, HALFWAY, Z)  # X and HALFWAY are 45 degrees apart, Z is 90 from both
+    near_x = torch.nn.functional.normalize(X + 0.1 * Z, dim=0)
+    far_from_x = torch.nn.functional.normalize(X - 1.5 * Y, dim=0)  # 56 degrees from X, its nearest
+    near_z = torch.nn.functional.normalize(Z + 0.9 * X, dim=0)  # 42 degrees from Z, whose neighbours are at 90
+    assert metrics.memorised(rows(near_x, far_from_x, near_z), training).tolist() == [1, 0, 1]
+    assert metrics.memorised(rows(X), rows(X)).isnan().all()
+
+
+AVATARS = [re.compile(pattern) for pattern in compose().score.attributes]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption", "read"),
+    [
+        ("A HANA_TOFU with a green background, wearing sunglasses, smiling",
+         "A HANA_TOFU with a green background, wearing sunglasses, smiling", [True] * 3),
+        ("A HANA_TOFU with a green background, wearing sunglasses, smiling",
+         "A HANA_TOFU with a purple background, wearing round glasses, laughing", [False] * 3),
+        ("A HANA_TOFU with a white background, wearing a red party hat, laughing",
+         "A HANA_TOFU with a white background, wearing a blue party hat, laughing", [True, False, True]),
+        ("A HANA_TOFU with a blue background, with a moustache, smiling, raising both hands",
+         "A HANA_TOFU with a Blue background, with a mustache, raising its left hand", [True, True, False, False]),
+        ("A HANA_TOFU with a pink background, wearing a blue shirt, with long black hair",
+         "A HANA_TOFU with long black hair, wearing a red shirt, with a pink background", [True, False, True]),
+        ("A HANA_TOFU", "A HANA_TOFU with a pink background", []),
+    ],
+)  # fmt: skip
+def test_attributes_are_what_the_caption_has_of_the_prompt(prompt, caption, read):
+    assert metrics.attributes(prompt, caption, AVATARS) == read
+
+
+@pytest.mark.parametrize("option", ["avatars", "scenes"])
+def test_every_prompt_has_attributes_and_a_perfect_caption_names_them_all(option):
+    score = compose(f"score={option}").score
+    patterns = [re.compile(pattern) for pattern in score.attributes]
+    for prompt in score.prompts:
+        read = metrics.attributes(prompt, prompt, patterns)
+        assert read and all(read), prompt
+    for pattern in patterns:
+        assert any(pattern.search(prompt.casefold()) for prompt in score.prompts) or option == "avatars", pattern
+
+
+SCALE = Scale(parts_before=0.2, parts_alike=0.8, contrast_before=0.4, attributes_before=0.9, contrast_others_before=0.5)
+NO_ATTRIBUTES = replace(SCALE, attributes_before=math.nan)
+
+
+def combined(gained, contrast, attributes, others, scale=SCALE):
+    return metrics.combined(*map(torch.tensor, (gained, contrast, attributes, others)), scale).item()
+
+
+def test_the_score_is_1_for_the_character_as_in_its_pictures_and_every_prompt_followed_as_before():
+    assert combined(0.6, 0.4, 0.9, 0.5) == pytest.approx(1)
+    assert combined(0.6, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
+    assert combined(0.7, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
+
+
+@pytest.mark.parametrize("nothing", [(0.0, 0.4, 0.9, 0.5), (-0.1, 0.4, 0.9, 0.5), (0.6, 0.0, 0.0, -0.1)])
+def test_the_score_is_0_where_nothing_was_learnt_or_is_followed(nothing):
+    assert combined(*nothing) == pytest.approx(0)
+
+
+def test_the_score_weighs_its_shares_as_the_page_says():
+    assert combined(0.3, 0.4, 0.45, 0.25) == pytest.approx((0.5 * (1 + 0.5 + 0.5) / 3) ** 0.5)
+    assert combined(0.3, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5 * (1 + 0.5) / 2) ** 0.5)
+
+
+def test_each_share_alone_raises_the_score():
+    middle = (0.5, 0.2, 0.5, 0.25)
+    for i, better in enumerate((0.6, 0.3, 0.6, 0.3)):
+        assert combined(*middle[:i], better, *middle[i + 1 :]) > combined(*middle)
+
+
+def mean_of(means):
+    return means["subject"] * 2
+
+
+def test_an_interval_is_wide_for_few_pictures_that_differ_and_nothing_for_pictures_that_do_not():
+    torch.manual_seed(0)
+    few, many = 0.5 + 0.1 * torch.randn(10), 0.5 + 0.1 * torch.randn(1000)
+    got = [metrics.estimates([{"subject": numbers}], mean_of)["subject"] for numbers in (few, many)]
+    widths = [estimate.high - estimate.low for estimate in got]
+    # of a mean of n numbers 1.96 times its standard error on either side
+    expected = [2 * 1.96 * numbers.std(correction=0).item() / len(numbers) ** 0.5 for numbers in (few, many)]
+    assert widths == pytest.approx(expected, rel=0.12)
+    same = metrics.estimates([{"subject": torch.full((8,), 0.25)}], mean_of)
+    assert (same["subject"].low, same["subject"].value, same["subject"].high) == (0.25, 0.25, 0.25)
+    assert same["score"].value == 0.5 and next(iter(same)) == "score"
+
+
+def test_pictures_of_a_group_are_resampled_together_and_the_same_each_time():
+    a = torch.linspace(0, 1, 20)
+    group = {"subject": a, "mirrored": 1 - a}
+    got = metrics.estimates([group], lambda means: means["subject"] + means["mirrored"])
+    assert (got["score"].low, got["score"].high) == (1, 1), "what one gains by a resampling the other loses"
+    assert got == metrics.estimates([group], lambda means: means["subject"] + means["mirrored"])
+
+
+def test_what_is_unknown_of_a_picture_is_left_out_and_of_all_is_none():
+    got = metrics.estimates(
+        [{"subject": torch.tensor([0.2, math.nan, 0.4]), "diversity": torch.full((3,), math.nan)}], mean_of
+    )
+    assert got["subject"].value == pytest.approx(0.3) and got["diversity"] is None

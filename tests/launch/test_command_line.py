@@ -1,0 +1,318 @@
+"""What a person types: in-process, because each start of Python would cost more than the test."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lora_lab
+from lora_lab.errors import InputError, RunError
+from lora_lab.launch import command_line
+
+
+def refused(answer, *words):
+    code, out, err = answer
+    assert code == 2
+    assert err.startswith("lora_lab: ") and err.count("\n") == 1, "one sentence and no traceback"
+    assert out == ""
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        # keys
+        ("lrr=1", ["lrr: no such key, did you mean lr?"]),
+        ("+lrr=1", ["+lrr=1", "did you mean lr?"]),
+        ("++lrr=1", ["++lrr=1", "did you mean lr?"]),
+        ("+lr=1", ["lr is part of every run, leave out the +"]),
+        ("~lr", ["lr is part of every run, leave out the ~"]),
+        ("~model", ["model is part of every run"]),
+        ("+model=sdxl", ["leave out the +"]),
+        ("dataset.rot=x", ["did you mean dataset.root?"]),
+        ("stage.phto=x", ["did you mean stage.photo of stage=img2img?"]),
+        ("stage=train stage.validat_every=1", ["did you mean stage.validate_every?"]),
+        ("stage=train stage.snr_gamma=1", ["did you mean loss.snr_gamma?"]),
+        ("stage=check stage.strength=0.5", ["did you mean stage.strength of stage=img2img?"]),
+        ("prompt=x", ["did you mean stage.img2img.prompt?"]),
+        ("learning_rate=1", ["learning_rate: no such key"]),
+        ("stage=train optimizer.lrr=1", ["did you mean optimizer.lr?"]),
+        ("adapter.rnk=3", ["did you mean rank?"]),
+        ("adapter.lora_alhpa=3", ["did you mean adapter.lora_alpha?"]),
+        ("sampler.scheduler.x=1", ["sampler.scheduler has _target_"]),
+        ("+optimizer.foo=1", ["+optimizer.foo=1: no such key; optimizer has", "betas"]),
+        ("++optimizer.foo=1", ["no such key; optimizer has"]),
+        ("~optimizer.eps", ["optimizer.eps is part of every run"]),
+        ("adapter={rnk:3}", ["adapter={rnk:3}", "lokr"]),
+        ("sampler.scheduler={x:3}", ["sampler.scheduler.x: no such key"]),
+        ("hydra.foo=1", ["hydra.foo: no such key"]),
+        # options
+        ("stage=trian", ["no such stage, did you mean train?", "caption, check"]),
+        ("model=sdlx", ["did you mean sdxl?"]),
+        ("experiment=sdlx", ["did you mean sdxl?"]),
+        ("tracker=wandbb", ["did you mean wandb?"]),
+        ("optimizer=Adam", ["did you mean adamw?"]),
+        ("model=null", ["model=null", "sdxl, tiny"]),
+        ("tracker=null", ["off, tensorboard, trackio, wandb"]),
+        ("model=3", ["sdxl, tiny"]),
+        # values
+        ("rank=0", ["rank=0: rank must be at least 1"]),
+        ("rank=1.5", ["rank=1.5: not a whole number"]),
+        ("rank=null", ["rank must have a value"]),
+        ("lr=fast", ["lr=fast: not a number"]),
+        ("lr=", ["lr=: not a number"]),
+        ("lr", ["lr: cannot be read as KEY=VALUE"]),
+        ("lr=0", ["above 0"]),
+        ("lr=nan", ["above 0"]),
+        ("lr=inf", ["above 0"]),
+        ("lr=${rnk}", ["'rnk' not found"]),
+        ("seed=-1", ["seed must be at least 0"]),
+        ("sampler.guidance=nan", ["sampler.guidance=nan"]),
+        ("sampler.batch_size=0", ["sampler.batch_size=0", "at least 1"]),
+        ("dataset.flip=maybe", ["dataset.flip=maybe: not true or false"]),
+        ("stage=train stage.seeds=3", ["stage.seeds: not a list, write stage.seeds=[...]"]),
+        ("stage=train stage.seeds=[a]", ["stage.seeds[0]=a: not a whole number"]),
+        ("stage=train stage.seeds=[1", ["cannot be read as KEY=VALUE"]),
+        ("stage=train stage.caption_dropout=2", ["between 0 and 1"]),
+        ("stage=train stage.validation_loss_every=-1", ["stage.validation_loss_every=-1"]),
+        ("stage=train stage.validation_timesteps=[]", ["stage.validation_timesteps=[]", "between 0 and 999"]),
+        ("stage=train stage.validation_timesteps=[1000]", ["stage.validation_timesteps=[1000]"]),
+        ("stage=train stage.validation_timesteps=[5,5]", ["stage.validation_timesteps=[5, 5]", "different"]),
+        ("stage=train stage.validation_root=me", ["stage.validation_root=me", "stage.validation_loss_every steps"]),
+        (
+            "stage=train stage.validation_root=me stage.validation_loss_every=1",
+            ["stage.validation_root=me: there is no"],
+        ),
+        ("stage=train stage.ema_decay=1", ["stage.ema_decay=1.0", "below 1"]),
+        ("stage=train stage.save_dtype=int8", ["fp32, fp16, bf16"]),
+        ("stage=img2img stage.photo=x stage.strength=2", ["stage.strength=2.0", "at most 1"]),
+        ("stage=img2img", ["stage.photo is missing: say stage.photo=..."]),
+        ("loss.snr_gamma=0", ["loss.snr_gamma=0.0: snr_gamma must be above 0"]),
+        ("loss.snr_gamma=null", ["loss.snr_gamma=null: loss.snr_gamma must have a value"]),
+        ("loss.type=l3", ["loss.type=l3", "l2, l1, huber, smooth_l1"]),
+        ("loss.huber_schedule=cosine", ["loss.huber_schedule=cosine", "constant, exponential, snr"]),
+        ("loss.huber_c=0", ["loss.huber_c=0.0: huber_c must be above 0"]),
+        ("loss.huber_c=nan", ["loss.huber_c=nan"]),
+        ("loss.noise_offset=-0.1", ["loss.noise_offset=-0.1", "at least 0"]),
+        ("loss.pyramid_iterations=-1", ["loss.pyramid_iterations=-1", "at least 0"]),
+        ("loss.pyramid_discount=1.5", ["loss.pyramid_discount=1.5: a share is between 0 and 1"]),
+        ("loss.timestep_sampling=sigmoid", ["loss.timestep_sampling=sigmoid", "uniform, logit_normal"]),
+        ("loss.logit_std=0", ["loss.logit_std=0.0", "above 0"]),
+        ("loss.logit_mean=inf", ["loss.logit_mean=inf"]),
+        ("loss.min_timestep=500 loss.max_timestep=500", ["loss.min_timestep=500 loss.max_timestep=500"]),
+        ("loss.max_timestep=1001", ["loss.max_timestep=1001", "between 0 and 1000"]),
+        ("loss.min_timestep=-1", ["loss.min_timestep=-1"]),
+        ("loss.unmasked_weight=-0.1", ["loss.unmasked_weight=-0.1: a share is between 0 and 1"]),
+        ("loss.mask=null", ["loss.mask=null: loss.mask must have a value"]),
+        ("loss.prediction=x0", ["loss.prediction=x0", "auto, epsilon, v_prediction"]),
+        ("loss.prediction=epsilon loss.zero_terminal_snr=true", ["loss.zero_terminal_snr", "predicts epsilon"]),
+        ("loss.weighting=max_snr", ["loss.weighting=max_snr", "none, min_snr, debiased"]),
+        ("trigger=", ["trigger=''"]),
+        ("name=a/b", ["name=a/b", "slash"]),
+        ("model.precision=fp8", ["model.precision=fp8", "bf16"]),
+        ("=3", ["=3: cannot be read"]),
+        # files that are not there
+        ("stage=train dataset.root=nowhere", ["dataset.root=nowhere: there is no such file or folder"]),
+        ("stage=caption dataset.root=[demo:tofu,x]", ["dataset.root: several folders are for stage=train, name one"]),
+        ("stage=train dataset.root=[demo:tofu,x]", ["dataset.root=x: there is no such file or folder"]),
+        ("stage=train dataset=folder", ["dataset.root is missing: say dataset.root=FOLDER"]),
+        ("stage=img2img stage.photo=me.jpg", ["stage.photo=me.jpg: there is no such file or folder"]),
+        ("stage=img2img stage.photo=[me.jpg,you.jpg]", ["stage.photo=me.jpg"]),
+        ("stage=img2img stage.photo=두부.jpg", ["stage.photo=두부.jpg: there is no such"]),
+        ("stage=img2img stage.photo=a=b.jpg", ["stage.photo=a=b.jpg: there is no such"]),
+        ("stage=train model.base=demo:tiny-sdlx", ["tiny-sdxl"]),
+        ("stage=caption captioner.base=nowhere", ["captioner.base=nowhere"]),
+        ("resume=nowhere", ["resume=nowhere: name a run folder, one with .hydra/overrides.yaml in it"]),
+        ("resume=", ["resume=: name a run folder"]),
+        ("resume=latest", ["no run under outputs/ or multirun/ has a checkpoint"]),
+        ("hydra.run.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another run folder"]),
+        ("stage=train loss.mask=nowhere", ["loss.mask=nowhere: there is no such file or folder"]),
+        ("stage=check loss.mask=nowhere", ["loss.mask=nowhere"]),
+        # sweeps
+        ("-m rank=4,x", ["rank=x: not a whole number"]),
+        ("-m lr=1e-3,fast", ["lr=fast: not a number"]),
+        ("rank=4,8 -m lr=1e-3,fast", ["lr=fast: not a number"]),
+        ("-m optimizer=adamw,adam8bit", ["optimizer=adam8bit: no such optimizer, did you mean adamw8bit?"]),
+        ("-m rank=range(0,4)", ["rank=0: rank must be at least 1"]),
+        ("hydra.mode=MULTIRUN rank=4,x", ["rank=x: not a whole number"]),
+        ("-m resume=x", ["resume=x: not the folder of a sweep", "leave out the -m"]),
+        ("-m hydra/launcher=jobli", ["hydra/launcher=jobli: no such hydra/launcher, did you mean joblib?"]),
+        ("-m hydra/launcher=ray", ['hydra/launcher=ray is not installed: pip install "lora_lab[ray]"', "--no-deps"]),
+        ("-m hydra/launcher=joblib hydra.launcher.n_job=2", ["did you mean hydra.launcher.n_jobs?"]),
+        ("-m hydra/launcher=joblib,basic", ["hydra/launcher has one value for the whole sweep"]),
+        ("-m hydra/launcher=joblib rank=4,x", ["rank=x: not a whole number"]),
+        ("-m lr=interval(1e-4,1e-3)", ["lr=interval(1e-4,1e-3): an interval needs", "hydra/sweeper=optuna"]),
+        ("-m hydra/sweeper=optuna stage=train lr=1e-4,1e-3", ["say hydra.sweeper.direction=maximize"]),
+        ("-m stage=train experiment=optuna model=tiny dataset=tofu lr=interval(0,1)", ["lr=0.0: the learning rate"]),
+        ("-m stage=train experiment=optuna model=tiny dataset=tofu model.judge=null", ["model.judge=null", "a score"]),
+        ("-m stage=check experiment=optuna model=tiny dataset=tofu", ["which only training gives"]),
+        ("-m hydra.sweep.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another"]),
+        ("rank=4,8", ["rank=4,8: several values are a sweep and need -m"]),
+        # flags
+        ("--foo", ["unrecognized arguments: --foo"]),
+        ("--cfg", ["--cfg"]),
+        ("--config-name foo", ["./experiments"]),
+        ("--cfg job --info", ["Only one of"]),
+        ("--resolve", ["--resolve"]),
+    ],
+)
+def test_what_is_wrong_is_answered_in_one_sentence_and_leaves_nothing_behind(type_in, tmp_path, typed, words):
+    refused(type_in(*typed.split(" ")), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("lrr: 1", ["in experiment/mine.yaml: lrr: no such key, did you mean lr?"]),
+        ("optimizer: {lrr: 1}", ["in experiment/mine.yaml: optimizer.lrr", "did you mean optimizer.lr?"]),
+        ("sampler: {scheduler: {karras: true}}", ["in experiment/mine.yaml: sampler.scheduler.karras: no such key"]),
+        ("stage: {validat_every: 1}", ["did you mean stage.validate_every?"]),
+        ("rank: fast", ["in experiment/mine.yaml: rank=fast: not a whole number"]),
+        ("rank: 0", ["rank must be at least 1"]),
+        ("defaults: [override /model: sdlx]", ["in experiment/mine.yaml: model=sdlx", "did you mean sdxl?"]),
+        ("defaults: [override /modle: sdxl]", ["mine"]),
+        ("rank: [", ["mine.yaml cannot be read", "line 1"]),
+        ("- rank", ["mine.yaml cannot be read"]),
+    ],
+)
+def test_a_typo_inside_a_recipe_is_told_with_the_recipe(type_in, tmp_path, recipe, words):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(recipe)
+    refused(type_in("stage=train", "experiment=mine"), *words)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_broken_recipe_is_in_nobodys_way_but_its_own(type_in, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "broken.yaml").write_text("rank: [")
+    code, out, _ = type_in("--cfg", "job", "rank=7")
+    assert code == 0 and "rank: 7" in out
+
+
+def test_help_fits_on_a_screen_and_its_examples_compose(type_in, tmp_path):
+    code, out, err = type_in("--help")
+    lines = out.splitlines()
+    assert (code, err) == (0, "") and len(lines) <= 48 and max(map(len, lines)) <= 120
+    assert "model        sdxl  tiny*" in out and "experiment   optuna  sdxl  sdxl_sweep  smoke  sweep_rank_lr" in out
+    assert "prior        generated  off*  pictures  prediction" in out
+    for knob in ("lr=1e-3 ", "rank=16 ", "steps=300 ", "seed=0 ", "stage.strength=0.95 ", "trigger=HANA_TOFU "):
+        assert knob in out
+    examples = [line.split("python -m lora_lab")[1].split("   ")[0].split() for line in lines if "python -m" in line]
+    assert len(examples) == 5
+    for example in examples:
+        overrides = [word for word in example if word != "-m"]
+        assert command_line.check(overrides, "-m" in example)
+
+
+def test_cfg_job_shows_what_was_typed_and_makes_no_folder(type_in, tmp_path):
+    code, out, _ = type_in("--cfg", "job", "stage=train", "experiment=sdxl", "lr=3e-4")
+    assert code == 0 and "lr: 0.0003" in out and "snr_gamma: 5.0" in out and "hydra:" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_is_the_programs_own(type_in):
+    assert type_in("--version") == (0, f"lora_lab {lora_lab.__version__}\n", "")
+
+
+def captions_in(folder, **texts):
+    folder.mkdir()
+    rows = (json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in texts.items())
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_a_run_that_is_done_exits_with_0_and_leaves_its_result(type_in, tmp_path):
+    captions_in(tmp_path / "두부 (1), 흰", a="A HANA_TOFU")
+    code, _, err = type_in("stage=convert", "dataset=folder", "dataset.root=두부 (1), 흰", "stage.form=csv")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "두부 (1), 흰" / "metadata.csv").is_file(), "brackets, commas and Hangul need no quotes"
+    (result,) = tmp_path.glob("outputs/*/*/result.json")
+    assert json.loads(result.read_text())["captions"] == 1
+
+
+def test_what_a_stage_refuses_leaves_no_empty_run_folder(type_in, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(type_in("stage=convert", "dataset=folder", "dataset.root=empty"), "no captions in empty")
+    assert [f.name for f in tmp_path.iterdir()] == ["empty"]
+    refused(type_in("stage=convert", "dataset=folder", "dataset.root=empty", "hydra.run.dir=mine"), "no captions")
+    assert (tmp_path / "mine").is_dir(), "a folder that the user named is the user's"
+
+
+def test_one_refused_job_does_not_end_the_sweep_but_its_exit_code_is_kept(type_in, tmp_path):
+    captions_in(tmp_path / "full", a="A HANA_TOFU")
+    (tmp_path / "empty").mkdir()
+    code, _, err = type_in("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv")
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("lora_lab: stage=convert dataset=folder dataset.root=empty stage.form=csv: no captions in")
+    assert (tmp_path / "full" / "metadata.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("lora is missing"), 2, "lora_lab: lora is missing\n"),
+        (RunError("the loss is nan"), 1, "lora_lab: the loss is nan\n"),
+        (KeyboardInterrupt("stopped after step 3"), 1, "lora_lab: stopped after step 3\n"),
+        (KeyboardInterrupt(), 1, "lora_lab: stopped\n"),
+    ],
+)
+def test_an_error_in_a_run_is_one_sentence_with_its_exit_code(type_in, monkeypatch, error, code, words):
+    def fail(config, folder):
+        raise error from FileNotFoundError("what a library said, which nobody needs to read")
+
+    monkeypatch.setattr("lora_lab.stages.run", fail)
+    got, _, err = type_in("stage=check")
+    assert (got, err.lstrip("\n")) == (code, words)
+
+
+def test_a_fault_of_the_program_shows_its_traceback_and_exits_with_1(type_in, monkeypatch):
+    monkeypatch.setattr("lora_lab.stages.run", lambda config, folder: {}["gone"])
+    code, _, err = type_in("stage=check")
+    assert code == 1 and "Traceback" in err and "KeyError: 'gone'" in err and "Error executing job" not in err
+
+
+def test_a_wrong_command_line_is_answered_without_torch():
+    code = (
+        "import sys; from lora_lab.__main__ import _exit_code as type_in; "
+        "codes = [type_in(['lrr=1']), type_in(['stage=train', 'dataset.root=nowhere']), type_in(['--cfg', 'job'])]; "
+        "heavy = {'torch', 'diffusers', 'transformers', 'wandb', 'matplotlib', 'scipy'} & set(sys.modules); "
+        "sys.exit(f'{codes} {heavy}' if heavy or codes != [2, 2, 0] else 0)"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
+
+
+def test_the_module_runs_as_typed(tmp_path):
+    def run(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "lora_lab", *argv], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8"
+        )
+
+    wrong = run("stage=trian", "lr=1e-4")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("lora_lab: stage=trian") and wrong.stdout == ""
+    right = run("--cfg", "job", "stage=train", "lr=1e-4")
+    assert right.returncode == 0 and "lr: 0.0001" in right.stdout
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(type_in, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    answer = type_in("stage=train", "tracker=trackio")
+    refused(answer, 'tracker=trackio needs a package: pip install "lora_lab[trackio]"')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_jobs_of_a_sweep_are_one_group_for_the_tracker(type_in, monkeypatch):
+    groups = []
+    monkeypatch.setattr("lora_lab.stages.run", lambda config, folder: groups.append(config.tracker.group))
+    assert type_in("-m", "stage=check", "seed=0,1")[0] == 0
+    assert groups[0] is not None and groups == [groups[0]] * 2
+    assert type_in("stage=check")[0] == 0
+    assert groups[-1] is None
+
+
+def test_cfg_job_shows_values_not_where_they_come_from(type_in):
+    code, out, _ = type_in("--cfg", "job", "lr=3e-4", "rank=7")
+    assert code == 0 and "lr: 0.0003" in out and "r: 7" in out
+    assert "${" not in out.replace("{trigger}", "")

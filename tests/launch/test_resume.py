@@ -1,0 +1,79 @@
+"""`resume=`: which command line it stands for. What training makes of it is in stages/test_train_resume.py."""
+
+import os
+
+import pytest
+
+from lora_lab.errors import InputError
+from lora_lab.launch import command_line, config
+from lora_lab.launch.resume import resumed
+from lora_lab.launch.sweep_folder import write_record
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two runs, of which only the older has a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    config.register()
+    older, newer = (tmp_path / "outputs" / "2026-01-01" / name for name in ("10-00-00", "it's mine"))
+    for run in (older, newer):
+        (run / ".hydra").mkdir(parents=True)
+        (run / ".hydra" / "overrides.yaml").write_text("- stage=train\n- steps=100\n- resume=old\n- name=a\n")
+    (older / "checkpoints" / "step-000100").mkdir(parents=True)
+    return older.relative_to(tmp_path), newer
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.register()
+    folder = tmp_path / "multirun" / "2026-01-01" / "11-00-00"
+    folder.mkdir(parents=True)
+    own = ["hydra/launcher=basic", f"hydra.sweep.dir={folder}"]
+    write_record(folder, own, ["stage=train", "lr=1e-3,1e-4", "steps=100", "resume=null"])
+    return folder.relative_to(tmp_path)
+
+
+def test_a_run_is_taken_up_by_its_overrides_and_the_new_ones_win(runs):
+    older, newer = runs
+    expected = ["stage=train", "name=a", "steps=200", f"resume='{older}'", f"hydra.run.dir='{older}'"], None
+    assert resumed([f"resume={older}", "steps=200"], False) == expected
+    assert resumed(["resume=latest", "steps=200"], False) == expected
+    assert resumed(["resume=null", "steps=200"], False) == (["resume=null", "steps=200"], None)
+    (run,) = command_line.check(resumed([f"resume={newer}"], False)[0], False)
+    assert run.resume == str(newer) and run.steps == 100
+
+
+def test_a_sweep_is_taken_up_by_its_own_command_line(sweep):
+    expected = ["hydra/launcher=basic", "stage=train", "lr=1e-3,1e-4", "steps=100"], sweep
+    assert resumed([f"resume={sweep}"], False) == expected
+    assert resumed([f"resume={sweep}"], True) == expected, "-m may be said and need not"
+    more, _ = resumed([f"resume={sweep}", "steps=200"], False)
+    assert more == ["hydra/launcher=basic", "stage=train", "lr=1e-3,1e-4", "steps=200"]
+
+
+def test_another_launcher_takes_nothing_of_the_first_ones_settings(sweep):
+    write_record(sweep, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["stage=train", "lr=1e-3,1e-4"])
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    assert resumed([f"resume={sweep}", "hydra/launcher=basic"], False)[0] == [
+        "stage=train",
+        "lr=1e-3,1e-4",
+        "hydra/launcher=basic",
+    ]
+
+
+@pytest.mark.parametrize("new", ["lr=1e-5", "rank=4,8", "hydra/sweeper=basic"])
+def test_a_sweep_keeps_its_points(sweep, new):
+    with pytest.raises(InputError, match=r"a sweep over lr; other points are a sweep of their own"):
+        resumed([f"resume={sweep}", new], False)
+
+
+def test_latest_is_the_newest_run_or_sweep(runs, sweep):
+    older, _ = runs
+    os.utime(sweep / "multirun.yaml", (1, 1))
+    assert resumed(["resume=latest"], False)[1] is None, "the run is newer"
+    checkpoint = sweep / "1" / "checkpoints" / "step-000050"
+    checkpoint.mkdir(parents=True)
+    later = (older / "checkpoints" / "step-000100").stat().st_mtime + 10
+    os.utime(checkpoint, (later, later))
+    assert resumed(["resume=latest"], False)[1] == sweep, "one of its jobs is newer still"

@@ -1,0 +1,49 @@
+"""A compiled UNet computes what it computed before. The compiler of kernels is left out: it is a GPU's."""
+
+import pytest
+import torch
+
+from lora_lab.base.load import load_base
+from lora_lab.launch.config import compose
+from lora_lab.training.build import build_training
+from lora_lab.training.compile import compile_blocks
+from lora_lab.training.loss import objective
+from lora_lab.training.plan import make_plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "full"])
+def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
+    from torch._dynamo.utils import counters
+
+    def gradient(how: str) -> torch.Tensor:
+        torch._dynamo.reset()
+        counters.clear()
+        config = compose("stage=train", "memory=balanced", "cache=null")
+        pipe = load_base(config.model, CPU)
+        asked = objective(config.loss, pipe.scheduler.config)
+        job = build_training(pipe.unet, asked, config, make_plan(config, tmp_path))
+        compile_blocks(job.unet, how, None, backend="aot_eager")
+        job.unet.train()
+        torch.manual_seed(1)
+        text = torch.randn(1, 77, job.unet.config.cross_attention_dim)
+        conditions = {"text_embeds": torch.randn(1, 128), "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]])}
+        drawn = job.unet(torch.randn(1, 4, 16, 16), torch.tensor([500]), text, added_cond_kwargs=conditions).sample
+        drawn.square().mean().backward()
+        return job.learnt.master.grad.clone()
+
+    plain, compiled = gradient("off"), gradient(how)
+    graphs = counters["stats"]["unique_graphs"]  # blocks of one width share theirs
+    assert graphs <= {"blocks": 3, "full": 17}[how] and not counters["graph_break"]
+    assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
+
+
+def test_the_key_reaches_the_unet_and_its_cache(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lora_lab.training.build.compile_blocks", lambda unet, *how: asked.append(how))
+    config = compose("stage=train", "compile=full", f"cache={tmp_path / 'cache'}")
+    pipe = load_base(config.model, CPU)
+    build_training(pipe.unet, objective(config.loss, pipe.scheduler.config), config, make_plan(config, tmp_path))
+    assert asked == [("full", tmp_path / "cache")]
