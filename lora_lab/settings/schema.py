@@ -13,12 +13,7 @@ from lora_lab.errors import InputError
 # What a key means and its unit stand beside its value in conf/; here are only names, types and bounds.
 
 
-TEXT_ENCODERS = {
-    "none": (),
-    "first": ("text_encoder",),
-    "second": ("text_encoder_2",),
-    "both": ("text_encoder", "text_encoder_2"),
-}
+TEXT_ENCODERS = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}
 
 
 def _at_least(owner: object, prefix: str = "", **bounds: float) -> None:
@@ -47,6 +42,7 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass
 class Model:
+    _target_: str  # the class of the base: a lora_lab.base.protocol.BaseModel
     name: str
     base: str
     vae: str | None
@@ -283,8 +279,8 @@ class Text:
             raise InputError("text.tokens_from: name a word such as character, or say null")
 
     @property
-    def adapted(self) -> tuple[str, ...]:
-        """The parts of the pipeline that get a LoRA beside the UNet."""
+    def adapted(self) -> tuple[int, ...]:
+        """The positions of the text encoders that get a LoRA beside the network."""
         return TEXT_ENCODERS[self.encoders]
 
     @property

@@ -7,11 +7,11 @@ from pathlib import Path
 from PIL import Image
 
 from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.given import prediction_from_metadata, resolve_lora
+from lora_lab.adapters.files import resolve_lora
+from lora_lab.adapters.metadata import prediction_from_metadata
 from lora_lab.base import quantize
-from lora_lab.base.load import pick_device
+from lora_lab.base.load import pick_device, validate_prediction
 from lora_lab.base.locate import locate_folder
-from lora_lab.base.prediction import validate_prediction
 from lora_lab.captions.rules import Rules, refine
 from lora_lab.console import say
 from lora_lab.errors import InputError
@@ -55,8 +55,8 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     opened = [open_picture(path) for path in paths]
     photos = [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
     lora = _lora(config)
-    loss = prediction_from_metadata(config, lora)
-    validate_prediction(model.base, loss)
+    loss = prediction_from_metadata(config.loss, model.base, lora)
+    validate_prediction(model, loss)
     device = pick_device(config.device)
     quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
@@ -69,11 +69,11 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     names = distinct_names(paths)
     asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
     requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
-    encoder = load_base_for_sampling(config, loss, device)
+    encoder = load_base_for_sampling(model, config.memory, loss, device)
     pictures: list[Image.Image] = []
     drawn: list[Drawn] = []
-    with lora_attached(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
-        for (i, seed), picture in zip(asked, generate(encoder.pipe, requests, config.sampler, encoder), strict=True):
+    with lora_attached(encoder.base, lora, stage.lora_weight, config.sampler.fuse):
+        for (i, seed), picture in zip(asked, generate(encoder.base, requests, config.sampler, encoder), strict=True):
             file = folder / f"{names[i]}-s{seed}.png"  # saved at once: Ctrl-C loses only what is not drawn yet
             notes = {"prompt": prompts[i], "seed": seed, "strength": stage.strength, "lora": lora and lora.name}
             save_picture(file, picture, notes)

@@ -12,11 +12,10 @@ from lora_lab.adapters.inject import load_adapter_weights
 from lora_lab.adapters.tokens import tokenizers_of
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import load_base, tile_vae
-from lora_lab.base.prediction import apply_prediction_type
+from lora_lab.base.load import load_base
 from lora_lab.base.quantize import quantize_
 from lora_lab.console import say
-from lora_lab.evaluation.scores import Evaluation
+from lora_lab.evaluation.scores import ScorePrompts, Scorer
 from lora_lab.runs import refuse_used, write_manifest
 from lora_lab.settings.schema import Config
 from lora_lab.training.build import build_training
@@ -67,41 +66,49 @@ def base_of(config: Config, plan: Plan, folder: Path) -> Base:
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier job in this process
     references = [fitted.picture for fitted in plan.pictures]
-    evaluation = Evaluation(config, plan.device, references, plan.compared) if config.model.judge else None
-    pipe = load_base(config.model, plan.device, waiting=True)  # each part has its turn, and then the UNet stays
+    scorer = None
+    if config.model.judge:
+        prompts = ScorePrompts.of(config.score, config.trigger, config.class_noun)
+        scorer = Scorer.load(
+            prompts, config.model, config.captioner, config.refiner, config.trigger, references, plan.compared,
+            plan.device,
+        )  # fmt: skip
+    base = load_base(config.model, plan.device, waiting=True)  # modules are moved to the GPU one at a time
     if config.memory.vae_tiling:
-        tile_vae(pipe.vae, config.model.resolution // 2)
-    apply_prediction_type(pipe, config.loss)
-    tokenizers = tokenizers_of(pipe, config.trigger, config.text.tokens) if config.text.learns else None
-    encoder = Encoder(pipe, plan.device, Cache(config.cache and Path(config.cache)), True, tokenizers)
+        base.enable_tiling(config.model.resolution // 2)
+    base.apply_loss(config.loss)
+    tokenizers = tokenizers_of(base, config.trigger, config.text.tokens) if config.text.learns else None
+    encoder = Encoder(base, plan.device, Cache(config.cache and Path(config.cache)), True, tokenizers)
     data = measured = encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder)
     if plan.held_out:
         cuts = [[fitted] for fitted in plan.held_out_pictures]
         texts = [caption_texts(s.captions[:1], config.dataset, config.trigger) for s in plan.held_out]
         measured = encode_dataset(plan.held_out, cuts, texts, False, encoder)
-    quantize_(pipe.unet, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
-    prior = prior_data(config, plan, data, encoder)
+    quantize_(base.network, config.memory.linear_weights, config.memory.convolution_weights, plan.device)
+    prior = prior_data(
+        config.prior, config.trigger, data, plan.texts, plan.class_samples, plan.class_pictures, config.model,
+        plan.render, encoder,
+    )  # fmt: skip
     if config.text.learns:  # then what a text is changes with every step
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
-    before = evaluation and evaluation.begin(encoder, plan.hashes["base"], plan.dtype, folder)
-    return Base(encoder, data, prior, measured, evaluation, before)
+    before = scorer and scorer.score_base(plan.render, folder, encoder)
+    return Base(encoder, data, prior, measured, scorer, before)
 
 
 def started(config: Config, plan: Plan, base: Base, alone: bool = True) -> tuple[Job, int]:
     """The job, from where it begins or goes on; and how many steps it has done. One that is not `alone` leaves the
     base's UNet as it is."""
-    pipe = base.encoder.pipe
-    asked = objective(config.loss, pipe.scheduler.config)
+    model = base.encoder.base
+    asked = objective(config.loss, model)
     with gc_paused():
-        unet = pipe.unet if alone else clone_sharing_weights(pipe.unet)
-        job = build_training(
-            unet, asked, config, plan, inject_text_adapters(pipe, plan.device, config, plan.adapter), alone
-        )
+        unet = model.network if alone else clone_sharing_weights(model.network)
+        read = inject_text_adapters(model, plan.device, config.text, config.trigger, config.seed, plan.adapter)
+        job = build_training(unet, asked, config, plan, read, alone, base.encoder.graphs)
     if plan.goes_on:
         return job, load_checkpoint(plan.goes_on, job)
     if plan.start:
         with job.learnt.exact():
-            load_adapter_weights(pipe, plan.start)
+            load_adapter_weights(model, plan.start)
         if job.average is not None:
             job.average.copy_(job.learnt.master.detach())
     return job, 0

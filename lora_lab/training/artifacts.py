@@ -7,14 +7,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lora_lab.adapters.attach import MODELS
-from lora_lab.adapters.files import keep_older, kohya_state, metadata, network_metadata, same_tensors, save_lora
+from lora_lab.adapters.files import MODELS, keep_older, same_tensors, save_lora
+from lora_lab.adapters.keys import kohya_state
+from lora_lab.adapters.metadata import metadata, network_metadata
 from lora_lab.adapters.tokens import TRIGGER, embeddings_path, save_tokens
-from lora_lab.base.load import DTYPES
+from lora_lab.base.load import DTYPES, base_class
 from lora_lab.console import say
 from lora_lab.runs import write_atomically
-from lora_lab.settings.schema import Config, Loss
+from lora_lab.settings.schema import Config
 from lora_lab.training.checkpoint import save_checkpoint
+from lora_lab.training.loss import Objective
 from lora_lab.training.plan import Plan
 from lora_lab.training.step import Job
 from lora_lab.training.text_encoders import text_metadata
@@ -35,10 +37,11 @@ class RunArtifacts:
         file = self.folder / "lora" / f"{name}.safetensors"
         with self.job.finished():  # until it is written, for the state is no copy
             learnt = self.job.state()
-            state = kohya_state(self.job.adapted, learnt=learnt)
+            kind = base_class(self.config.model)
+            state = kohya_state(self.job.adapted, kind.lora_key, values=learnt)
             network = network_metadata(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
-            network |= text_metadata(self.config)
-            notes = lora_metadata(self.config, self.plan, self.job.asked.settings, step, network)
+            network |= text_metadata(self.config.text, self.config.rate)
+            notes = lora_metadata(self.config, self.plan, self.job.asked, step, network)
             if self.job.read and self.job.read.tokens:
                 numbers = dict(zip(self.job.learnt.parameters, learnt.values(), strict=True))
                 vectors = {key: numbers[tokens.vectors] for key, tokens in self.job.read.tokens.items()}
@@ -49,8 +52,10 @@ class RunArtifacts:
         save_checkpoint(self.folder, step, self.job, self.plan.recipe)
 
 
-def lora_metadata(config: Config, plan: Plan, loss: Loss, step: int, network: dict[str, str]) -> dict[str, str]:
-    """The metadata of the LoRA file after `step` steps of the settled `loss`."""
+def lora_metadata(
+    config: Config, plan: Plan, objective: Objective, step: int, network: dict[str, str]
+) -> dict[str, str]:
+    """The metadata of the LoRA file after `step` steps towards `objective`."""
     prior = {"ss_prior_loss_weight": str(config.prior.weight), "ss_num_reg_images": str(len(plan.class_samples))}
     return ({} if config.prior.kind == "none" else prior) | metadata(
         name=config.name,
@@ -63,7 +68,9 @@ def lora_metadata(config: Config, plan: Plan, loss: Loss, step: int, network: di
         seed=config.seed,
         resolution=config.model.resolution,
         captions=[", ".join(orders[0] for orders in texts) for texts in plan.texts],
-        loss=loss,
+        loss=objective.settings,
+        prediction=objective.schedule.prediction,
+        kind_of_base=base_class(config.model).lora_metadata,
         dataset_hash=plan.hashes["dataset"],
         base_hash=plan.hashes["base"],
     )

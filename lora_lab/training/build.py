@@ -5,12 +5,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.fused import fuse
 from lora_lab.adapters.inject import DROPOUTS, inject_adapter
+from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.settings.schema import Config
 from lora_lab.training.compile import compile_blocks
 from lora_lab.training.flat import FlatParams
@@ -31,12 +31,13 @@ class ParameterGroup:
 
 
 def build_training(
-    unet: UNet2DConditionModel,
+    unet: nn.Module,
     asked: Objective,
     config: Config,
     plan: Plan,
     read: TrainableTextEncoders | None = None,
     alone: bool = True,
+    graphs: GraphPool | None = None,
 ) -> Job:
     """Put a fresh adapter into `unet`, and make what trains it and what of the text `read` has that learns.
 
@@ -77,7 +78,7 @@ def build_training(
             scaler,
             asked,
             config.stage.gradient_accumulation,
-            capture,
+            graphs if capture else None,
             config.memory.cudnn_benchmark,
             read,
             base_is_prior=config.prior.kind == "prediction",
@@ -92,15 +93,15 @@ def build_training(
     )
 
 
-def parameter_groups(
-    unet: UNet2DConditionModel, read: TrainableTextEncoders | None, config: Config
-) -> list[ParameterGroup]:
+def parameter_groups(unet: nn.Module, read: TrainableTextEncoders | None, config: Config) -> list[ParameterGroup]:
     """All that learns, by how it learns: the UNet's adapter first, then those of the text encoders, then new tokens."""
     text, ratio = config.text, config.stage.lora_plus_ratio
     groups = _adapter(unet, config.rate, ratio, {}, None)
-    for part in text.adapted:
+    for position in text.adapted:
         rate = config.rate if text.encoder_lr is None else text.encoder_lr
-        groups += _adapter(read.encoders[part], rate, ratio, {"lr": rate}, _stop(text.encoder_stop, config))
+        groups += _adapter(
+            list(read.encoders.values())[position], rate, ratio, {"lr": rate}, _stop(text.encoder_stop, config)
+        )
     if text.tokens:
         vectors = [tokens.vectors for tokens in read.tokens.values()]
         options = {"lr": text.token_lr, "weight_decay": 0.0}  # for what they began as is no nearer to right than 0

@@ -34,7 +34,7 @@ class FlatParams:
         """The master one by one, for an optimizer that must know shapes."""
         return list(map(_learning, self.views(self.master), self.views(self.master.grad)))
 
-    def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
+    def as_parameter(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
         """Numbers from `start` on as another parameter (1, *shape): neighbours seen as one. What it is given as
         gradient is theirs."""
         end = start + math.prod(shape)

@@ -97,7 +97,7 @@ def _backward(job: Job, batch: Callable[..., Batch], step: int) -> Tensor:
     loss, parts = torch.zeros((), device=job.learnt.master.device), job.settings.gradient_accumulation
     for part in range(parts):
         loss += job.backward(
-            batch(seed=job.seed, step=step, part=part, parts=parts, batch_size=job.batch_size, asked=job.asked)
+            batch(seed=job.seed, step=step, part=part, parts=parts, batch_size=job.batch_size, objective=job.asked)
         )
     return loss
 
@@ -114,7 +114,7 @@ def _packed_step(pack: Pack, jobs: Sequence[Job], base: Base, step: int) -> Tens
                     part=part,
                     parts=parts,
                     batch_size=job.batch_size,
-                    asked=job.asked,
+                    objective=job.asked,
                     caption_dropout=job.settings.caption_dropout,
                 )
                 for job in jobs

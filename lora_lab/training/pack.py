@@ -8,11 +8,11 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from lora_lab.adapters.fused import fuse, scale_of
+from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.settings.schema import Memory
 from lora_lab.training.compile import compile_blocks
 from lora_lab.training.flat import FlatParams
@@ -20,7 +20,7 @@ from lora_lab.training.loss import Batch, per_sample_loss
 from lora_lab.training.step import Job, of_batches
 
 
-def clone_sharing_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def clone_sharing_weights(unet: nn.Module) -> nn.Module:
     """Another UNet of the same weights, in the same memory: an adapter put into it is in no other."""
     return copy.deepcopy(unet, {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())})
 
@@ -40,7 +40,7 @@ class StackedLoRAs:
         self._gradient = torch.zeros_like(self._working)
         self.publish()
 
-    def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
+    def as_parameter(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
         """Numbers from `start` on of every row as a parameter (J, *shape); its gradient is theirs."""
         size = torch.Size(shape).numel()
         parameter = nn.Parameter(self._working[:, start : start + size].unflatten(1, shape))
@@ -81,7 +81,9 @@ class Pack:
 
     The jobs' own UNets are shells of one base; none of them runs here."""
 
-    def __init__(self, jobs: Sequence[Job], memory: Memory, compiled: str, cache: str | None) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], memory: Memory, compiled: str, cache: str | None, graphs: GraphPool | None = None
+    ) -> None:
         self._stack = StackedLoRAs([job.learnt for job in jobs])
         largest = max(jobs, key=lambda job: job.learnt.master.numel())
         unet = clone_sharing_weights(largest.unet)
@@ -104,13 +106,14 @@ class Pack:
             return losses.detach()
 
         device = largest.learnt.master.device
-        self._backward = of_batches(run, device, memory.capture and device.type == "cuda", memory.cudnn_benchmark)
+        capture = memory.capture and device.type == "cuda"
+        self._backward = of_batches(run, graphs if capture else None, memory.cudnn_benchmark)
 
     def backward(self, batches: Sequence[Batch]) -> Tensor:
         """Of one batch of each job, all of one shape: adds their shares to the gradients, gives their shares of the
         losses (J,)."""
-        names = [name for name, value in vars(batches[0]).items() if value is not None]
-        return self._backward(Batch(**{name: torch.cat([getattr(b, name) for b in batches]) for name in names}))
+        tensors = [batch.tensors() for batch in batches]
+        return self._backward(Batch.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}))
 
     def publish(self) -> None:
         """After the jobs' updates: compute with what they are now."""

@@ -100,7 +100,9 @@ def _fits(jobs: Mapping[int, Asked], shared: Sequence[Sequence[int]], base: Base
 
     False if the memory was not enough. Then nothing of the pack is held any more: an error would hold it."""
     of_all = jobs[min(jobs)].config
-    packed = partial(Pack, memory=of_all.memory, compiled=of_all.compile, cache=of_all.cache)
+    packed = partial(
+        Pack, memory=of_all.memory, compiled=of_all.compile, cache=of_all.cache, graphs=base.encoder.graphs
+    )
     free_gpu_memory(base.encoder.device)
     try:
         with ExitStack() as stack:

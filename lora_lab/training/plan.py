@@ -14,18 +14,18 @@ from PIL import Image
 
 from lora_lab import track
 from lora_lab.adapters import inject
-from lora_lab.adapters.attach import MODELS, find_lora
+from lora_lab.adapters.files import MODELS, find_lora
 from lora_lab.adapters.tokens import embeddings_path, read_tokens
 from lora_lab.base import quantize
-from lora_lab.base.load import pick_device, pick_dtype
+from lora_lab.base.load import pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.base.prediction import validate_prediction
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.buckets import Fitted
 from lora_lab.images.dataset import Sample, read_dataset, read_folders
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
+from lora_lab.sampling.render import RenderSettings, render_settings
 from lora_lab.settings.schema import Config
 from lora_lab.training import class_pictures, text_encoders
 from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
@@ -57,6 +57,7 @@ class Plan:
     goes_on: Path | None  # the checkpoint to go on from
     recipe: dict  # what a run that goes on must have in common with this one
     hashes: dict[str, str]
+    render: RenderSettings
 
 
 def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
@@ -64,14 +65,14 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
 
     `like` is the plan of a run of the same base and the same pictures, which are not read again then."""
     base = locate_model("model.base", config.model.base)
-    validate_prediction(config.model.base, config.loss)
+    validate_prediction(config.model, config.loss)
     device = pick_device(config.device)
     # Without patterns peft wants an empty dict, which Hydra would let nobody add to.
     adapter = from_library("adapter", {key: {} if value is None else value for key, value in config.adapter.items()})
     start = find_lora(config.stage.start_from, "stage.start_from") if config.stage.start_from else None
     inject.validate_adapter(adapter, config.adapter, config.stage.lora_plus_ratio, start)
     make_optimizer = from_library("optimizer", settled_optimizer(config.optimizer, device))
-    text_encoders.validate_text(config, adapter, make_optimizer([torch.nn.Parameter(torch.zeros(1))]), start)
+    text_encoders.validate_text(config.text, adapter, make_optimizer([torch.nn.Parameter(torch.zeros(1))]), start)
     if config.stage.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, say stage.ema_decay=0")
     quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
@@ -114,18 +115,28 @@ def _read(config: Config, folder: Path, base: str, dtype: torch.dtype) -> dict:
     }
     if config.loss.masks == "folder":
         hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
-    of_class = class_pictures.class_samples(config, folder, hashes["base"], dtype, samples)
+    render = render_settings(
+        config.model, config.loss, config.memory, config.sampler, config.cache, hashes["base"], dtype
+    )
+    of_class = class_pictures.class_samples(config.prior, config.trigger, samples, render, folder)
     if of_class:
-        hashes["prior"] = class_pictures.hash_of(of_class, config)
+        hashes["prior"] = class_pictures.hash_of(of_class, config.prior)
     held_out = []
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
         hashes["validation"] = hash_files(*(s.path for s in held_out))
-    validate_embedders(config)
+    validate_embedders(config.model, config.score, config.captioner)
     track.refuse_missing(config.tracker.kind)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or say cache=null")
-    return {"samples": samples, "texts": texts, "held_out": held_out, "class_samples": of_class, "hashes": hashes}
+    return {
+        "samples": samples,
+        "texts": texts,
+        "held_out": held_out,
+        "class_samples": of_class,
+        "hashes": hashes,
+        "render": render,
+    }
 
 
 def _opened(config: Config, samples: list[Sample], held_out: list[Sample], class_samples: list[Sample]) -> dict:
@@ -138,7 +149,7 @@ def _opened(config: Config, samples: list[Sample], held_out: list[Sample], class
         "pictures": pictures,
         "crops": crop_pictures(samples, pictures, masks, dataset.crops if dataset.random_crop else 1),
         "held_out_pictures": measured,
-        "compared": held_out_pictures(config) or [fitted.picture for fitted in measured],
+        "compared": held_out_pictures(config.model, config.score) or [fitted.picture for fitted in measured],
         "class_pictures": fit_pictures([s for s in class_samples if s.path.is_file()], resolution, step, None),
     }
 
@@ -209,7 +220,7 @@ def describe(plan: Plan, config: Config, folder: Path) -> str:
     if config.dataset.shuffle_captions:
         lines["captions"] = f"{len({order for its in plan.texts for orders in its for order in orders})} orders"
     if config.text.learns:
-        lines["text"] = text_encoders.describe_text(config)
+        lines["text"] = text_encoders.describe_text(config.text, config.trigger, config.rate, config.steps)
     if plan.goes_on:
         lines["goes on"] = f"from {plan.goes_on}"
     return "\n".join(f"{name:>10}  {said}" for name, said in lines.items())

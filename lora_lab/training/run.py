@@ -17,7 +17,7 @@ from lora_lab.board.curves import loss_plot, read_metrics
 from lora_lab.console import say
 from lora_lab.errors import RunError
 from lora_lab.evaluation.metrics import Scores
-from lora_lab.evaluation.scores import Evaluation, ScoredImages, numbers, rows, table, write_lines
+from lora_lab.evaluation.scores import ScoredImages, Scorer, numbers, rows, table, write_lines
 from lora_lab.settings.schema import Config
 from lora_lab.track import tracking
 from lora_lab.training.artifacts import RunArtifacts, install_lora
@@ -56,7 +56,7 @@ class Base:
     data: TrainingData
     prior: PriorData | None
     measured: TrainingData  # for the validation loss
-    evaluation: Evaluation | None
+    scorer: Scorer | None
     before: ScoredImages | None  # the scores of the base alone
 
 
@@ -83,8 +83,12 @@ class Run:
         self.result: TrainResult | None = None
         self.latest: dict[str, float] = {}
         self._base, self._began, self._done, self._ended = base, began, done, ended
-        self._keep, self._look = RunArtifacts(job, config, plan, folder), ValidationImages(base.encoder, config, folder)
-        self._look.base(plan.hashes["base"], plan.dtype)
+        self._keep, self._look = (
+            RunArtifacts(job, config, plan, folder),
+            ValidationImages(base.encoder, config, plan.render, folder),
+        )
+        self._look.base()
+        self._render = plan.render
         pictures = job.batch_size * job.settings.gradient_accumulation
         self._readings = AsyncMetrics(pictures, job.learnt.master.device, self._seen)
 
@@ -174,7 +178,9 @@ class Run:
         self._track.images(self.reached, self._look.validate(lora, self.reached))
         published = None if config.publish is False else str(install_lora(lora, config.name))
         before = self._base.before
-        scored = before and self._base.evaluation.score(lora, self.folder / "samples" / "score", self._base.encoder)
+        scored = before and self._base.scorer.score(
+            lora, self._render, self.folder / "samples" / "score", self._base.encoder
+        )
         if scored:
             write_lines(self.folder, [before, scored])
             say(table([before, scored]))

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lab.adapters.attach import adapters_disabled
-from lora_lab.base.cuda_graph import GraphedCallable, Tensors
+from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.settings.schema import Schedule, Train
 from lora_lab.training.flat import FlatParams
 from lora_lab.training.loss import Batch, Objective, per_sample_loss, predict
@@ -23,7 +22,7 @@ from lora_lab.training.text_encoders import TrainableTextEncoders
 class Job:
     """One LoRA in training: what learns, how, and until when."""
 
-    unet: UNet2DConditionModel  # with the adapter in it
+    unet: nn.Module  # with the adapter in it
     learnt: FlatParams
     optimizer: torch.optim.Optimizer  # of learnt.master, as one tensor or matrix by matrix
     schedule: LRScheduler
@@ -142,12 +141,12 @@ def _ending(factor: Callable[[int], float], stop: int) -> Callable[[int], float]
 
 
 def backward_pass(
-    unet: UNet2DConditionModel,
+    unet: nn.Module,
     learnt: FlatParams,
     scaler: torch.amp.GradScaler,
     asked: Objective,
     parts: int,
-    capture: bool,
+    graphs: GraphPool | None,
     cudnn_benchmark: bool,
     read: TrainableTextEncoders | None,
     base_is_prior: bool,
@@ -170,22 +169,22 @@ def backward_pass(
         learnt.collect()
         return loss.detach()
 
-    return of_batches(run, learnt.working.device, capture, cudnn_benchmark)
+    return of_batches(run, graphs, cudnn_benchmark)
 
 
 def of_batches(
-    function: Callable[[Batch], Tensor], device: torch.device, capture: bool, cudnn_benchmark: bool
+    function: Callable[[Batch], Tensor], graphs: GraphPool | None, cudnn_benchmark: bool
 ) -> Callable[[Batch], Tensor]:
-    """`function` run eagerly or, with `capture`, as a CUDA graph for each kind of batch.
+    """`function` run eagerly or, with `graphs`, as a CUDA graph for each kind of batch.
 
     With `cudnn_benchmark` the first of a kind try convolutions out, which those that are recorded then use."""
 
     def run(inputs: Tensors) -> Tensor:
         before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
         try:
-            return function(Batch(**inputs))
+            return function(Batch.from_tensors(inputs))
         finally:
             torch.backends.cudnn.benchmark = before
 
-    run = GraphedCallable(run, device) if capture else run
-    return lambda batch: run({name: value for name, value in vars(batch).items() if value is not None})
+    run = GraphedCallable(run, graphs) if graphs else run
+    return lambda batch: run(batch.tensors())
