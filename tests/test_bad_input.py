@@ -59,7 +59,7 @@ def nothing_loads(monkeypatch):
 
     for place in (
         "stages.train.load_base",
-        "stages.train.Evaluation",
+        "stages.train.Scorer.load",
         "sampling.render.load_base",
         "evaluation.embedders.load_captioner",
         "stages.caption.load_captioner",

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
+from lora_lab.base.sdxl import SDXL
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training import run as files
@@ -85,12 +85,12 @@ def planned(*overrides: str) -> Plan:
     return make_plan(compose(*FAST, *overrides), Path("none").absolute())
 
 
-def encoded(*overrides: str) -> tuple[Plan, TrainingData, StableDiffusionXLPipeline]:
+def encoded(*overrides: str) -> tuple[Plan, TrainingData, SDXL]:
     """The plan, the data that `overrides` give, and the base that encoded them."""
     config, plan = compose(*FAST, *overrides), planned(*overrides)
-    pipe = load_base(config.model, plan.device)
-    encoder = Encoder(pipe, plan.device, Cache(None), False)
-    return plan, encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder), pipe
+    base = load_base(config.model, plan.device)
+    encoder = Encoder(base, plan.device, Cache(None), False)
+    return plan, encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder), base
 
 
 def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:

@@ -22,9 +22,8 @@ def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
         torch._dynamo.reset()
         counters.clear()
         config = compose("stage=train", "memory=balanced", "cache=null")
-        pipe = load_base(config.model, CPU)
-        asked = objective(config.loss, pipe.scheduler.config)
-        job = build_training(pipe.unet, asked, config, make_plan(config, tmp_path))
+        base = load_base(config.model, CPU)
+        job = build_training(base.network, objective(config.loss, base), config, make_plan(config, tmp_path))
         compile_blocks(job.unet, how, None, backend="aot_eager")
         job.unet.train()
         torch.manual_seed(1)
@@ -44,6 +43,6 @@ def test_the_key_reaches_the_unet_and_its_cache(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("lora_lab.training.build.compile_blocks", lambda unet, *how: asked.append(how))
     config = compose("stage=train", "compile=full", f"cache={tmp_path / 'cache'}")
-    pipe = load_base(config.model, CPU)
-    build_training(pipe.unet, objective(config.loss, pipe.scheduler.config), config, make_plan(config, tmp_path))
+    base = load_base(config.model, CPU)
+    build_training(base.network, objective(config.loss, base), config, make_plan(config, tmp_path))
     assert asked == [("full", tmp_path / "cache")]

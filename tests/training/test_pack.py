@@ -45,7 +45,7 @@ def trained(jobs, data, backward, publish=lambda: None) -> list[torch.Tensor]:
     for step in range(STEPS):
         for part in range(parts):
             which = {"step": step, "part": part, "parts": parts, "caption_dropout": 0.0}
-            backward([data.batch(seed=j.seed, batch_size=j.batch_size, asked=j.asked, **which) for j in jobs])
+            backward([data.batch(seed=j.seed, batch_size=j.batch_size, objective=j.asked, **which) for j in jobs])
         for job in jobs:
             job.update()
         publish()
@@ -60,11 +60,11 @@ def trained(jobs, data, backward, publish=lambda: None) -> list[torch.Tensor]:
     ],
 )
 def test_a_lora_in_a_pack_is_the_lora_alone(points, prepared, tmp_path):
-    root, _, data, pipe = prepared
+    root, _, data, base = prepared
     configs = [compose(*FAST, root, *COMMON, *point.split()) for point in points]
-    unet = clone_sharing_weights(pipe.unet)
+    unet = clone_sharing_weights(base.network)
     quantize_(unet, configs[0].memory.linear_weights, configs[0].memory.convolution_weights, torch.device("cpu"))
-    asked = objective(configs[0].loss, pipe.scheduler.config)
+    asked = objective(configs[0].loss, base)
 
     def started(alone: bool):
         return [
