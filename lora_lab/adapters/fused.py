@@ -152,7 +152,7 @@ class FusedAttention:
 class FlatParameters(Protocol):
     """The memory of a network's LoRA parameters, of one LoRA or of J."""
 
-    parameters: Sequence[nn.Parameter]  # of the network, in the order of their memory
+    params: Sequence[nn.Parameter]  # of the network, in the order of their memory
 
     def as_parameter(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
         """The numbers of J LoRAs from `start` on, as one parameter (J, *shape)."""
@@ -171,7 +171,7 @@ def fuse(
 
     In `flat` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
     offsets, start = {}, 0
-    for parameter in flat.parameters:
+    for parameter in flat.params:
         offsets[parameter] = start
         start += parameter.numel()
     plain = {layer: None for layer in network.modules() if isinstance(layer, Linear) and _plain_lora(layer)}

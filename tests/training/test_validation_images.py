@@ -1,5 +1,7 @@
 """Pictures of a LoRA while it is trained are drawn as the sampler's options say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
-from lora_lab.sampling.render import render_settings
+from lora_lab.track.base import NOTHING
+from lora_lab.training.artifacts import RunArtifacts
+from lora_lab.training.resolve import resolve_training
 from lora_lab.training.validation_images import ValidationImages
 
 CPU = torch.device("cpu")
@@ -37,11 +41,13 @@ def looked(base, lora, folder, *overrides):
     """The validation pictures, and how many rows the UNet had in each call."""
     rows = []
     hook = base.network.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
-    config = compose(*FEW, *overrides)
-    render = render_settings(config.model, config.loss, config.memory, config.sampler, None, "", torch.bfloat16)
-    shown = ValidationImages(Encoder(base, CPU, Cache(None), False), config, render, folder).validate(lora, 1)
+    resolved = resolve_training(compose(*FEW, *overrides), folder)
+    rendered: dict = {}
+    tracker = replace(NOTHING, images=lambda step, images: rendered.update(images))
+    artifacts = RunArtifacts(resolved, None, lora)
+    ValidationImages(resolved, artifacts, Encoder(base, CPU, Cache(None), False), tracker).on_end(1)
     hook.remove()
-    return [np.asarray(picture).astype(int) for picture, _ in shown.values()], rows
+    return [np.asarray(picture).astype(int) for picture, _ in rendered.values()], rows
 
 
 def test_fuse_and_batch_size_reach_the_pictures_of_validation(base, lora, tmp_path):
