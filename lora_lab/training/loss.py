@@ -29,16 +29,18 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by flat names, such as latents and conditioning.prompt_embeds."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
-        nested = {CONDITIONING + name: value for name, value in self.conditioning.items()}
-        return {name: value for name, value in (own | nested).items() if value is not None}
+        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
+        flat |= {CONDITIONING + name: value for name, value in self.conditioning.items()}
+        return {name: value for name, value in flat.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
         """The batch of `tensors()`."""
-        own = {name: value for name, value in tensors.items() if not name.startswith(CONDITIONING)}
-        nested = {name.removeprefix(CONDITIONING): tensors[name] for name in tensors.keys() - own.keys()}
-        return cls(**own, conditioning=nested)
+        conditioning = {
+            name.removeprefix(CONDITIONING): value for name, value in tensors.items() if name.startswith(CONDITIONING)
+        }
+        others = {name: value for name, value in tensors.items() if not name.startswith(CONDITIONING)}
+        return cls(**others, conditioning=conditioning)
 
 
 @dataclass(frozen=True)
