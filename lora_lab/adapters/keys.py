@@ -97,8 +97,8 @@ def _difference_from_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[
 def peft_state(
     model: nn.Module, state: dict[str, Tensor], key_of: Callable[[str], str], adapter: str = "default"
 ) -> dict[str, Tensor]:
-    """kohya_state backwards: what set_peft_model_state_dict puts into `adapter` of `model`. `key_of` gives a module's
-    name in the file.
+    """The inverse of kohya_state: what set_peft_model_state_dict puts into `adapter` of `model`. `key_of` gives
+    a module's name in the file.
 
     The adapter may have another alpha than the file: the product stays that of the file. Raises ValueError for a key
     that `model` has no module for."""

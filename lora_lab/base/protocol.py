@@ -41,13 +41,17 @@ class Solver(Protocol):
     order: int  # calls of the network per step
     init_noise_sigma: float | Tensor
 
-    def set_timesteps(self, steps: int) -> None: ...
+    def set_timesteps(self, steps: int) -> None:
+        """Choose the timesteps of `steps` steps."""
 
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """What the network gets for `sample` (B, C, h, w) at `timestep` ()."""
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents (B, C, h, w) at `timesteps` (1,), from which img2img starts."""
 
-    def step(self, prediction: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> tuple[Tensor, ...]: ...
+    def step(self, prediction: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        """The next sample (B, C, h, w), in a tuple, after the network's `prediction` (B, C, h, w) at `timestep` ()."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,12 @@ class BaseModel(Protocol):
         """The component that predicts, and that is trained."""
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]: ...
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The components that encode texts, in order."""
 
     @property
-    def autoencoder(self) -> nn.Module: ...
+    def autoencoder(self) -> nn.Module:
+        """The module that encodes images and decodes latents."""
 
     @property
     def dtype(self) -> torch.dtype:

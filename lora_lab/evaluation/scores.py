@@ -2,9 +2,8 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ from lora_lab.captions.rules import Rules, refine
 from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, ImageEmbeddings, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Scale, Scores
+from lora_lab.evaluation.prompts import ScorePrompts
 from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
-from lora_lab.sampling.render import ImageSpec, RenderSettings, image_specs, render_base, render_with_lora
+from lora_lab.sampling.render import RenderSettings, render_base, render_with_lora
 from lora_lab.settings.schema import Captioner, Model, Refiner, Score
 
 MAX_REFERENCES = 64  # whose parts are compared one by one: of more, every second, third, ...
@@ -58,36 +58,6 @@ class ScoredImages:
     scores: Scores
     lines: list[dict]  # one per image: lora, prompt, seed, picture, caption, and its scores
     pictures: list[Image.Image]  # those with the trigger in the order of prompts and seeds, then the others
-
-
-@dataclass(frozen=True)
-class ScorePrompts:
-    """What is rendered, and what is expected of it."""
-
-    character: list[ImageSpec]  # with the trigger
-    others: list[ImageSpec]  # without it
-    texts: list[str]  # all prompts for CLIP: the class noun in place of the trigger
-    character_texts: list[int]  # for each of `character` the index of its text
-    other_texts: list[int]
-    patterns: list[re.Pattern]  # of the attributes
-
-    @classmethod
-    def of(cls, score: Score, trigger: str, class_noun: str) -> "ScorePrompts":
-        """The prompts of `score` for one character."""
-        others = [text.replace("{class_noun}", class_noun) for text in score.other_prompts]
-        return cls(
-            character=image_specs(score.prompts, score.seeds, trigger),
-            others=[replace(spec, name=f"other-{spec.name}") for spec in image_specs(others, score.seeds[:1], trigger)],
-            texts=[*(text.replace("{trigger}", class_noun) for text in score.prompts), *others],
-            character_texts=[i for i in range(len(score.prompts)) for _ in score.seeds],
-            other_texts=[len(score.prompts) + i for i in range(len(others))],
-            patterns=[re.compile(pattern) for pattern in score.attributes],
-        )
-
-    @property
-    def specs(self) -> list[ImageSpec]:
-        """All images, in the order of rendering."""
-        return [*self.character, *self.others]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.metrics import Scores
+from lora_lab.evaluation.prompts import ScorePrompts
 from lora_lab.evaluation.scores import (
     ScoredImages,
-    ScorePrompts,
     Scorer,
     held_out_pictures,
     pictures_in,
@@ -31,6 +31,8 @@ from lora_lab.settings.schema import Config, Loss
 
 @dataclass(frozen=True)
 class Evaluated:
+    """The scores of one LoRA file."""
+
     lora: str
     scores: Scores
     samples: str  # the folder of the LoRA's images
@@ -38,6 +40,8 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class EvaluateResult:
+    """result.json of stage=evaluate."""
+
     stage: str
     trigger: str
     scores_before: Scores  # of the base without a LoRA

@@ -10,7 +10,8 @@ from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.base.quantize import quantize_
-from lora_lab.evaluation.scores import ScoredImages, ScorePrompts, Scorer
+from lora_lab.evaluation.prompts import ScorePrompts
+from lora_lab.evaluation.scores import ScoredImages, Scorer
 from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
 from lora_lab.training.engine import StepBatches
 from lora_lab.training.lora_training import LoRATraining

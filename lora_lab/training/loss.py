@@ -28,7 +28,7 @@ class Batch:
     prior_weight: Tensor | None = None  # () of the loss of a batch of the prior; None for a batch of the character
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by flat names, such as latents and conditioning.prompt_embeds."""
+        """All tensors by flat names, such as latents (B, C, h, w) and conditioning.prompt_embeds."""
         flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "conditioning"}
         flat |= {CONDITIONING + name: value for name, value in self.conditioning.items()}
         return {name: value for name, value in flat.items() if value is not None}

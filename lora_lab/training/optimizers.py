@@ -11,6 +11,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 class _Asynchronous(Optimizer8bit):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> float | None:
+        """One update; bitsandbytes' own, which synchronizes, for a closure and for the first step."""
         if closure is not None or not self.initialized:
             return super().step(closure)
         for i, group in enumerate(self.param_groups):

@@ -63,26 +63,32 @@ class SDXL:
 
     @property
     def components(self) -> dict[str, nn.Module]:
+        """The UNet and both text encoders."""
         return {name: getattr(self.pipe, name) for name in LORA_PREFIXES}
 
     @property
     def network(self) -> nn.Module:
+        """The UNet."""
         return self.pipe.unet
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
+        """CLIP ViT-L and OpenCLIP ViT-bigG."""
         return {name: getattr(self.pipe, name) for name in self.embedding_keys}
 
     @property
     def autoencoder(self) -> nn.Module:
+        """The VAE."""
         return self.pipe.vae
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the UNet computes in: that of the text embeddings."""
         return self.pipe.text_encoder_2.dtype
 
     @property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        """Those of both text encoders."""
         return [self.pipe.tokenizer, self.pipe.tokenizer_2]
 
     @tokenizers.setter
@@ -93,6 +99,7 @@ class SDXL:
 
     @property
     def zeros_for_empty_text(self) -> bool:
+        """True of SDXL itself; a base that was trained with an encoded "" says otherwise."""
         return self.pipe.config.force_zeros_for_empty_prompt
 
     def encode_texts(self, texts: Sequence[str], device: torch.device, offload: bool) -> list[Conditioning]:
@@ -122,14 +129,16 @@ class SDXL:
 
     @property
     def latent_channels(self) -> int:
+        """4."""
         return self.pipe.vae.config.latent_channels
 
     @property
     def pixels_per_latent(self) -> int:
+        """8."""
         return self.pipe.vae_scale_factor
 
     def encode_image(self, image: Image.Image, name: str) -> Tensor:
-        """See vae.encode_image. Raises RunError."""
+        """Latents (4, H / 8, W / 8): see vae.encode_image. Raises RunError."""
         return vae.encode_image(self.pipe.vae, image, name)
 
     def encode_photo(self, photo: Image.Image) -> Callable[[torch.Generator], Tensor]:
@@ -140,7 +149,7 @@ class SDXL:
         return lambda generator: posterior.sample(generator).to(dtype) * autoencoder.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See vae.decode."""
+        """Latents (1, 4, h, w) to pixels (1, 3, 8 h, 8 w): see vae.decode."""
         return vae.decode(self.pipe.vae, latents, self.pixels_per_latent)
 
     def autoencoder_in_range(self, device: torch.device) -> AbstractContextManager[None]:
@@ -158,6 +167,7 @@ class SDXL:
         return diffusion.resolve_prediction_type(loss, self.pipe.scheduler.config)
 
     def noise_schedule(self, loss: Loss) -> diffusion.DiffusionSchedule:
+        """The schedule of the pipeline's scheduler, with the prediction of the resolved `loss`."""
         return diffusion.DiffusionSchedule(self.pipe.scheduler.config, loss.prediction, loss.zero_terminal_snr)
 
     def apply_loss(self, loss: Loss) -> None:
@@ -167,6 +177,7 @@ class SDXL:
         self.pipe.scheduler = diffusion.with_prediction_type(self.pipe.scheduler, self.resolve_loss(loss))
 
     def solver(self, settings: dict[str, Any]) -> SchedulerMixin:
+        """The scheduler of diffusers that `settings` name, on the base's noise schedule."""
         return instantiate(settings)(self.pipe.scheduler.config)
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -185,6 +196,7 @@ class SDXL:
         return [*map(identity_of, self.text_encoders.values()), *map(rules_of, self.tokenizers)]
 
     def text_forms(self) -> Forms:
+        """Shape and dtype of what encode_texts gives."""
         first, second = self.pipe.text_encoder, self.pipe.text_encoder_2
         width = first.config.hidden_size + second.config.hidden_size
         return {
@@ -193,6 +205,7 @@ class SDXL:
         }
 
     def image_identity(self) -> str:
+        """The hash of the VAE, and the size of its tiles; takes a second."""
         autoencoder = self.pipe.vae
         tiles = f" in tiles of {autoencoder.tile_sample_min_size}" if autoencoder.use_tiling else ""
         return identity_of(autoencoder) + tiles
