@@ -28,9 +28,10 @@ def kohya_state(
     adapter: str = "default",
     values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of `adapter` in `components` (by name) as a file has them, on the CPU.
+    """The tensors of `adapter` in `components` (by name) as a file has them, on the CPU: for a linear layer (O, I) and
+    rank R these are lora_down.weight (R, I), lora_up.weight (O, R) and alpha ().
 
-    `values` has exact parameters by component.name, where those in the modules are rounded.
+    `values` has exact parameters, of the same shapes, by component.name, where those in the modules are rounded.
 
     alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r. Each
     component's LoRA has one alpha, since diffusers drops differing ones; where a pattern sets others, the up matrices
@@ -100,7 +101,8 @@ def peft_state(
     """The inverse of kohya_state: what set_peft_model_state_dict puts into `adapter` of `model`. `key_of` gives
     a module's name in the file.
 
-    The adapter may have another alpha than the file: the product stays that of the file. Raises ValueError for a key
+    Shapes are those of the file, with the parameters' names in peft. The adapter may have another alpha than the file:
+    the product stays that of the file. Raises ValueError for a key
     that `model` has no module for."""
     peft_leaves = {leaf: peft_leaf for peft_leaf, leaf in LEAVES.items()}
     tensors = {}
@@ -117,8 +119,9 @@ def peft_state(
 
 
 def layers_of(model: nn.Module, state: dict[str, Tensor], key_of: Callable[[str], str]) -> dict[str, dict[str, Tensor]]:
-    """Module name in `model` to its tensors in a file, by leaf. Raises ValueError for a key that `model` has no module
-    for."""
+    """Module name in `model` to its tensors in a file (shapes as in kohya_state), by leaf.
+
+    Raises ValueError for a key that `model` has no module for."""
     modules = {key_of(name): name for name, _ in model.named_modules()}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -133,7 +136,7 @@ def layers_of(model: nn.Module, state: dict[str, Tensor], key_of: Callable[[str]
 
 
 def rank_of(leaves: dict[str, Tensor]) -> int | None:
-    """The inner dimension of a layer's tensors; None where LoKr's factors are whole."""
+    """The rank R of a layer's tensors, such as lora_down.weight (R, I); None where LoKr's factors are whole."""
     inner = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     return next((leaves[leaf].shape[0] for leaf in inner if leaf in leaves), None)
 
@@ -184,7 +187,7 @@ def adapter_kind(keys: Iterable[str]) -> str:
 
 
 def by_layer(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors of each layer, by leaf."""
+    """The tensors of each layer by leaf, with their shapes in the file."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         stem, _, leaf = key.partition(".")
@@ -193,7 +196,7 @@ def by_layer(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def describe(state: dict[str, Tensor]) -> str:
-    """'LoRA of rank 4 in 32 layers'."""
+    """'LoRA of rank 4 in 32 layers', by the shapes of `state` in a file."""
     layers = by_layer(state)
     ranks = sorted({rank for leaves in layers if (rank := rank_of(leaves))})
     rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""

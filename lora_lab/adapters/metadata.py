@@ -16,7 +16,8 @@ from lora_lab.settings.schema import Loss
 
 
 def network_metadata(config: PeftConfig, state: dict[str, Tensor], lora_plus_ratio: float) -> dict[str, str]:
-    """What kind of adapter `state` (of kohya_state) is, in the words of kohya's scripts and of LyCORIS."""
+    """What kind of adapter `state` (of kohya_state) is, by its keys and shapes, in the words of kohya's scripts and of
+    LyCORIS."""
     kind, layers = adapter_kind(state), by_layer(state)
     ranked = [leaves for leaves in layers if rank_of(leaves)]
     ranks = {rank_of(leaves) for leaves in ranked} or {config.r}

@@ -33,7 +33,7 @@ class GraphPool:
         return torch.cuda.Stream(self.device)
 
     def capture(self, function: Callable[[Tensors], Tensor], inputs: Tensors) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record `function(inputs)`, which runs nothing; returns the graph and its output.
+        """Record `function(inputs)`, which runs nothing; returns the graph and its output, of the function's shape.
 
         Raises RuntimeError for a function that cannot be captured, and has then changed nothing."""
         graph, others = torch.cuda.CUDAGraph(), list(self.graphs)

@@ -33,7 +33,8 @@ class DiffusionSchedule:
         return self._ddpm.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise, or for v-prediction sqrt(a_t) noise - sqrt(1 - a_t) x (Salimans and Ho 2022, arXiv 2202.00512)."""
+        """The noise (B, C, h, w), or for v-prediction sqrt(a_t) noise - sqrt(1 - a_t) x (Salimans and Ho 2022, arXiv
+        2202.00512)."""
         velocity = self.prediction == "v_prediction"
         return self._ddpm.get_velocity(latents, noise, timesteps) if velocity else noise
 

@@ -174,7 +174,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, computed anew."""
+        """The dequantized weight (O, I), computed anew."""
         return self.stored.weight(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, computed anew."""
+        """The dequantized weight (O, I, height, width), computed anew."""
         return self.stored.weight(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

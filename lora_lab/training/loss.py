@@ -35,7 +35,7 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """The batch of `tensors()`."""
+        """The batch whose `tensors()` these are: latents (B, C, h, w) and so on."""
         conditioning = {
             name.removeprefix(CONDITIONING): value for name, value in tensors.items() if name.startswith(CONDITIONING)
         }
