@@ -26,7 +26,8 @@ from lora_lab.images.buckets import Fitted
 from lora_lab.images.dataset import Sample, read_dataset, read_folders
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable
-from lora_lab.settings.schema import Config
+from lora_lab.settings.decides import training_fingerprint
+from lora_lab.settings.schema import Config, OptimizerTraits
 from lora_lab.training import class_pictures, text_encoders
 from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, count_buckets, crop_pictures, fit_pictures
@@ -82,7 +83,7 @@ def make_plan(config: Config, folder: Path, like: Plan | None = None) -> Plan:
         hashes = hashes | {"start": hash_files(start, *([embeddings_path(start)] if read_tokens(start) else []))}
     # What is measured decides nothing.
     decisive = {name: value for name, value in hashes.items() if name != "validation"}
-    recipe, goes_on = _recipe(config) | decisive, _newest_checkpoint(config, folder)
+    recipe, goes_on = training_fingerprint(config) | decisive, _newest_checkpoint(config, folder)
     if goes_on:
         validate_fingerprint(goes_on, recipe)
     if not like:
@@ -272,40 +273,7 @@ def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
 
 def settled_optimizer(settings: dict, device: torch.device) -> dict:
     """The keys that are the optimizer's own, those that depend on the device decided."""
-    settled = {key: value for key, value in settings.items() if key != "elementwise"}
+    _, settled = OptimizerTraits.split(settings)
     if settled.get("fused", False) is None:
         settled["fused"] = device.type == "cuda"
     return settled
-
-
-def _recipe(config: Config) -> dict:
-    stage, model = config.stage, config.model
-    return {
-        "start": None,  # the hash of the file that training began with takes its place
-        "adapter": config.adapter,
-        "optimizer": config.optimizer,
-        "schedule": vars(config.schedule),
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        **{f"dataset.{key}": value for key, value in vars(config.dataset).items() if key != "root"},
-        "dataset.repeats": [folder.repeats for folder in config.dataset.folders],
-        "model.resolution": model.resolution,
-        "model.precision": model.precision,
-        **{f"text.{key}": value for key, value in vars(config.text).items()},
-        **{f"loss.{key}": value for key, value in vars(config.loss).items()},
-        "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
-        **{f"prior.{key}": value for key, value in vars(config.prior).items() if key != "root"},
-        "prior.kind": None
-        if config.prior.kind == "none"
-        else config.prior.kind,  # as in runs from before there was one
-        **{
-            f"stage.{key}": getattr(stage, key)
-            for key in (
-                "gradient_accumulation",
-                "max_grad_norm",
-                "caption_dropout",
-                "ema_decay",
-                "lora_plus_ratio",
-            )
-        },
-    }
