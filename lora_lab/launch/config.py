@@ -19,8 +19,9 @@ except ImportError:
 
 from lora_lab.errors import InputError
 from lora_lab.launch.keys import keys_of, unknown_key
+from lora_lab.settings.refusal import SettingError
 from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config
-from lora_lab.settings.setting import SettingError, defaults_of
+from lora_lab.settings.setting import defaults_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.

@@ -10,8 +10,9 @@ from lora_lab.errors import InputError
 from lora_lab.settings.captions import Captioner, Refiner, Rule
 from lora_lab.settings.dataset import Dataset, Folder, Prior
 from lora_lab.settings.model import Memory, Model, Sampler
+from lora_lab.settings.refusal import refusals
 from lora_lab.settings.reporting import Score, Tracker
-from lora_lab.settings.setting import Section, open_group, section, setting, wrong_values
+from lora_lab.settings.setting import Section, open_group, section, setting
 from lora_lab.settings.stages import (
     STAGES,
     Caption,
@@ -169,7 +170,7 @@ def build_config(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
     try:
         return Config(**tree), []
     except ValidationError as error:
-        unknown, wrong = wrong_values(error, Config)
+        unknown, wrong = refusals(error, Config)
         if unknown:
             return None, unknown
-        raise wrong from error
+        raise wrong[0] from error

@@ -1,15 +1,13 @@
-"""How a setting is declared: type, default, bounds, meaning, what it decides; and the sentence for a wrong value."""
+"""How a setting is declared: its type, default, bounds and meaning, and what it decides."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import ConfigDict, Field, Tag, ValidationError, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined
-
-from lora_lab.errors import InputError
 
 # What a setting decides. `weights`: the weights that training ends with. `images`: what the base and a LoRA draw for
 # one prompt and seed. `request`: what is asked for (prompts, seeds, photos, which LoRA, what is measured). `cost`: time
@@ -123,79 +121,28 @@ class Section:
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_typed(cls, value: object, info: Any) -> object:
-        """The command line knows 2024, true and 1.5 only as a number and a truth value: where a text is wanted they are
-        that text; true is no number, and 4.0 no whole one."""
-        annotation = cls.__pydantic_fields__[info.field_name].annotation
-        types = {annotation, *get_args(annotation)}
-        if str in types and isinstance(value, (bool, int, float)):
-            return str(value)
-        if isinstance(value, bool) and bool not in types and types & {int, float}:
-            raise PydanticCustomError("int_type" if int in types else "float_type", "not a number")
-        if isinstance(value, float) and int in types and float not in types:
-            raise PydanticCustomError("int_type", "not a whole number")
-        return value
+    def _convert(cls, value: object, info: Any) -> object:
+        """2024 and true are typed as a number and as true: where a text is wanted they are that text. But true is no
+        number, and 4.0 is no whole number."""
+        return _as_typed(value, cls.__pydantic_fields__[info.field_name].annotation)
+
+
+def _as_typed(value: object, annotation: Any) -> object:
+    if get_origin(annotation) is list:
+        return [_as_typed(item, get_args(annotation)[0]) for item in value] if isinstance(value, list) else value
+    types = {annotation, *get_args(annotation)}
+    if str in types and isinstance(value, (bool, int, float)):
+        return str(value)
+    if isinstance(value, bool) and bool not in types and types & {int, float}:
+        raise PydanticCustomError("int_type" if int in types else "float_type", "not a number")
+    if isinstance(value, float) and int in types and float not in types:
+        raise PydanticCustomError("int_type", "not a whole number")
+    return value
 
 
 def section(cls: type) -> type:
     """Make a group of settings of a class whose fields are written with `setting`."""
     return pydantic_dataclass(cls, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-
-
-class SettingError(InputError):
-    """A wrong value of one key, or (with an empty sentence) an unknown key."""
-
-    def __init__(self, key: str, sentence: str):
-        super().__init__(sentence)
-        self.key = key
-
-
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
-
-
-def wrong_values(error: ValidationError, root: type) -> tuple[list[str], SettingError]:
-    """The unknown keys among pydantic's errors on building `root`, and the first of the others as a sentence."""
-    unknown, wrong = [], []
-    for detail in error.errors(include_url=False, include_context=False):
-        key, info = _place(root, detail["loc"])
-        if detail["type"] == "unexpected_keyword_argument":
-            unknown.append(key)
-        else:
-            wrong.append(SettingError(key, _sentence(key, detail, info)))
-    return unknown, (wrong or [SettingError("", "")])[0]
-
-
-def _place(root: type, path: tuple[str | int, ...]) -> tuple[str, FieldInfo | None]:
-    """The dotted key of pydantic's `path` below `root`, and the last field on it. The tag of a union is no key."""
-    key, info = "", None
-    for part in path:
-        options = [args for args in map(get_args, get_args(root)) if len(args) > 1]
-        tags = {args[1].tag: args[0] for args in options if isinstance(args[1], Tag)}
-        if part in tags:
-            root = tags[part]
-            continue
-        info = getattr(root, "__pydantic_fields__", {}).get(part, info)
-        root = info.annotation if info else None
-        key += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return key.removeprefix("."), info
-
-
-def _sentence(key: str, detail: dict[str, Any], info: FieldInfo | None) -> str:
-    value, kind, leaf = detail["input"], detail["type"], key.rpartition(".")[2]
-    if kind == "missing":
-        return f"{key} is missing: set {key}=..."
-    if value is None:
-        return f"{key}=null: {key} must have a value"
-    if kind in ("list_type", "dict_type"):
-        return f"{key}: not a list, write {key}=[...]" if kind == "list_type" else f"{key}={value}: not a group of keys"
-    if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than", "finite_number") and info:
-        number = float(value) if info.annotation is not int else value
-        return f"{key}={number}: {leaf} must be {bounds_text(bounds_of(info))}"
-    if kind in ("literal_error", "union_tag_invalid") and info:
-        return f"{key}={value}: {leaf} is one of {', '.join(choices_of(info))}"
-    if (name := kind.partition("_")[0]) in KINDS:
-        return f"{key}={value}: not {KINDS[name]}"
-    return f"{key}={value}: {detail['msg']}"
 
 
 def default_of(info: FieldInfo) -> object:

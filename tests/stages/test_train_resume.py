@@ -75,8 +75,12 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused():
 def test_a_resumed_run_refuses_to_become_another_one():
     train("run", "steps=2")
     for change, named in (
-        ("rank=8", "adapter"),
-        ("lr=5e-4", "optimizer"),
+        ("rank=8", r"rank=4, not 8 \(also .*adapter\.r"),
+        ("lr=5e-4", r"lr=0\.001, not 0\.0005 \(also optimizer\.lr\)"),
+        ("model.vae=other", r"model\.vae=None, not other"),
+        ("model.bucket_step=8", r"model\.bucket_step=16, not 8"),
+        ("model.variant=fp16", r"model\.variant=None, not fp16"),
+        ("model.config=other", r"model\.config=None, not other"),
         ("seed=1", "seed"),
         ("batch_size=1", "batch_size"),
         ("loss=plain", "loss.weighting"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_lab.launch.config import CONF, compose
+from lora_lab.settings.schema import OptimizerTraits
 from lora_lab.training.flat import FlatParams
 from lora_lab.training.plan import from_library, settled_optimizer
 from lora_lab.training.step import Job
@@ -20,13 +21,12 @@ class Toy:
     """A model of two matrices and the part of a Job that lets it learn."""
 
     def __init__(self, name, *, elementwise=None, ema_decay=0.0, **changes):
-        settings = SETTINGS[name] | changes
-        own = settings.pop("elementwise")
+        traits, settings = OptimizerTraits.split(SETTINGS[name] | changes)
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(80, 64, bias=False), nn.Linear(64, 80, bias=False))
         nn.init.zeros_(self.layers[1].weight)  # as a LoRA begins
         learnt = FlatParams(list(self.layers.parameters()), torch.float32)
-        whole = own if elementwise is None else elementwise
+        whole = traits.elementwise if elementwise is None else elementwise
         optimizer = from_library("optimizer", settings)([learnt.master] if whole else learnt.matrices())
         if hasattr(optimizer, "train"):
             optimizer.train()
@@ -105,7 +105,7 @@ def test_adamw_is_one_kernel_on_a_gpu_unless_told_otherwise():
     asked = SETTINGS["adamw"]
     assert [settled_optimizer(asked, device)["fused"] for device in (gpu, cpu)] == [True, False]
     assert settled_optimizer(asked | {"fused": False}, gpu)["fused"] is False
-    assert settled_optimizer(SETTINGS["lion8bit"], gpu).keys() == SETTINGS["lion8bit"].keys() - {"elementwise"}
+    assert settled_optimizer(SETTINGS["lion8bit"], gpu) == OptimizerTraits.split(SETTINGS["lion8bit"])[1]
 
 
 def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_changes_nothing():
