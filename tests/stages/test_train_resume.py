@@ -1,5 +1,6 @@
 """A run that stops and goes on: to the bit what it would have been, or refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,19 @@ def test_a_resumed_run_refuses_to_become_another_one():
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
     with pytest.raises(InputError, match="beyond steps=1"):
         train("run", "steps=1", f"resume={Path('run').absolute()}")
+
+
+def test_a_checkpoint_without_a_key_is_resumed_and_the_key_named(capsys):
+    train("run", "steps=2")
+    record = Path("run/checkpoints/step-000002/training.json")
+    saved = json.loads(record.read_text())
+    del saved["recipe"]["model.vae"], saved["recipe"]["model.variant"]
+    record.write_text(json.dumps(saved))
+    train("run", "steps=3", f"resume={Path('run').absolute()}")
+    assert (
+        "older version of lora_lab and could not be compared in model.vae, model.variant\n" in capsys.readouterr().out
+    )
+    assert [line["step"] for line in metrics("run")] == [1, 2, 3]
 
 
 def test_resuming_a_finished_run_publishes_nothing_twice():
