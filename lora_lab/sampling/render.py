@@ -90,7 +90,7 @@ def save_image(file: Path, picture: Image.Image, asked: ImageSpec, lora: str) ->
 
 def base_image_key(config: Config, base: str, dtype: torch.dtype) -> str:
     """A name of all that decides what the base draws but for prompt, seed and size."""
-    return key_of("drawn", base, dtype, base_image_settings(config))
+    return key_of("drawn", base, dtype, base_image_settings(config.model, config.loss, config.memory, config.sampler))
 
 
 def image_side(config: Config) -> int:

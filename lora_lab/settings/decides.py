@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from lora_lab.settings.model import Memory, Model, Sampler
 from lora_lab.settings.schema import STAGES, Config
 from lora_lab.settings.setting import Facts, Section, facts_of
+from lora_lab.settings.training import Loss
 
 # The comparison page compares runs of training, which read neither.
 NOT_COMPARED = ("stage", "lora")
@@ -98,14 +100,12 @@ def shared_by_pack(config: Config) -> dict[str, Any]:
     return {v.key: v.value for v in values_of(config) if not v.facts.per_job}
 
 
-def base_image_settings(config: Config) -> dict[str, Any]:
+def base_image_settings(model: Model, loss: Loss, memory: Memory, sampler: Sampler) -> dict[str, Any]:
     """By its dotted key every setting that decides what the base draws for one prompt and seed; the files of the base
     have a hash."""
-    return {
-        v.key: v.value
-        for v in values_of(config)
-        if "images" in v.facts.decides and not v.facts.hashed_as and not v.key.startswith("stage.")
-    }
+    sections = {"model": model, "loss": loss, "memory": memory, "sampler": sampler}
+    values = [value for name, section in sections.items() for value in values_of(section, f"{name}.")]
+    return {v.key: v.value for v in values if "images" in v.facts.decides and not v.facts.hashed_as}
 
 
 def shown_on_page(key: str) -> bool:

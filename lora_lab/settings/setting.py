@@ -25,7 +25,7 @@ class Facts:
     may_change: str | None = None  # why a resumed run may change it although it decides the weights
     default_from: str | None = None  # the key whose value is the default
     is_open: bool = False  # a group of another library's keyword arguments
-    of_keys: tuple[tuple[str, "Facts"], ...] = ()  # of an open group: the keys that differ from the group's facts
+    of_keys: tuple[tuple[str, "Facts"], ...] = ()  # of an open group: the keys whose facts are not the group's
 
     def of(self, key: str) -> "Facts":
         """The facts of `key` in this open group."""
@@ -66,16 +66,22 @@ def setting(
 
 
 def open_group(
-    meaning: str, *, decides: Decision, per_job: bool | Collection[str] = False, decide_nothing: Collection[str] = ()
+    meaning: str,
+    *,
+    decides: Decision | tuple[Decision, ...],
+    per_job: bool | Collection[str] = False,
+    hashed_as: str | None = None,
+    decide_nothing: Collection[str] = (),
 ) -> Any:
     """A field of another library's keyword arguments: the options in conf/ know the keys and explain them.
 
     `per_job` may name the keys in which the jobs of a pack may differ; `decide_nothing` names those that only describe
     the rest."""
-    group = Facts((decides,), per_job is True, is_open=True)
-    exceptions = [] if isinstance(per_job, bool) else [(key, Facts((decides,), True)) for key in sorted(per_job)]
-    exceptions += [(key, Facts(("nothing",), group.per_job)) for key in sorted(decide_nothing)]
-    group = replace(group, of_keys=tuple(exceptions))
+    decides = (decides,) if isinstance(decides, str) else decides
+    group = Facts(decides, per_job is True, hashed_as, is_open=True)
+    exceptions = {} if isinstance(per_job, bool) else {key: Facts(decides, True, hashed_as) for key in per_job}
+    exceptions |= {key: Facts(("nothing",), group.per_job) for key in decide_nothing}
+    group = replace(group, of_keys=tuple(sorted(exceptions.items())))
     return Field(default_factory=dict, description=meaning, json_schema_extra={"facts": group})
 
 

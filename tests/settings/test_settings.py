@@ -1,5 +1,6 @@
 """Every setting says what it means and what it decides; values mean what was typed."""
 
+import re
 from dataclasses import asdict, replace
 from typing import get_args
 
@@ -7,6 +8,7 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF
+from lora_lab.launch.help import help_text
 from lora_lab.settings.decides import fields_of, values_of
 from lora_lab.settings.schema import OptimizerTraits
 from lora_lab.settings.setting import Decision, default_of, facts_of
@@ -119,6 +121,15 @@ def test_what_kind_of_optimizer_it_is_comes_from_its_file(composed):
     ):
         with pytest.raises(InputError, match=sentence):
             OptimizerTraits.split({"elementwise": True, key: value})
+
+
+def test_the_help_has_the_meanings_of_the_settings():
+    meanings = {key: info.description for key, info in fields_of()}
+    lines = re.findall(r"^  (stage\.)?(\w+)=\S+ +(?:\((\w+)\) )?(.+)$", help_text().partition("\nSettings")[2], re.M)
+    assert len(lines) == 16
+    for prefix, key, stage, meaning in lines:
+        field = STAGES[stage].__pydantic_fields__[key] if prefix else None
+        assert meaning == (field.description if field else meanings[key])
 
 
 def test_stages_name_only_keys_that_exist(composed):
