@@ -5,7 +5,7 @@ import torch
 
 from lora_lab.launch.config import CONF, compose
 from lora_lab.settings.schema import OptimizerTraits
-from lora_lab.training.plan import from_library, settled_optimizer
+from lora_lab.training.resolve import resolve_optimizer
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml")))
@@ -13,7 +13,7 @@ def test_the_traits_in_a_file_are_those_of_the_optimizer(name):
     settings = compose(f"optimizer={name}").optimizer
     traits, _ = OptimizerTraits.split(settings)
     parameter = torch.nn.Parameter(torch.ones(640, 512))
-    optimizer = from_library("optimizer", settled_optimizer(settings, torch.device("cpu")))([parameter])
+    optimizer = resolve_optimizer(settings, torch.device("cpu"))([parameter])
     if traits.averages_weights:
         optimizer.train()
     parameter.grad = torch.full_like(parameter, 0.1)
