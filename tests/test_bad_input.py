@@ -190,9 +190,9 @@ def test_masks_are_looked_for_before_a_model_loads(composed, here, nothing_loads
     [
         (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be made", "epsilon"]),
         (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be made", "relative_step=True"]),
-        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "say true"]),
+        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "set true"]),
         (["optimizer=schedule_free", "stage.ema_decay=0.9"], ["stage.ema_decay", "average of its own"]),
-        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "say true"]),
+        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "set true"]),
         (["model.base=nowhere.safetensors"], ["model.base=nowhere.safetensors"]),
         (["model.base=demo:tiny-sdlx"], ["model.base=demo:tiny-sdlx", "tiny-sdxl"]),
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),

@@ -15,6 +15,7 @@ from lora_lab.base.quantize import quantize_
 from lora_lab.console import say
 from lora_lab.runs import save_picture
 from lora_lab.sampling.generate import Request, generate
+from lora_lab.settings.decides import base_image_settings
 from lora_lab.settings.schema import Loss, Memory, Model, Sampler
 
 
@@ -41,9 +42,7 @@ def render_settings(
     model: Model, loss: Loss, memory: Memory, sampler: Sampler, cache: str | None, base: str, dtype: torch.dtype
 ) -> RenderSettings:
     """How a run with these settings renders. `base` is the hash of the base's files, `dtype` its precision."""
-    base_settings = (base, model.vae, model.config, model.variant, dtype, loss.prediction, loss.zero_terminal_snr)
-    storage = (memory.linear_weights, memory.convolution_weights, memory.vae_tiling)
-    key = key_of("drawn", *base_settings, *storage, vars(sampler))
+    key = key_of("drawn", base, dtype, base_image_settings(model, loss, memory, sampler))
     return RenderSettings(sampler, image_side(model), key, cache and Path(cache))
 
 

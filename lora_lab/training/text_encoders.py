@@ -13,7 +13,7 @@ from lora_lab.adapters.inject import is_pissa
 from lora_lab.adapters.tokens import COUNT, NewTokens, initial_vectors, install_tokens, read_tokens, tokenizers_of
 from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.errors import InputError
-from lora_lab.settings.schema import Text
+from lora_lab.settings.schema import OptimizerTraits, Text
 from lora_lab.training.loss import Batch
 from lora_lab.training.randomness import generator, seed_of
 
@@ -31,18 +31,17 @@ class TrainableTextEncoders:
         return replace(batch, conditioning=self.encode(batch.conditioning))
 
 
-def validate_text(text: Text, adapter: PeftConfig, probe: torch.optim.Optimizer, start: Path | None) -> None:
-    """Raise InputError where the adapter, the optimizer (`probe`, of one number) or the LoRA file that training starts
-    from (`start`) does not fit the settings of `text`."""
-    name = type(probe).__name__
+def validate_text(text: Text, adapter: PeftConfig, optimizer: str, traits: OptimizerTraits, start: Path | None) -> None:
+    """Raise InputError where the adapter, the optimizer (name and traits) or the LoRA file that training starts from
+    (`start`) does not fit the settings of `text`."""
     if text.adapted and (not isinstance(adapter, LoraConfig) or adapter.use_dora or is_pissa(adapter)):
         raise InputError(
             f"text.encoders={text.encoders}: text encoders take LoRA and rsLoRA and no other kind, use adapter=lora "
             "or rslora, or text.encoders=none"
         )
-    if text.learns and "d" in probe.param_groups[0]:
+    if text.learns and traits.finds_lr:
         raise InputError(
-            f"optimizer={name}: finds one learning rate for all parameters, and the text encoders need their own: "
+            f"optimizer={optimizer}: finds one learning rate for all parameters, and the text encoders need their own: "
             "use optimizer=adamw, or text=frozen"
         )
     stored = read_tokens(start) if start else None
@@ -54,10 +53,10 @@ def validate_text(text: Text, adapter: PeftConfig, probe: torch.optim.Optimizer,
         )
     stops = [key for key, on in (("encoder_stop", text.adapted), ("token_stop", text.tokens)) if on]
     for key in stops:
-        if getattr(text, key) < 1 and hasattr(probe, "eval"):
+        if getattr(text, key) < 1 and traits.averages_weights:
             raise InputError(
-                f"text.{key}={getattr(text, key)}: {name} saves an average, which goes on changing when the rate is 0, "
-                f"use text.{key}=1"
+                f"text.{key}={getattr(text, key)}: {optimizer} saves an average, which goes on changing when the "
+                f"rate is 0, use text.{key}=1"
             )
 
 
