@@ -23,13 +23,13 @@ def exit_code_of(tmp_path, monkeypatch):
     """Type arguments in an empty folder; returns the exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from lora_lab.__main__ import _exit_code
+    from lora_lab.__main__ import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora_lab"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
     handlers, level = logging.root.handlers[:], logging.root.level
-    yield lambda *argv: _exit_code(list(argv))
+    yield lambda *argv: main(list(argv))
     logging.root.handlers[:], logging.root.level = handlers, level  # Hydra's log into a folder that goes
     GlobalHydra.instance().clear()
 

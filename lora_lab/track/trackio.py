@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.console import say
-from lora_lab.runs import as_typed, refuse_unwritable, write_text
+from lora_lab.runs import display_path, refuse_unwritable, write_text
 from lora_lab.track.base import NOTHING, Pictures, Rows, Track, forgiving, line
 from lora_lab.track.media import pictures_of, table_of
 
@@ -41,7 +41,7 @@ def tracked(
         return
     write_text(record, name + "\n")
     show = shlex.join(["trackio", "show", "--project", project])
-    say(f"tracking; to look at it: TRACKIO_DIR={shlex.quote(str(as_typed(place)))} {show}")
+    say(f"tracking; to look at it: TRACKIO_DIR={shlex.quote(str(display_path(place)))} {show}")
     try:
         yield forgiving(lambda step, values: run.log(dict(values), step), _image_logger(run), _table_logger(run))
     finally:

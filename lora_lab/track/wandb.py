@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.runs import as_typed, hash_files, hash_text, write_text
+from lora_lab.runs import display_path, hash_files, hash_text, write_text
 from lora_lab.track.base import NOTHING, Pictures, Rows, Track, forgiving, line
 from lora_lab.track.media import pictures_of, table_of
 
@@ -169,7 +169,7 @@ def _why_offline(mode: str, insist: bool) -> str:
 
 
 def _sync(run: "wandb.Run") -> str:
-    return shlex.join(["wandb", "sync", str(as_typed(Path(run.sync_dir)))])
+    return shlex.join(["wandb", "sync", str(display_path(Path(run.sync_dir)))])
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def train_steps(runs: Sequence[Run], base: Base, packed: Callable[[Sequence[Job]
     With `packed` the jobs of several runs share every step. Then a run that fails leaves the others to go on."""
     together: list[Job] = []
     first, last = min(run.reached for run in runs), max(run.steps for run in runs)
-    with stop_on_signal() as stopped, bar(total=last, initial=first, desc="train", unit="step") as shown:
+    with stop_on_signal(runs[0].folder) as stopped, bar(total=last, initial=first, desc="train", unit="step") as shown:
         for step in range(first, last):
             now = [run for run in runs if run.left and run.reached == step]
             jobs = list({id(run.job): run.job for run in now}.values())

@@ -88,7 +88,7 @@ def refused(answer, *words):
         ("stage=train stage.ema_decay=1", ["stage.ema_decay=1.0", "below 1"]),
         ("stage=train stage.save_dtype=int8", ["fp32, fp16, bf16"]),
         ("stage=img2img stage.photo=x stage.strength=2", ["stage.strength=2.0", "at most 1"]),
-        ("stage=img2img", ["stage.photo is missing: say stage.photo=..."]),
+        ("stage=img2img", ["stage.photo is missing: set stage.photo=..."]),
         ("loss.snr_gamma=0", ["loss.snr_gamma=0.0: snr_gamma must be above 0"]),
         ("loss.snr_gamma=null", ["loss.snr_gamma=null: loss.snr_gamma must have a value"]),
         ("loss.type=l3", ["loss.type=l3", "l2, l1, huber, smooth_l1"]),
@@ -127,7 +127,10 @@ def refused(answer, *words):
         ("resume=nowhere", ["resume=nowhere: name a run folder, one with .hydra/overrides.yaml in it"]),
         ("resume=", ["resume=: name a run folder"]),
         ("resume=latest", ["no run under outputs/ or multirun/ has a checkpoint"]),
-        ("hydra.run.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another run folder"]),
+        (
+            "hydra.run.dir=/dev/null/x stage=convert",
+            ["/dev/null/x: Not a directory; set hydra.run.dir="],
+        ),
         ("stage=train loss.mask=nowhere", ["loss.mask=nowhere: there is no such file or folder"]),
         ("stage=check loss.mask=nowhere", ["loss.mask=nowhere"]),
         # sweeps
@@ -144,11 +147,14 @@ def refused(answer, *words):
         ("-m hydra/launcher=joblib,basic", ["hydra/launcher has one value for the whole sweep"]),
         ("-m hydra/launcher=joblib rank=4,x", ["rank=x: not a whole number"]),
         ("-m lr=interval(1e-4,1e-3)", ["lr=interval(1e-4,1e-3): an interval needs", "hydra/sweeper=optuna"]),
-        ("-m hydra/sweeper=optuna stage=train lr=1e-4,1e-3", ["say hydra.sweeper.direction=maximize"]),
+        ("-m hydra/sweeper=optuna stage=train lr=1e-4,1e-3", ["set hydra.sweeper.direction=maximize"]),
         ("-m stage=train experiment=optuna model=tiny dataset=tofu lr=interval(0,1)", ["lr=0.0: the learning rate"]),
         ("-m stage=train experiment=optuna model=tiny dataset=tofu model.judge=null", ["model.judge=null", "a score"]),
-        ("-m stage=check experiment=optuna model=tiny dataset=tofu", ["which only training gives"]),
-        ("-m hydra.sweep.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another"]),
+        ("-m stage=check experiment=optuna model=tiny dataset=tofu", ["which only training computes"]),
+        (
+            "-m hydra.sweep.dir=/dev/null/x stage=convert",
+            ["/dev/null/x: Not a directory; set hydra.sweep.dir="],
+        ),
         ("rank=4,8", ["rank=4,8: several values are a sweep and need -m"]),
         # flags
         ("--foo", ["unrecognized arguments: --foo"]),
@@ -240,7 +246,7 @@ def test_what_a_stage_refuses_leaves_no_empty_run_folder(type_in, tmp_path):
     assert (tmp_path / "mine").is_dir(), "a folder that the user named is the user's"
 
 
-def test_one_refused_job_does_not_end_the_sweep_but_its_exit_code_is_kept(type_in, tmp_path):
+def test_one_refused_job_does_not_end_the_sweep_but_itsmain_is_kept(type_in, tmp_path):
     captions_in(tmp_path / "full", a="A HANA_TOFU")
     (tmp_path / "empty").mkdir()
     code, _, err = type_in("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv")
@@ -258,7 +264,7 @@ def test_one_refused_job_does_not_end_the_sweep_but_its_exit_code_is_kept(type_i
         (KeyboardInterrupt(), 1, "lora_lab: stopped\n"),
     ],
 )
-def test_an_error_in_a_run_is_one_sentence_with_its_exit_code(type_in, monkeypatch, error, code, words):
+def test_an_error_in_a_run_is_one_sentence_with_itsmain(type_in, monkeypatch, error, code, words):
     def fail(config, folder):
         raise error from FileNotFoundError("what a library said, which nobody needs to read")
 
@@ -275,8 +281,8 @@ def test_a_fault_of_the_program_shows_its_traceback_and_exits_with_1(type_in, mo
 
 def test_a_wrong_command_line_is_answered_without_torch():
     code = (
-        "import sys; from lora_lab.__main__ import _exit_code as type_in; "
-        "codes = [type_in(['lrr=1']), type_in(['stage=train', 'dataset.root=nowhere']), type_in(['--cfg', 'job'])]; "
+        "import sys; from lora_lab.__main__ import main; "
+        "codes = [main(['lrr=1']), main(['stage=train', 'dataset.root=nowhere']), main(['--cfg', 'job'])]; "
         "heavy = {'torch', 'diffusers', 'transformers', 'wandb', 'matplotlib', 'scipy'} & set(sys.modules); "
         "sys.exit(f'{codes} {heavy}' if heavy or codes != [2, 2, 0] else 0)"
     )

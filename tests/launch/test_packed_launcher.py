@@ -96,7 +96,7 @@ def test_a_stopped_pack_goes_on_and_what_was_done_is_not_done_again(run, monkeyp
     with monkeypatch.context() as once:
         interrupt_at(4, once)
         assert run(*SWEEP, *points, "hydra.sweep.dir=cut") == 1
-    assert "go on with: python -m lora_lab resume=cut" in capsys.readouterr().err
+    assert "continue with: python -m lora_lab resume=cut" in capsys.readouterr().err
     done = {job: (Path("cut") / job / "result.json").stat().st_mtime_ns for job in "02"}
     assert not list(Path("cut").glob("[13]/result.json"))
     assert [path.name for path in Path("cut").glob("[13]/checkpoints/*")] == 2 * ["step-000004"]

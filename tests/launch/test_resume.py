@@ -40,7 +40,7 @@ def test_a_run_is_taken_up_by_its_overrides_and_the_new_ones_win(runs):
     assert resumed([f"resume={older}", "steps=200"], False) == expected
     assert resumed(["resume=latest", "steps=200"], False) == expected
     assert resumed(["resume=null", "steps=200"], False) == (["resume=null", "steps=200"], None)
-    (run,) = command_line.check(resumed([f"resume={newer}"], False)[0], False)
+    (run,) = command_line.check(resumed([f"resume={newer}"], False)[0], False).runs
     assert run.resume == str(newer) and run.steps == 100
 
 
@@ -62,9 +62,17 @@ def test_another_launcher_takes_nothing_of_the_first_ones_settings(sweep):
     ]
 
 
+def test_interpolations_in_recorded_overrides_stay_as_they_were_typed(runs, sweep):
+    older, _ = runs
+    (older / ".hydra" / "overrides.yaml").write_text("- stage=train\n- name='${trigger}-r${rank}'\n")
+    assert resumed([f"resume={older}"], False)[0][:2] == ["stage=train", "name='${trigger}-r${rank}'"]
+    write_record(sweep, [], ["stage=train", "rank=2,4", "name='${trigger}-r${rank}'"])
+    assert resumed([f"resume={sweep}"], False)[0] == ["stage=train", "rank=2,4", "name='${trigger}-r${rank}'"]
+
+
 @pytest.mark.parametrize("new", ["lr=1e-5", "rank=4,8", "hydra/sweeper=basic"])
 def test_a_sweep_keeps_its_points(sweep, new):
-    with pytest.raises(InputError, match=r"a sweep over lr; other points are a sweep of their own"):
+    with pytest.raises(InputError, match=r"a sweep over lr; other points need a sweep of their own"):
         resumed([f"resume={sweep}", new], False)
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from lora_lab.errors import InputError
-from lora_lab.launch.sweep_folder import claim, held, score_of
+from lora_lab.launch.sweep_folder import create_folder, locked, score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
 
@@ -55,14 +55,14 @@ def test_a_folder_that_has_a_sweep_is_not_written_over(type_in, tmp_path):
     assert type_in(*SWEEP)[0] == 0
     code, out, err = type_in(*SWEEP)
     assert code == 2 and out == ""
-    assert err == "lora_lab: sweep has a sweep already: name another folder, or go on with resume=sweep\n"
+    assert err == "lora_lab: sweep has a sweep already: name another folder, or continue it with resume=sweep\n"
 
 
 def test_a_sweep_is_not_taken_up_while_a_job_of_it_still_runs(type_in, tmp_path):
     caption(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     assert type_in(*SWEEP)[0] == 2
-    with held(tmp_path / "sweep" / "0"):
+    with locked(tmp_path / "sweep" / "0"):
         code, out, err = type_in("resume=sweep")
     assert (code, out) == (2, "") and f"sweep/0: its job still runs, process {os.getpid()} on " in err
 
@@ -77,21 +77,21 @@ def test_two_jobs_of_one_folder_do_not_write_over_each_other(type_in, tmp_path):
 
 def test_sweeps_that_begin_in_one_second_get_folders_of_their_own(tmp_path):
     claimed, folder = [], tmp_path / "2026-01-01" / "12-00-00"
-    threads = [threading.Thread(target=lambda: claimed.append(claim(folder, named=False))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: claimed.append(create_folder(folder, named=False))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(claimed)) == 8 and all(f.is_dir() for f in claimed) and folder in claimed
     assert folder.with_name("12-00-00-1") in claimed
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         (tmp_path / "file").touch()
-        claim(tmp_path / "file", named=True)
+        create_folder(tmp_path / "file", named=True)
 
 
 def test_a_sweep_that_never_began_leaves_nothing(type_in, tmp_path):
     code, _, err = type_in("-m", "stage=check", "seed=0,1", "hydra.sweeper.max_batch_size=0")
-    assert code != 0 and "the sweep broke off" in err and "go on" not in err
+    assert code != 0 and "the sweep was aborted" in err and "resume=" not in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lab.launch.workers import elsewhere, places, spread
+from lora_lab.launch.workers import places, run_in_process, run_tasks
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def done(tmp_path):
 
         tasks = [partial(os.system, f"cd {tmp_path} && {command}") for command in commands]
         try:
-            spread(tasks, at, begins, lambda number, code: told.append(("ended", number, code)), tmp_path / "stop")
+            run_tasks(tasks, at, begins, lambda number, code: told.append(("ended", number, code)), tmp_path / "stop")
         finally:
             do.told = told
         return told
@@ -85,5 +85,5 @@ def test_without_a_gpu_there_is_one_place(monkeypatch):
 
 
 def test_what_is_asked_elsewhere_is_answered_by_a_process_that_ends():
-    other = elsewhere(os.getpid)
+    other = run_in_process(os.getpid)
     assert other != os.getpid() and not Path(f"/proc/{other}").exists()
