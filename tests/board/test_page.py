@@ -155,6 +155,12 @@ def test_stage_compare_gives_a_sweep_its_page_and_scripts_the_winner(sweep, comp
     assert "rank 4, lr 1e-5 has the highest score: 0.50 (0.40 to 0.60)" in said and result.page in said
 
 
+def test_stage_compare_lists_the_missing_jobs_of_a_sweep_without_points(sweep, composed):
+    (sweep / "points.json").unlink()  # as older versions left it
+    result = run(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
+    assert result.runs == {"done": 1, "failed": 1, "unfinished": 1, "missing": 1}
+
+
 def test_stage_compare_puts_the_page_of_several_folders_into_its_own(sweep, composed):
     other = write_run(Path("outputs/day/noon"), {"lr": 1e-2})
     measure(other, 0.1)

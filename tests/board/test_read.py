@@ -7,7 +7,7 @@ import pytest
 import yaml
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
-from lora_lab.board.read import read_sweep, validation_loss
+from lora_lab.board.read import final_validation_loss, read_sweep
 from lora_lab.board.verdict import axes, fault, label, shown, verdict
 
 LRS = {"lr": [1e-5, 1e-3, 3e-2]}
@@ -36,11 +36,27 @@ def test_a_job_that_was_taken_up_alone_is_not_missing(tmp_path):
     assert [run.status for run in read_sweep([tmp_path / "sweep"]).runs] == ["done"] * 3
 
 
-def test_a_sweeper_that_searches_plans_nothing(tmp_path):
+def test_the_page_reads_the_points_that_the_launcher_wrote(tmp_path):
     write_sweep(tmp_path / "sweep", LRS, missing=1)
-    record = tmp_path / "sweep" / "multirun.yaml"
-    record.write_text(record.read_text().replace("BasicSweeper", "OptunaSweeper"))
+    points = tmp_path / "sweep" / "points.json"
+    listed = json.loads(points.read_text())
+    listed[2]["values"]["lr"] = 0.5
+    points.write_text(json.dumps(listed))
+    (tmp_path / "sweep" / "multirun.yaml").write_text("unreadable: [")
+    missing = read_sweep([tmp_path / "sweep"]).runs[2]
+    assert (missing.status, missing.settings["lr"], missing.settings["rank"]) == ("missing", 0.5, 4)
+    points.write_text("[]")  # of a sweeper that searches
     assert len(read_sweep([tmp_path / "sweep"]).runs) == 2
+
+
+def test_interpolations_of_a_record_are_resolved_and_resolvers_are_not_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "key")
+    folder = write_run(tmp_path / "0", {})
+    record = folder / ".hydra" / "config.yaml"
+    record.write_text(record.read_text() + "home: ${oc.env:SECRET}/x\nlabel: ${home} of ${trigger}\n")
+    (run,) = read_sweep([tmp_path]).runs
+    assert run.settings["name"] == "MINT" and run.settings["home"] == "${oc.env:SECRET}/x"
+    assert run.settings["label"] == "${oc.env:SECRET}/x of MINT"
 
 
 def test_options_of_a_group_are_settings_too_and_names_are_not(tmp_path):
@@ -166,7 +182,7 @@ def test_without_scores_the_validation_loss_decides_and_unfinished_runs_do_not_c
     stop(three[2])
     found, sweep = judged(three)
     assert (found.measure, found.ranking) == ("validation_loss", (1, 0))
-    assert validation_loss(sweep.runs[1]) == 0.2
+    assert final_validation_loss(sweep.runs[1]) == 0.2
     assert found.sentence["en"].startswith("lr 0.001 has the lowest validation loss: 0.2000.")
 
 

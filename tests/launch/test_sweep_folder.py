@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from lora_lab.errors import InputError
+from lora_lab.launch.grid import all_points
 from lora_lab.launch.sweep_folder import create_folder, locked, score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
@@ -105,3 +106,8 @@ def test_a_sweep_that_never_began_leaves_nothing(type_in, tmp_path):
 )
 def test_a_run_is_worth_its_combined_score_and_never_its_loss(result, score):
     assert score_of(result) == score
+
+
+def test_a_sweep_that_searches_has_no_points_to_list():
+    hydra = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}}
+    assert all_points(hydra | {"overrides": {"task": ["lr=1e-3,1e-4"]}}) == []
