@@ -26,6 +26,6 @@ class PackedLauncher(Launcher):
         """Run one job for each list of overrides, numbered from `initial_job_idx`."""
         from lora_lab.launch import packed_launcher
 
-        sweep = packed_launcher.Sweep(self.hydra_context, self.config, self.task_function)
+        sweep = packed_launcher.SweepContext(self.hydra_context, self.config, self.task_function)
         jobs = list(enumerate(job_overrides, start=initial_job_idx))
         return packed_launcher.launch(sweep, jobs, self.max_jobs, self.workers)

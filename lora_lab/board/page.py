@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from lora_lab.board.curves import smoothed
-from lora_lab.board.read import Picture, Run, Sweep, final_loss, final_validation_loss
+from lora_lab.board.read import Picture, Sweep, TrainedRun, final_loss, final_validation_loss
 from lora_lab.board.verdict import Verdict, axes, fault, label, words
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
@@ -57,7 +57,7 @@ def files_to_share(page: Path) -> dict[str, Path]:
     return {file.relative_to(page).as_posix(): file for file in files}
 
 
-def slug(run: Run) -> str:
+def slug(run: TrainedRun) -> str:
     """The name of the run's folder below page/."""
     return run.name.replace("/", "-")
 
@@ -161,7 +161,7 @@ def page_data(sweep: Sweep, verdict: Verdict, training: list[str]) -> dict[str, 
     }
 
 
-def run_data(run: Run, sweep: Sweep, prompts: list[str]) -> dict[str, Any]:
+def run_data(run: TrainedRun, sweep: Sweep, prompts: list[str]) -> dict[str, Any]:
     """The part of `page_data` about one run."""
     steps = [step for step, _ in run.loss]
     trend = smoothed([loss for _, loss in run.loss], max(1, len(steps) // 50))
@@ -193,7 +193,7 @@ def _rounded(*numbers: float) -> list[float]:
     return [float(f"{number:.5g}") for number in numbers]
 
 
-def commands(run: Run) -> dict[str, str]:
+def commands(run: TrainedRun) -> dict[str, str]:
     """The command lines that repeat the run, continue its training, and use its LoRA, as far as they apply."""
     overrides = [o for o in run.overrides if not o.startswith(("resume=", "hydra.run.dir="))]
     folder, steps = str(run.folder), run.settings.get("steps") or 0
@@ -230,5 +230,5 @@ def sheet(sweep: Sweep, verdict: Verdict, assets: Path) -> Image.Image:
     return contact_sheet(rows, prompts, titles, cell=192, title=sweep.title)
 
 
-def _small(assets: Path, run: Run, picture: Picture) -> Image.Image:
+def _small(assets: Path, run: TrainedRun, picture: Picture) -> Image.Image:
     return Image.open(assets / slug(run) / f"{stem(picture)}.webp")

@@ -23,7 +23,7 @@ IMAGE_NAME = re.compile(r"p(\d+)-s(\d+)\.png")
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreInterval:
     """A score with the ends of its 95 % interval."""
 
     value: float
@@ -42,8 +42,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training run of the comparison."""
+class TrainedRun:
+    """A run of the comparison."""
 
     name: str  # its folder, relative to the folder that is compared
     folder: Path
@@ -53,8 +53,8 @@ class Run:
     settings: dict[str, Any]  # dotted key -> value, and group -> option
     step: int  # the last step with a metric
     seconds: float | None
-    scores: dict[str, Score]
-    scores_before: dict[str, Score]  # of the base model without the LoRA
+    scores: dict[str, ScoreInterval]
+    scores_before: dict[str, ScoreInterval]  # of the base model without the LoRA
     loss: tuple[tuple[int, float], ...]  # (step, loss)
     validation_loss: tuple[tuple[int, float], ...]
     pictures: tuple[Picture, ...]
@@ -65,7 +65,7 @@ class Sweep:
     """The runs of a comparison page."""
 
     title: str
-    runs: tuple[Run, ...]
+    runs: tuple[TrainedRun, ...]
     swept: dict[str, list[Any]]  # a key in which runs differ -> its values, in order
     training: tuple[Path, ...]  # a few of the training images
 
@@ -92,11 +92,11 @@ def run_folders(folder: Path, depth: int = 4) -> list[Path]:
     return [run for f in inner for run in run_folders(f, depth - 1)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> TrainedRun:
     settings, overrides = recorded_config(folder)
     result, failure = _read_dict(folder / "result.json"), _read_dict(folder / "failed.json")
     metrics, validation = _curve(folder / "metrics.jsonl"), _curve(folder / "validation.jsonl")
-    return Run(
+    return TrainedRun(
         name=name,
         folder=folder,
         status="failed" if failure else "done" if result else "unfinished",
@@ -113,7 +113,7 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
-def _missing_runs(folder: Path, runs: list[Run]) -> list[Run]:
+def _missing_runs(folder: Path, runs: list[TrainedRun]) -> list[TrainedRun]:
     """The jobs in points.json of the sweep in `folder` that have no run yet."""
     started = [{*run.overrides} for run in runs]
     common = next((run.settings for run in runs if run.settings), {})  # for keys that no override sets
@@ -121,7 +121,7 @@ def _missing_runs(folder: Path, runs: list[Run]) -> list[Run]:
     for point in _read_points(folder):
         if not any({*point["overrides"]} <= overrides for overrides in started):
             number, settings = point["number"], common | point["values"]
-            run = Run(f"({number})", folder / str(number), "missing", None, tuple(point["overrides"]), settings,
+            run = TrainedRun(f"({number})", folder / str(number), "missing", None, tuple(point["overrides"]), settings,
                       0, None, {}, {}, (), (), ())  # fmt: skip
             missing.append(run)
     return [run for run in missing if run.settings.get("stage", "train") in STAGES]
@@ -142,12 +142,12 @@ def _read_dict(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _scores(content: object) -> dict[str, Score]:
+def _scores(content: object) -> dict[str, ScoreInterval]:
     scores = {}
     for name, score in content.items() if isinstance(content, dict) else ():
         if isinstance(score, dict) and _finite(score.get("value")):
             low, high = (score[end] if _finite(score.get(end)) else score["value"] for end in ("low", "high"))
-            scores[name] = Score(score["value"], low, high)
+            scores[name] = ScoreInterval(score["value"], low, high)
     return scores
 
 
@@ -175,7 +175,7 @@ def _pictures(samples: Path, settings: dict[str, Any]) -> Iterable[Picture]:
                 yield Picture(file, step, text.replace("{trigger}", str(settings.get("trigger", ""))), seed)
 
 
-def _swept_keys(runs: list[Run]) -> dict[str, list[Any]]:
+def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
     """The keys that overrides set and in which the runs differ, with their values in order."""
     keys = dict.fromkeys(o.partition("=")[0].lstrip("+") for run in runs for o in run.overrides)
     swept = {}
@@ -186,7 +186,7 @@ def _swept_keys(runs: list[Run]) -> dict[str, list[Any]]:
     return swept
 
 
-def _training_images(runs: list[Run], count: int = 4) -> tuple[Path, ...]:
+def _training_images(runs: list[TrainedRun], count: int = 4) -> tuple[Path, ...]:
     """A few images of the dataset that the runs trained on, if it still exists."""
     settings = next((run.settings for run in runs if run.settings), {})
     root = settings.get("dataset.root")
@@ -200,11 +200,11 @@ def _training_images(runs: list[Run], count: int = 4) -> tuple[Path, ...]:
     return tuple(files[i] for i in dict.fromkeys(evenly_spaced))
 
 
-def final_validation_loss(run: Run) -> float | None:
+def final_validation_loss(run: TrainedRun) -> float | None:
     """The last validation loss, which is that of the finished LoRA; None if none was measured."""
     return run.validation_loss[-1][1] if run.validation_loss else None
 
 
-def final_loss(run: Run) -> float | None:
+def final_loss(run: TrainedRun) -> float | None:
     """The mean training loss of the last 50 steps, as in result.json; None without metrics."""
     return statistics.mean(loss for _, loss in run.loss[-50:]) if run.loss else None

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_lab.board.read import Run, Sweep, final_validation_loss
+from lora_lab.board.read import Sweep, TrainedRun, final_validation_loss
 
 LANGUAGES = ("en", "ko")
 
@@ -78,7 +78,7 @@ def _reasons(
         yield say("clear")
 
 
-def fault(run: Run, best: Run, measure: str | None) -> str | None:
+def fault(run: TrainedRun, best: TrainedRun, measure: str | None) -> str | None:
     """Why a run has less than half of the best run's score; None if it has more, or was not measured.
 
     `broken`: its prompt contrast is less than half of the base model's. `little`: it learned too little."""
@@ -90,7 +90,7 @@ def fault(run: Run, best: Run, measure: str | None) -> str | None:
     return "broken" if contrast.value < before.value / 2 else "little"
 
 
-def label(run: Run, sweep: Sweep) -> str:
+def label(run: TrainedRun, sweep: Sweep) -> str:
     """The values of the run for the swept keys: `lr 0.001, rank 16`; without such keys its name."""
     values = [f"{key} {shown(run.settings.get(key))}" for key in sweep.swept]
     return ", ".join(values) or run.name

@@ -49,7 +49,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepContext:
     """What Hydra passes to a launcher, and a job needs in any process."""
 
     context: HydraContext
@@ -76,7 +76,7 @@ class Sweep:
 
 
 def launch(
-    sweep: Sweep, jobs: Sequence[tuple[int, Sequence[str]]], max_jobs: int | None, worker_count: int | None
+    sweep: SweepContext, jobs: Sequence[tuple[int, Sequence[str]]], max_jobs: int | None, worker_count: int | None
 ) -> list[JobReturn]:
     """Run `jobs`, each a number and its overrides, and return what Hydra's sweeper expects of a launcher.
 
@@ -93,7 +93,7 @@ def launch(
     return list(returned.values())
 
 
-def _train(sweep: Sweep, points: Sequence[Point], max_jobs: int | None, worker_count: int | None) -> None:
+def _train(sweep: SweepContext, points: Sequence[Point], max_jobs: int | None, worker_count: int | None) -> None:
     places = workers.places(worker_count, {point.config.device for point in points})
     make_groups = partial(_groups, [point.config for point in points], max_jobs, len(places))
     groups = workers.run_in_process(make_groups) if len(places) > 1 else make_groups()
@@ -141,7 +141,7 @@ def _label(points: Sequence[Point]) -> str:
     return "#" + ",".join(f"{part[0]}-{part[-1]}" if len(part) > 2 else ",".join(map(str, part)) for part in parts)
 
 
-def _run_in_worker(points: Sequence[Point], sweep: Sweep) -> None:
+def _run_in_worker(points: Sequence[Point], sweep: SweepContext) -> None:
     """`_run_group` in a new process, which knows nothing of Hydra's configuration yet."""
     os.chdir(sweep.config.hydra.runtime.cwd)
     prepare_process()
@@ -154,7 +154,7 @@ def _run_in_worker(points: Sequence[Point], sweep: Sweep) -> None:
         _run_group(points, sweep)
 
 
-def _run_group(points: Sequence[Point], sweep: Sweep) -> None:
+def _run_group(points: Sequence[Point], sweep: SweepContext) -> None:
     """Run the jobs of a group; their results and errors are in their folders."""
     if len(points) == 1:
         (point,) = points

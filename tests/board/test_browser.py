@@ -8,7 +8,7 @@ import pytest
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab.board.hook import rewrite_page
-from lora_lab.board.page import shared
+from lora_lab.board.page import files_to_share
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
 
 
 def test_a_setting_shows_what_is_best_with_each_of_its_values(page):
-    assert texts(page, ".card:first-child .bar") == ["1e-5 learnt little 0.21", "0.001 0.68", "0.03 broke 0.10"]
+    assert texts(page, ".card:first-child .bar") == ["1e-5 undertrained 0.21", "0.001 0.68", "0.03 broken 0.10"]
     assert texts(page, ".card .bar.best") == ["0.001 0.68", "16 0.68"]
 
 
@@ -156,7 +156,7 @@ def test_two_pictures_are_compared_with_a_slider(page):
     for column in (1, 2):
         at(page, 0, column).hover()
         page.locator("td").filter(has=at(page, 0, column)).locator(".tick").click()
-    assert texts(page, "#marked-text") == ["Two pictures are chosen."]
+    assert texts(page, "#marked-text") == ["Two images are selected."]
     page.click("#marked-compare")
     assert [page.get_attribute(i, "src") for i in ("#over", "#under")] == [f"page/{r}/000004-p0-s0.png" for r in (0, 2)]
     assert texts(page, ".sides p") == ["lr 1e-5, rank 4", "lr 0.001, rank 4"]
@@ -251,7 +251,7 @@ def test_korean_is_the_browsers_choice_or_the_readers_and_is_remembered(chromium
         assert texts(page, "#eyebrow") == ["가장 좋은 설정"] and "동점" in page.inner_text("#sentence")
         assert page.get_attribute("html", "lang") == "ko"
         shown = page.inner_text("body")
-        for english in ("Pictures", "Rows", "Without", "Copy", "Size", "done", "failed", "best", "Loss", "last"):
+        for english in ("Images", "Rows", "Without", "Copy", "Size", "done", "failed", "best", "Loss", "last"):
             assert english not in shown, english
         page.click("#language")
         assert texts(page, "#eyebrow") == ["The best run"]
@@ -299,7 +299,7 @@ def test_what_is_not_there_is_called_that(chromium, tmp_path):
         picture.unlink()
     with opened(chromium, rewrite_page(tmp_path / "sweep")) as page:
         assert texts(page, "#counts") == ["3 runs · 1 failed · 1 not finished · 1 not started"]
-        assert texts(page, "#eyebrow") == ["No winner yet"] and texts(page, "#sentence") == ["No run is done yet."]
+        assert texts(page, "#eyebrow") == ["No best run yet"] and texts(page, "#sentence") == ["No run has finished yet."]
         cells = texts(page, "#matrix .empty")
         assert cells == ["failed out of memory: say memory=low", "not finished step 4 of 4", "not started"]
 
@@ -311,7 +311,7 @@ def test_runs_that_end_at_different_steps_are_compared_at_their_last(chromium, t
         assert texts(page, "#step-value") == ["last"]
         assert sources(page)[2:] == ["0/000004-p0-s0", "0/000004-p1-s0", "1/000006-p0-s0", "1/000006-p1-s0"]
         page.keyboard.press("[")
-        assert texts(page, "#matrix .empty") == ["no picture", "no picture"]  # the shorter run has no step 6
+        assert texts(page, "#matrix .empty") == ["no image", "no image"]  # the shorter run has no step 6
 
 
 def test_one_run_alone_is_shown_by_its_steps(chromium, tmp_path):
@@ -347,7 +347,7 @@ def test_a_hundred_runs_with_a_thousand_pictures_stay_light(chromium, tmp_path):
 
 
 def test_a_page_sent_without_its_large_pictures_shows_the_small_ones(chromium, page_of_a_sweep, tmp_path):
-    for name, file in shared(page_of_a_sweep.parent).items():
+    for name, file in files_to_share(page_of_a_sweep.parent).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         copy(file, tmp_path / name)
     page = chromium.new_page()

@@ -32,7 +32,7 @@ def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
     (comparison,) = folder.glob("wandb/offline-run-*")  # said once, after everything else
     *_, page, tracked = capsys.readouterr().out.splitlines()
     assert page == f"compare the runs: {folder / 'index.html'}"
-    assert tracked.startswith("tracking offline (as asked)") and tracked.endswith(f"wandb sync {comparison}")
+    assert tracked.startswith("tracking offline (as configured)") and tracked.endswith(f"wandb sync {comparison}")
     good, bad = read_sweep([folder]).runs
     assert (good.status, bad.status) == ("done", "failed") and "not finite" in bad.error
     assert (good.settings["lr"], bad.settings["lr"], good.settings["rank"]) == (1e-3, 1e20, 2)

@@ -154,7 +154,7 @@ def test_a_clear_winner_is_called_that(three):
     for folder, value in zip(three, (0.2, 0.68, 0.1), strict=True):
         finish(folder, score=(value, value - 0.01, value + 0.01))
     found, _ = judged(three)
-    assert found.ties == () and found.sentence["en"].endswith("No other run comes within that interval.")
+    assert found.ties == () and found.sentence["en"].endswith("No other run reaches that interval.")
 
 
 def test_a_run_with_half_of_the_best_score_learnt_little_or_broke(three):
@@ -173,7 +173,7 @@ def test_a_winner_no_better_than_the_base_is_no_gain(three):
     for folder in three:
         finish(folder, before={"score": 0.5}, score=(0.4, 0.3, 0.45))
     found, _ = judged(three)
-    assert "the base without a LoRA has 0.50" in found.sentence["en"]
+    assert "the base model without a LoRA scores 0.50" in found.sentence["en"]
 
 
 def test_without_scores_the_validation_loss_decides_and_unfinished_runs_do_not_count(three):
@@ -188,10 +188,10 @@ def test_without_scores_the_validation_loss_decides_and_unfinished_runs_do_not_c
 
 def test_without_any_measure_nobody_wins(three):
     found, _ = judged(three)
-    assert found.ranking == () and "let the pictures decide" in found.sentence["en"]
+    assert found.ranking == () and "compare the images" in found.sentence["en"]
     for folder in three:
         stop(folder)
-    assert judged(three)[0].sentence["en"] == "No run is done yet."
+    assert judged(three)[0].sentence["en"] == "No run has finished yet."
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_a_page_is_tracked_once_and_again_only_when_it_has_changed(page, capsys)
     page.attach()
     (first,) = page.folder.glob("wandb/offline-run-*")
     told = capsys.readouterr().out
-    assert told == f"tracking offline (as asked); to upload: wandb sync multirun/day/time/wandb/{first.name}\n"
+    assert told == f"tracking offline (as configured); to upload: wandb sync multirun/day/time/wandb/{first.name}\n"
     rewrite_page(page.folder)
     page.attach()
     assert list(page.folder.glob("wandb/offline-run-*")) == [first] and capsys.readouterr().out == ""
@@ -196,5 +196,5 @@ def test_a_page_that_cannot_be_tracked_costs_one_line(page, capsys, caplog):
     (page.folder / "wandb").write_text("a file where the folder should be")
     page.attach()
     assert [record.message.partition(":")[0] for record in caplog.records if record.name.startswith("lora_lab")] == [
-        "tracking could not be started, the run goes on without it"
+        "tracking could not be started, the run continues without it"
     ]

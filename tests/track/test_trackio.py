@@ -73,7 +73,7 @@ with ExitStack() as stack:
     jobs[0].table(2, [{"rank": 4, "picture": red, "subject": 0.5}, {"rank": 4, "picture": blue, "subject": None}])
 """)  # fmt: skip
     assert done.stderr == ""
-    assert done.stdout == 2 * "tracking; to look at it: TRACKIO_DIR=trackio trackio show --project tofu\n"
+    assert done.stdout == 2 * "tracking; to show it: TRACKIO_DIR=trackio trackio show --project tofu\n"
     one, other = (value for _, value in sorted(logged(tmp_path).items()))
     assert other == [(1, {"train/loss": 1}), (2, {"train/loss": 0.5})] == one[:2]
     (_, image), (_, table) = one[2:]
