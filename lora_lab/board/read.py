@@ -6,7 +6,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,13 @@ class TrainedRun:
     error: str | None  # of a failed run, one sentence
     overrides: tuple[str, ...]
     settings: dict[str, Any]  # dotted key -> value, and group -> option
-    step: int  # the last step with a metric
-    seconds: float | None
-    scores: dict[str, ScoreInterval]
-    scores_before: dict[str, ScoreInterval]  # of the base model without the LoRA
-    loss: tuple[tuple[int, float], ...]  # (step, loss)
-    validation_loss: tuple[tuple[int, float], ...]
-    pictures: tuple[Picture, ...]
+    step: int = 0  # the last step with a metric
+    seconds: float | None = None
+    scores: dict[str, ScoreInterval] = field(default_factory=dict)
+    scores_before: dict[str, ScoreInterval] = field(default_factory=dict)  # of the base model without the LoRA
+    loss: tuple[tuple[int, float], ...] = ()  # (step, loss)
+    validation_loss: tuple[tuple[int, float], ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,9 @@ def _missing_runs(folder: Path, runs: list[TrainedRun]) -> list[TrainedRun]:
     missing = []
     for point in _read_points(folder):
         if not any({*point["overrides"]} <= overrides for overrides in started):
-            number, settings = point["number"], common | point["values"]
-            run = TrainedRun(f"({number})", folder / str(number), "missing", None, tuple(point["overrides"]), settings,
-                      0, None, {}, {}, (), (), ())  # fmt: skip
-            missing.append(run)
+            folder_name, overrides = str(point["number"]), tuple(point["overrides"])
+            settings = common | point["values"]
+            missing.append(TrainedRun(f"({folder_name})", folder / folder_name, "missing", None, overrides, settings))
     return [run for run in missing if run.settings.get("stage", "train") in STAGES]
 
 

@@ -1,4 +1,4 @@
-"""hydra/launcher=packed in several processes, as several GPUs have it: here two on a CPU."""
+"""hydra/launcher=packed with several worker processes, as on several GPUs; here two on a CPU."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def test_two_workers_leave_what_one_process_leaves_and_every_line_says_whose_it_is(work):
+def test_two_workers_write_what_one_process_writes_and_label_every_line(work):
     code, _, err = ended(start(work, *SHORT, NO_JUDGE, *KINDS, *ONE))
     assert code == 1 and err.count("lr=1e+30") == 2
     (work / "sweep").rename(work / "one")
@@ -58,11 +58,11 @@ def test_ctrl_c_lets_every_worker_write_its_checkpoints(work, children):
     assert "Traceback" not in err
     for job in "01":
         assert checkpoint(sweep / job, last_step(sweep / job)).is_dir(), "the last step is in a checkpoint"
-    assert len(list(sweep.glob("*/job.json"))) == 2, "no other is begun"
+    assert len(list(sweep.glob("*/job.json"))) == 2, "no other job is started"
     assert not list(sweep.rglob("failed.json")) and not (sweep / "stop").exists()
 
 
-def test_of_a_worker_that_is_killed_the_jobs_have_failed_and_go_on(work):
+def test_the_jobs_of_a_killed_worker_have_failed_and_can_be_resumed(work):
     sweep = work / "sweep"
     started = start(work, *SHORT, NO_JUDGE, "lr=1e-3,1e-2", "batch_size=1,2", *TWO)
     wait_for(started, checkpoint(sweep / "0", 3))
