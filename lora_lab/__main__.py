@@ -32,18 +32,18 @@ def main(argv: list[str]) -> int:
         if "--version" in argv:
             print(f"lora_lab {__version__}")
             return 0
-        given = command_line.arguments(argv)
-        if given.help:
+        arguments = command_line.read_arguments(argv)
+        if arguments.help:
             print(command_line.help_text(), end="")
             return 0
-        overrides, sweep = resumed(given.overrides, given.multirun)
-        given.overrides = overrides
-        if given.hydra_help or given.shell_completion:
-            command_line.show(given)
+        overrides, sweep = resumed(arguments.overrides, arguments.multirun)
+        arguments.overrides = overrides
+        if arguments.hydra_help or arguments.shell_completion:
+            command_line.show(arguments)
             return 0
-        command = command_line.check(overrides, given.multirun or sweep is not None)
-        if given.cfg or given.info or given.resolve:
-            command_line.show(given)
+        command = command_line.check(overrides, arguments.multirun or sweep is not None)
+        if arguments.cfg or arguments.info or arguments.resolve:
+            command_line.show(arguments)
             return 0
         for run in command.runs:
             command_line.refuse_missing(run)

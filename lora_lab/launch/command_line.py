@@ -71,39 +71,39 @@ def _knob(text: str, key: str, group: str = "", note: str = "") -> str:
     return f"  {group + key + '=' + value.replace('???', '...'):<27} {note}{meaning}"
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def read_arguments(argv: list[str]) -> argparse.Namespace:
     """Hydra's own reading of the command line (.overrides, .multirun, .cfg, .help, ...), with -m at any place.
 
     Raises InputError for an unknown flag, or one that this program does not have."""
     parser = get_args_parser()
     parser.error = _refuse_flag
-    given = parser.parse_intermixed_args(argv)
-    if given.config_name or given.config_path or given.config_dir:
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config_name or arguments.config_path or arguments.config_dir:
         raise InputError(
             "--config-name, --config-path and --config-dir are not for this program: recipes go into ./experiments, "
             "a folder of more options is added by hydra.searchpath=[file://FOLDER]"
         )
-    if given.experimental_rerun:
+    if arguments.experimental_rerun:
         raise InputError("--experimental-rerun is not for this program: use resume=FOLDER")
-    if given.run and given.multirun:
+    if arguments.run and arguments.multirun:
         raise InputError("--run and --multirun contradict each other: leave one out")
-    given.multirun = given.multirun or "hydra.mode=MULTIRUN" in given.overrides
-    given.overrides = [_quoted(override, given.multirun) for override in given.overrides]
-    return given
+    arguments.multirun = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+    arguments.overrides = [_quoted(override, arguments.multirun) for override in arguments.overrides]
+    return arguments
 
 
 def _refuse_flag(message: str) -> None:
     raise InputError(f"{message} (--help shows the flags)")
 
 
-def show(given: argparse.Namespace) -> None:
+def show(arguments: argparse.Namespace) -> None:
     """Print what --cfg, --info, --hydra-help and --shell-completion ask for.
 
     Raises ValueError for flags that contradict each other, HydraException for what cannot be composed."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the program words the error
-    given.resolve |= given.cfg == "job"  # values, not the interpolations that they come from
+    arguments.resolve |= arguments.cfg == "job"  # values, not the interpolations that they come from
     version.setbase("1.3")
-    _run_hydra(given, get_args_parser(), task_function=show, config_path=str(config.CONF), config_name="config")
+    _run_hydra(arguments, get_args_parser(), task_function=show, config_path=str(config.CONF), config_name="config")
 
 
 def _quoted(override: str, multirun: bool) -> str:

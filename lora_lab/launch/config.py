@@ -63,9 +63,14 @@ def compose(*overrides: str) -> Config:
 
 @contextmanager
 def hydra_loader() -> Iterator[ConfigLoader]:
-    """Hydra's loader of conf/. Within the context it is Hydra's global one, which sweeps over a glob() ask."""
-    with initialize_config_dir(str(CONF), job_name="lora_lab", version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+    """Hydra's loader of conf/. Within the context it is Hydra's global one, which expands the glob() of a sweep."""
+    outer = GlobalHydra.instance().hydra  # of a sweep whose job has an error to explain, or of a notebook
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), job_name="lora_lab", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def with_hydra(overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:

@@ -139,8 +139,8 @@ def test_the_commands_of_a_run_are_accepted_by_the_program(sweep):
     assert set(missing) == {"repeat"} and "use" not in failed
     config.register()
     for command in (*done.values(), missing["repeat"]):
-        given = command_line.arguments(shlex.split(command)[3:])
-        assert command_line.check(resumed(given.overrides, given.multirun)[0], given.multirun)
+        arguments = command_line.read_arguments(shlex.split(command)[3:])
+        assert command_line.check(resumed(arguments.overrides, arguments.multirun)[0], arguments.multirun)
 
 
 def test_stage_compare_writes_the_page_of_a_sweep_and_returns_the_winner(sweep, composed, capsys):

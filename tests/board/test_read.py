@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -47,6 +49,17 @@ def test_the_page_reads_the_points_that_the_launcher_wrote(tmp_path):
     assert (missing.status, missing.settings["lr"], missing.settings["rank"]) == ("missing", 0.5, 4)
     points.write_text("[]")  # of a sweeper that searches
     assert len(read_sweep([tmp_path / "sweep"]).runs) == 2
+
+
+def test_writing_the_page_imports_neither_hydra_nor_the_command_line(tmp_path):
+    write_sweep(tmp_path / "sweep", LRS, missing=1)
+    code = (
+        "import sys; from pathlib import Path; from lora_lab.board.hook import rewrite_page; "
+        "assert rewrite_page(Path('sweep')); "
+        "sys.exit(str([m for m in sys.modules if (m + '.').startswith(('hydra.', 'lora_lab.launch.'))] or '') or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_interpolations_of_a_record_are_resolved_and_resolvers_are_not_called(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
+from lora_lab.launch.config import compose
+
 RECIPE = "experiment/counted"
 PICKLE = "+hydra.callbacks.save._target_=hydra.experimental.callbacks.PickleJobInfoCallback"
 
@@ -62,6 +64,14 @@ def test_hydra_composes_once_for_a_run(type_in, captions):
     assert (code, err) == (0, "")
     assert OmegaConf.load(captions / "run" / ".hydra" / "config.yaml").rank == 5
     assert CountingSource.reads == [RECIPE]
+
+
+def test_a_configuration_can_be_composed_within_another_one(type_in, captions, monkeypatch):
+    ranks = []
+    monkeypatch.setattr("lora_lab.stages.run", lambda config, folder: ranks.append(compose("rank=7").rank))
+    assert type_in("stage=check")[0] == 0
+    assert type_in("-m", "stage=check", "seed=0,1")[0] == 0
+    assert ranks == [7, 7, 7]
 
 
 def test_callbacks_of_the_user_are_called_for_a_run_and_for_the_jobs_of_a_sweep(type_in, captions):
