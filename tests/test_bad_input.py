@@ -19,7 +19,7 @@ from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError
 from lora_lab.stages import run
 from lora_lab.stages import train as _train  # noqa: F401  (imported here, so that its seconds are no test's)
-from lora_lab.training.plan import make_plan
+from lora_lab.training.resolve import resolve_training
 
 TRIGGER = "HANA_TOFU"
 PHOTO = str(sorted(PHOTOS.glob("*.png"))[0])
@@ -58,8 +58,8 @@ def nothing_loads(monkeypatch):
         pytest.fail("a model was loaded before the input was refused")
 
     for place in (
-        "stages.train.load_base",
-        "stages.train.Evaluation",
+        "training.base_context.load_base",
+        "training.base_context.Evaluation",
         "sampling.render.load_base",
         "evaluation.embedders.load_captioner",
         "stages.caption.load_captioner",
@@ -150,8 +150,8 @@ def test_names_decomposed_on_disk_are_the_names_composed_in_the_captions(compose
     write_captions(folder, {name: f"A {TRIGGER}, smiling" for name in names})
     config = composed("stage=check", "dataset=folder", "dataset.root='두부'")
     assert run(config, here / "run").findings.captions == 3
-    plan = make_plan(composed("stage=train", "dataset=folder", "dataset.root='두부'"), here / "run")
-    assert [sample.name for sample in plan.samples] == names
+    training = resolve_training(composed("stage=train", "dataset=folder", "dataset.root='두부'"), here / "run")
+    assert [sample.name for sample in training.files.samples] == names
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_before_the_work(composed, here, nothing_loads):

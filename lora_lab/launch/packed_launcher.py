@@ -6,7 +6,7 @@ Hydra's plugin is hydra_plugins/lora_lab; it imports this module when it launche
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 
 from lora_lab.board.hook import rewrite_page
 from lora_lab.console import labelled_output, quiet_libraries, say
-from lora_lab.errors import RunError
+from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config, workers
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.run_job import fail, job_settings, prepare_process, resume_in
@@ -29,7 +29,8 @@ from lora_lab.settings import schema
 
 if TYPE_CHECKING:
     from lora_lab.launch.grouping import Group
-    from lora_lab.training.run import Run
+    from lora_lab.training.resolve import ResolvedTraining
+    from lora_lab.training.run import TrainResult
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _on_worker_end(points: Sequence[Point], exit_code: int, sweep: Path) -> None
     how = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})" if exit_code < 0 else "broke off"
     for point in points:
         if not point.is_done() and not point.has_failed():
-            error = RunError(f"its process {how}; continue with resume= of the sweep")
+            error = RunError(f"its process {how}; resume= of the sweep continues it")
             fail(point.folder, point.overrides, error)
     rewrite_page(sweep)
 
@@ -211,17 +212,16 @@ def _log_of_each(points: Sequence[Point]) -> Iterator[None]:
 
 
 def _train_together(points: Sequence[Point], sweep: Path) -> None:
-    from lora_lab.training.pack_runner import train_together
+    from lora_lab.training.pack_runner import train_pack
 
     ended: set[int] = set()
 
-    def on_end(i: int, run: "Run | None", error: Exception | None) -> None:
-        point = points[i]
-        ended.add(i)
+    def on_end(point: Point, result: "TrainResult | None", error: Exception | None) -> None:
+        ended.add(point.number)
         if error is not None:
             fail(point.folder, point.overrides, error)
         else:
-            write_result(point.folder, run.result)
+            write_result(point.folder, result)
             score = sweeps.score_of(read_result(point.folder))
             say(f"#{point.number} is done{'' if score is None else f', score {score:.3f}'}")
         rewrite_page(sweep)
@@ -233,10 +233,27 @@ def _train_together(points: Sequence[Point], sweep: Path) -> None:
                 if point.config.resume:
                     resume_in(point.config, point.folder)
                 sweeps.record_start(point.folder, point.number, point.overrides)
-            train_together([(point.config, point.folder) for point in points], on_end)
+            trainings = _resolve(points, on_end)
+            if trainings:
+                pack = [point for point in points if point.number in trainings]
+                train_pack(list(trainings.values()), lambda i, *end: on_end(pack[i], *end))
     except Exception as error:  # in what the jobs share, so none can continue
-        for i, point in enumerate(points):
-            if i not in ended:
+        for point in points:
+            if point.number not in ended:
                 fail(point.folder, point.overrides, error)
     finally:
         rewrite_page(sweep)
+
+
+def _resolve(points: Sequence[Point], on_end: Callable[..., None]) -> "dict[int, ResolvedTraining]":
+    """The trainings of `points` by their numbers, without those that are refused; their common images are read once."""
+    from lora_lab.training.resolve import resolve_run
+
+    trainings: dict[int, ResolvedTraining] = {}
+    for point in points:
+        first = next(iter(trainings.values()), None)
+        try:
+            trainings[point.number] = resolve_run(point.config, point.folder, first)
+        except InputError as error:
+            on_end(point, None, error)
+    return trainings

@@ -109,4 +109,4 @@ def _show_page(sweep: Path, runs: list[schema.Config]) -> None:
 
 
 def _how_to_resume(sweep: Path) -> str:
-    return f"continue with: python -m lora_lab {shlex.quote(f'resume={display_path(sweep)}')}"
+    return f"resume with: python -m lora_lab {shlex.quote(f'resume={display_path(sweep)}')}"

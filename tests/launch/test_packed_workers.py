@@ -54,7 +54,7 @@ def test_ctrl_c_lets_every_worker_write_its_checkpoints(work, children):
     started = start(work, *SHORT, NO_JUDGE, "lr=1e-3,1e-2,1e-4", "steps=3000", *TWO, "hydra.launcher.max_jobs=1")
     both = [checkpoint(sweep / job, 3) for job in "01"]
     code, _, err = interrupt(started, signal.SIGINT, *both, children=children)
-    assert code == 1 and "lora_lab: stopped; continue with: python -m lora_lab resume=sweep\n" in err
+    assert code == 1 and "lora_lab: stopped; resume with: python -m lora_lab resume=sweep\n" in err
     assert "Traceback" not in err
     for job in "01":
         assert checkpoint(sweep / job, last_step(sweep / job)).is_dir(), "the last step is in a checkpoint"

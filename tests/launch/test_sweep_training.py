@@ -62,7 +62,7 @@ def test_ctrl_c_writes_a_checkpoint_starts_no_other_job_and_prints_how_to_resume
     code, _, err = interrupt(start(work, *SHORT, NO_JUDGE, RATES), signal.SIGINT, first / "checkpoints" / "step-000003")
     reached = steps_done(first)
     assert code == 1 and 3 <= reached < 30
-    assert f"lora_lab: stopped after step {reached}; continue with: python -m lora_lab resume=sweep\n" in err
+    assert f"lora_lab: stopped after step {reached}; resume with: python -m lora_lab resume=sweep\n" in err
     assert not (work / "sweep" / "1").exists() and not (first / "failed.json").exists()
 
 
@@ -95,7 +95,7 @@ def test_ctrl_c_lets_every_joblib_job_write_its_checkpoint(work, unbroken):
     started = start(work, *SHORT, NO_JUDGE, "lr=1e-3,1e-2,1e-4", long,
                     "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # fmt: skip
     code, _, err = interrupt(started, signal.SIGINT, *both)
-    assert code == 1 and "continue with: python -m lora_lab resume=sweep\n" in err
+    assert code == 1 and "resume with: python -m lora_lab resume=sweep\n" in err
     assert "Traceback" not in err
     for job in "01":
         lines = (sweep / job / "metrics.jsonl").read_text().splitlines()
