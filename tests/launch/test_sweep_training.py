@@ -43,7 +43,7 @@ def test_a_killed_sweep_resumes_and_equals_an_uninterrupted_one(work, unbroken):
     done = (sweep / "0" / "result.json").stat()
     code, out, err = ended(start(work, "resume=sweep"))
     assert code == 0, err
-    assert "goes on" in out, "the second job resumes from its checkpoint"
+    assert "resumes" in out, "the second job resumes from its checkpoint"
     assert (sweep / "0" / "result.json").stat().st_ino == done.st_ino, "the first job is not repeated"
     for job in ("0", "1"):
         assert_same_run(sweep / job, unbroken / job)
@@ -70,7 +70,7 @@ def test_more_steps_for_every_job_of_a_sweep(work, unbroken):
     assert ended(start(work, *SHORT, NO_JUDGE, RATES, "steps=10"))[0] == 0
     code, out, err = ended(start(work, "resume=sweep", "steps=30"))
     assert code == 0, err
-    assert out.count("goes on") == 2
+    assert out.count("resumes") == 2
     for job in ("0", "1"):
         assert_same_run(work / "sweep" / job, unbroken / job)
         assert json.loads((work / "sweep" / job / "result.before.json").read_text())["steps"] == 10
