@@ -126,10 +126,8 @@ def all_points(hydra: Mapping[str, Any], loader: ConfigLoader | None = None) -> 
     params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
     values = {}  # as in Hydra's BasicSweeper: of a key that is set twice the last value counts
     for override in OverridesParser.create(loader).parse_overrides([*params, *hydra["overrides"]["task"]]):
-        texts = [override.get_value_element_as_str()]
-        if override.is_sweep_override():
-            texts = override.sweep_string_iterator()
-        values[override.get_key_element()] = list(texts)
+        is_swept, key = override.is_sweep_override(), override.get_key_element()
+        values[key] = list(override.sweep_string_iterator()) if is_swept else [override.get_value_element_as_str()]
     return [[f"{key}={v}" for key, v in zip(values, point, strict=True)] for point in product(*values.values())]
 
 

@@ -93,8 +93,9 @@ class SweepTask:
     def run(self, cfg: DictConfig) -> float | None:
         """Run the job; returns its score, or None if it has none or failed.
 
-        No Exception leaves this function, because Hydra would print it in its own words, and only that of the first
-        job. Optuna takes a trial that returned None as failed and continues; a NaN would end the search."""
+        An error is reported and written down here, because Hydra would print it in its own words, and only that of the
+        first job. Optuna takes a trial that returned None as failed and continues; a NaN would end the search. Raises
+        KeyboardInterrupt in the process of the command, which ends the sweep."""
         hydra = HydraConfig.get()
         sweep = Path(hydra.sweep.dir)
         if self.in_worker:
