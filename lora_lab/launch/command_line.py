@@ -24,6 +24,8 @@ from yaml import YAMLError
 
 from lora_lab import track
 from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.captions.captioner import check_captioner
+from lora_lab.captions.refiner import check_refiner
 from lora_lab.errors import InputError
 from lora_lab.launch import config, grid
 from lora_lab.launch.keys import keys_of, nearest, unknown_key
@@ -159,7 +161,7 @@ def _wrong_value(key: str, message: str) -> str:
 
 def known_keys(overrides: Sequence[str]) -> list[str]:
     """Every key that this command line may name: of the options it chooses, whatever else is wrong with it."""
-    groups = tuple(f.name for f in config.CONF.iterdir() if f.is_dir())
+    groups = {f.name for f in config.CONF.iterdir() if f.is_dir()} | {"hydra.searchpath"}
     chosen = [o for o in overrides if name_of(o) in groups]
     for attempt in (chosen, []):
         try:
@@ -258,7 +260,9 @@ def refuse_missing(run: schema.Config) -> None:
     if isinstance(trains, schema.Train) and run.prior.root is not None:
         locate_folder("prior.root", run.prior.root)
     if isinstance(stage, (schema.Caption, schema.Pipeline)):
-        locate_model("captioner.base", run.captioner.base)
+        check_captioner(run.captioner)
+    if isinstance(stage, (schema.Refine, schema.Img2img, schema.Pipeline)):
+        check_refiner(run.refiner)
 
 
 def _refuse_missing_judges(run: schema.Config) -> None:
@@ -270,7 +274,8 @@ def _refuse_missing_judges(run: schema.Config) -> None:
     if run.score.held_out is not None:
         locate_folder("score.held_out", run.score.held_out)
     if run.score.attributes:
-        locate_model("captioner.base", run.captioner.base)
+        check_captioner(run.captioner)
+        check_refiner(run.refiner)
 
 
 def _refuse_additions(override: Override, overrides: list[str]) -> None:

@@ -27,7 +27,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = HOME / "conf"
 
-OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/
+# Groups whose options name a class or function by `_target_`: its keys are known only to their files in conf/.
+OPEN = ("captioner", "refiner", "adapter", "optimizer", "sampler")
 PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
 
 unreadable_recipes: dict[str, str] = {}  # name -> why; only a run that asks for one is told

@@ -119,34 +119,6 @@ class Dataset:
 
 
 @dataclass
-class Captioner:
-    name: str
-    base: str
-    prompt: str | None
-    max_tokens: int
-    beams: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        _at_least(self, "captioner.", max_tokens=1, beams=1, batch_size=1)
-
-
-@dataclass
-class Rule:
-    pattern: str
-    replacement: str = ""
-
-
-@dataclass
-class Refiner:
-    replace: list[Rule]
-    vocabulary: list[Rule]
-    subjects: list[str]
-    article: str
-    drop_repeats: bool
-
-
-@dataclass
 class Schedule:
     name: str
     warmup: float
@@ -489,8 +461,8 @@ class Config:
     stage: Stage
     model: Model
     dataset: Dataset
-    captioner: Captioner
-    refiner: Refiner
+    captioner: dict[str, Any]
+    refiner: dict[str, Any]
     adapter: dict[str, Any]
     text: Text
     optimizer: dict[str, Any]

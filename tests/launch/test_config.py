@@ -102,10 +102,10 @@ def test_every_key_of_an_option_says_what_it_means(group, option):
 
 def test_sdxl_brings_its_captioner_optimizer_memory_and_dataset(composed):
     config = composed("model=sdxl", "stage=train")
-    assert config.model.name == "sdxl" and config.captioner.name == "blip" and config.dataset.root is None
+    assert config.model.name == "sdxl" and config.captioner["name"] == "blip" and config.dataset.root is None
     assert config.optimizer["_target_"] == "lora_lab.training.optimizers.AdamW8bit"
     assert config.memory.gradient_checkpointing and config.memory.offload
-    assert config.refiner.vocabulary == [], "the rules for the bundled tofu know nothing of another character"
+    assert config.refiner["vocabulary"] == [], "the rules for the bundled tofu know nothing of another character"
 
 
 def test_the_command_line_overrides_what_the_model_chooses(composed):
@@ -113,7 +113,9 @@ def test_the_command_line_overrides_what_the_model_chooses(composed):
         "optimizer=adamw", "memory=fast", "captioner=blip_tiny", "refiner=off", "dataset=tofu", "lr=1", "model=sdxl"
     )
     assert config.optimizer["_target_"] == "torch.optim.AdamW" and not config.memory.offload and config.lr == 1
-    assert config.captioner.name == "blip_tiny" and config.dataset.root == "demo:tofu" and not config.refiner.replace
+    assert (
+        config.captioner["name"] == "blip_tiny" and config.dataset.root == "demo:tofu" and not config.refiner["replace"]
+    )
 
 
 def test_the_recipe_sdxl_has_the_figures_of_the_original(composed):
@@ -136,7 +138,9 @@ def test_ones_own_recipe_is_found_and_wins_over_the_models_choice_and_the_packag
     (tmp_path / "experiments" / "smoke.yaml").write_text("rank: 6\n")
     monkeypatch.chdir(tmp_path)
     config = composed("experiment=mine")
-    assert config.optimizer["_target_"] == "torch.optim.AdamW" and config.captioner.name == "blip" and config.rank == 5
+    assert (
+        config.optimizer["_target_"] == "torch.optim.AdamW" and config.captioner["name"] == "blip" and config.rank == 5
+    )
     assert composed("experiment=mine", "rank=7", "optimizer=adamw8bit").rank == 7
     assert composed("experiment=smoke").rank == 6 and composed("experiment=smoke").steps == 300
 
