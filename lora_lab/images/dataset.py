@@ -1,7 +1,7 @@
 """A dataset folder as training takes it: every picture with its caption, or one sentence that says what is wrong."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,16 +48,22 @@ def read_dataset(root: Path) -> list[Sample]:
     """Every picture under `root` with its captions, in natural order.
 
     Raises InputError unless pictures and captions match one to one."""
-    pictures, captions = _pictures(root), read_caption_lists(root)
-    if not captions:
-        raise InputError(f"no captions in {root}: run stage=caption first")
-    uncaptioned = [name for name in pictures if name not in captions]
-    for name in captions:
-        if name not in pictures:
-            raise InputError(missing_picture(name, root, uncaptioned))
-    if uncaptioned:
-        raise InputError(missing_captions(uncaptioned, root))
-    return [Sample(name, path, captions[name]) for name, path in pictures.items()]
+    paths, captions = _pictures(root), read_caption_lists(root)
+    uncaptioned = [name for name in paths if name not in captions]
+    pictureless = [name for name in captions if name not in paths]
+    faults = unmatched_captions(pictureless, uncaptioned, root) + missing_captions(uncaptioned, len(paths), root)
+    if faults:
+        raise InputError(faults[0])
+    return [Sample(name, path, captions[name]) for name, path in paths.items()]
+
+
+def require_trigger(texts: Sequence[Iterable[str]], trigger: str) -> None:
+    """Raise InputError if no text has the trigger: no step would train it. `texts` has the texts of each image."""
+    if not any(trigger in text for image_texts in texts for text in image_texts):
+        raise InputError(
+            f"no caption of the {len(texts)} pictures has the trigger {trigger}: "
+            f"run stage=refine to put it in, or name yours with trigger="
+        )
 
 
 def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) -> str:
@@ -82,21 +88,27 @@ def copy_pictures(root: Path, to: Path) -> int:
     return len(pictures)
 
 
-def missing_picture(name: str, root: Path, uncaptioned: Sequence[str]) -> str:
-    """The message for a caption without its picture; an uncaptioned picture of much the same name is offered."""
-    similar = get_close_matches(name, uncaptioned, n=1, cutoff=0.7)
-    hint = f"was {similar[0]} meant" if similar else "put it back or delete the caption"
-    return f"there is a caption for {name}, but no such picture in {root}: {hint}" + ("?" if similar else "")
+def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path) -> list[str]:
+    """A sentence for each caption without an image; an uncaptioned image with a similar name is suggested."""
+    sentences = []
+    for name in pictureless:
+        similar = get_close_matches(name, uncaptioned, n=1, cutoff=0.7)
+        hint = f"was {similar[0]} meant?" if similar else "put it back or delete the caption"
+        sentences.append(f"there is a caption for {name}, but no such picture in {root}: {hint}")
+    return sentences
 
 
-def missing_captions(names: Sequence[str], root: Path) -> str:
-    """The message for pictures without a caption."""
-    few = list_names(names)
-    return f"{len(names)} of the pictures in {root} have no caption ({few}): run stage=caption, or take them out"
+def missing_captions(uncaptioned: Sequence[str], count: int, root: Path) -> list[str]:
+    """The sentence for images without a caption, of `count` images; [] if every image has one."""
+    if len(uncaptioned) == count:
+        return [f"no captions in {root}: run stage=caption first"]
+    names = list_names(uncaptioned)
+    sentence = f"{len(uncaptioned)} of the {count} pictures in {root} have no caption ({names}): run stage=caption"
+    return [f"{sentence}, or remove them"] if uncaptioned else []
 
 
 def same_name_twice(names: Sequence[str], root: Path) -> str:
-    """The message for two files whose names Unicode holds equal."""
+    """The sentence for files whose names are equal in Unicode."""
     return (
         f"{list_names(names)} is in {root} twice, its letters composed (NFC) and decomposed (NFD): rename or remove one"
     )
