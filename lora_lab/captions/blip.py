@@ -69,7 +69,9 @@ def load_blip(
             raise InputError(f"captioner.base={base} is a {model_type} model, not BLIP: name a BLIP captioning model")
         processor = BlipProcessor.from_pretrained(base, backend="pil")  # no torchvision needed
         model = BlipForConditionalGeneration.from_pretrained(base, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:  # not found, offline, damaged
+    except InputError:
+        raise
+    except Exception as error:  # not found, offline, damaged: libraries raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"the captioner {base} cannot be loaded ({reason}): check the name, or without a network name "
