@@ -1,4 +1,4 @@
-"""A dataset folder as training takes it: every picture with its caption, or one sentence that says what is wrong."""
+"""A dataset folder as training reads it: every image with its captions, or one sentence about what is wrong."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -13,16 +13,16 @@ from lora_lab.images.scan import find_pictures, same_names
 
 @dataclass(frozen=True)
 class Sample:
-    name: str  # relative to the dataset folder, POSIX, NFC; of several folders the folder's name stands before it
+    name: str  # relative to the dataset folder, POSIX, NFC; with several folders it begins with the folder's name
     path: Path
     captions: tuple[str, ...]  # at least one
-    repeats: int = 1  # times that an epoch shows it
+    repeats: int = 1  # occurrences in an epoch
 
 
 def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
-    """Every picture of (folder, repeats)s, folder by folder.
+    """The samples of several (folder, repeats), folder by folder.
 
-    Raises InputError for a folder that `read_dataset` refuses, for two of one name, and for a picture in two."""
+    Raises InputError for a folder that `read_dataset` refuses, two folders of one name, and an image in two folders."""
     if len(folders) == 1:
         (root, repeats), *_ = folders
         return [replace(sample, repeats=repeats) for sample in read_dataset(root)]
@@ -30,9 +30,9 @@ def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
     for root, repeats in folders:
         name = root.resolve().name
         samples += [replace(s, name=f"{name}/{s.name}", repeats=repeats) for s in read_dataset(root)]
-    seen: dict[Path, str] = {}
+    names_by_path: dict[Path, str] = {}
     for sample in samples:
-        other = seen.setdefault(sample.path.resolve(), sample.name)
+        other = names_by_path.setdefault(sample.path.resolve(), sample.name)
         if other is not sample.name:
             raise InputError(f"{other} is also {sample.name}: name every folder once, and none inside another")
     names = [root.resolve().name for root, _ in folders]
@@ -45,9 +45,9 @@ def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
 
 
 def read_dataset(root: Path) -> list[Sample]:
-    """Every picture under `root` with its captions, in natural order.
+    """Every image under `root` with its captions, in natural order.
 
-    Raises InputError unless pictures and captions match one to one."""
+    Raises InputError unless every image has a caption and every caption an image."""
     paths, captions = _pictures(root), read_caption_lists(root)
     uncaptioned = [name for name in paths if name not in captions]
     pictureless = [name for name in captions if name not in paths]
@@ -67,7 +67,9 @@ def require_trigger(texts: Sequence[Iterable[str]], trigger: str) -> None:
 
 
 def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) -> str:
-    """The caption between `dataset.caption_prefix` and `_suffix`, blanks between them but none before a comma."""
+    """The caption with `dataset.caption_prefix` and `_suffix`, joined by spaces, without a space before a comma.
+
+    {trigger} in them stands for the trigger."""
     text = caption
     if prefix:
         text = f"{prefix} {text}"
@@ -77,15 +79,17 @@ def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) 
 
 
 def copy_pictures(root: Path, to: Path) -> int:
-    """Copy the pictures under `root`, without their captions, into the new folder `to`; returns how many."""
-    pictures = _pictures(root)
+    """Copy the images under `root`, without their captions, into the new folder `to`; returns their number.
+
+    Raises InputError for a folder without images, two files of one name, and if `to` is not empty."""
+    paths = _pictures(root)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} is there already: name a new folder")
-    for name, path in pictures.items():
+        raise InputError(f"{to} exists already: name a new folder")
+    for name, path in paths.items():
         copy = to / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    return len(pictures)
+    return len(paths)
 
 
 def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path) -> list[str]:
@@ -121,8 +125,8 @@ def list_names(names: Sequence[str], most: int = 3) -> str:
 
 
 def _pictures(root: Path) -> dict[str, Path]:
-    pictures = find_pictures(root)
+    paths = find_pictures(root)
     twice, _ = same_names(root)
     if twice:
         raise InputError(same_name_twice(twice, root))
-    return pictures
+    return paths

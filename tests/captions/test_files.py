@@ -103,13 +103,13 @@ def test_txt_stands_beside_a_picture_whose_name_is_decomposed(tmp_path):
         ("metadata.jsonl", '{"file_name": "../1.png", "text": "a"}', "not inside the dataset folder"),
         ("metadata.jsonl", '{"file_name": "C:\\\\x\\\\1.png", "text": "a"}', "not inside the dataset folder"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "a \\ud83d"}', "broken character"),
-        ("metadata.jsonl", '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}', "line 2: 1.png is"),
+        ("metadata.jsonl", '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}', "line 2: 1.png occurs twice"),
         ("metadata.csv", "1.png,a cat\n", "line 1: no field 'file_name' among '1.png', 'a cat'"),
         ("metadata.csv", "file_name,text\n1.png,a cat, smiling\n", "line 2: 3 cells where the header has 2"),
         ("metadata.csv", 'file_name,text\n1.png,"a cat\n2.png,b\n', "line 3: .*check the double quotes"),
         ("metadata.csv", b"file_name,text\n1.png,\xff\xff\n", "is not UTF-8"),
         ("metadata.json", '{\n"1.png": "a",\n}', "line 3: not JSON"),
-        ("metadata.json", '{"1.png": "a", "1.png": "b"}', "1.png is there twice"),
+        ("metadata.json", '{"1.png": "a", "1.png": "b"}', "1.png occurs twice"),
         ("metadata.json", '["1.png"]', "not a mapping"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_named_file_is_read_and_others_are_refused(tmp_path):
     assert read_caption_file(tmp_path / "hints.csv") == {"1.png": "in the snow"}
     with pytest.raises(InputError, match=r"give a .jsonl, .csv or .json file"):
         read_caption_file(tmp_path / "1.txt")
-    with pytest.raises(InputError, match="no caption file"):
+    with pytest.raises(InputError, match="is not a caption file"):
         read_caption_file(tmp_path / "none.csv")
 
 
@@ -221,7 +221,7 @@ def test_several_captions_are_read_as_such_and_never_lost(tmp_path, form):
     assert read_caption_lists(tmp_path) == {"1.png": ("a cat", "a dog"), "2.png": ("a cow",)}
     for read in (read_captions, lambda _: read_caption_file(file)):
         with pytest.raises(
-            InputError, match=r"1\.png in .* has 2 captions, which only stage=train and stage=check take"
+            InputError, match=r"1\.png in .* has 2 captions, which only stage=train and stage=check accept"
         ):
             read(tmp_path)
     write_captions(tmp_path, {"1.png": "a pig"}, form)

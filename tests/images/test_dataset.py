@@ -79,7 +79,7 @@ def test_pictures_alone_are_copied_and_the_originals_stay(tmp_path):
 
 def test_copies_never_go_into_a_folder_that_holds_something(tmp_path):
     root = dataset(tmp_path / "TOFU", ["a.png"])
-    with pytest.raises(InputError, match="is there already: name a new folder"):
+    with pytest.raises(InputError, match="exists already: name a new folder"):
         copy_pictures(root, root)
 
 

@@ -56,7 +56,7 @@ def test_alpha_is_the_pictures_own(tmp_path):
         ("d.png", ["masks has no mask for d.png", "add d.png, white where it is learnt"]),
         ("sub/a.png", ["has no mask for sub/a.png", "add sub/a.png"]),
         ("small.png", ["small.png is 4x4, but small.png is 8x4"]),
-        ("black.png", ["black.png is black all over", "take the picture out"]),
+        ("black.png", ["black.png is black all over", "remove the picture"]),
         ("broken.png", ["broken.png is not a picture"]),
     ],
 )
