@@ -23,25 +23,35 @@ def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
     """The samples of several (folder, repeats), folder by folder.
 
     Raises InputError for a folder that `read_dataset` refuses, two folders of one name, and an image in two folders."""
-    if len(folders) == 1:
-        (root, repeats), *_ = folders
-        return [replace(sample, repeats=repeats) for sample in read_dataset(root)]
+    roots = [root for root, _ in folders]
+    require_distinct_names(roots)
     samples: list[Sample] = []
     for root, repeats in folders:
-        name = root.resolve().name
-        samples += [replace(s, name=f"{name}/{s.name}", repeats=repeats) for s in read_dataset(root)]
+        prefix = folder_prefix(root, roots)
+        samples += [replace(s, name=prefix + s.name, repeats=repeats) for s in read_dataset(root)]
+    if len(roots) == 1:
+        return samples
     names_by_path: dict[Path, str] = {}
     for sample in samples:
         other = names_by_path.setdefault(sample.path.resolve(), sample.name)
         if other is not sample.name:
             raise InputError(f"{other} is also {sample.name}: name every folder once, and none inside another")
-    names = [root.resolve().name for root, _ in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(
-                f"two folders of dataset.root are called {name}: rename one, pictures are told apart by it"
-            )
     return samples
+
+
+def require_distinct_names(roots: Sequence[Path]) -> None:
+    """Raise InputError for different folders of one name, because their images would have equal names."""
+    paths: dict[str, Path] = {}
+    for path in (root.resolve() for root in roots):
+        if paths.setdefault(path.name, path) != path:
+            raise InputError(
+                f"two folders of dataset.root are called {path.name}: rename one, pictures are told apart by it"
+            )
+
+
+def folder_prefix(root: Path, roots: Sequence[Path]) -> str:
+    """The beginning of the names of images in `root`: "" if it is the only folder, else its name and a slash."""
+    return f"{root.resolve().name}/" if len(roots) > 1 else ""
 
 
 def read_dataset(root: Path) -> list[Sample]:
@@ -92,7 +102,7 @@ def copy_pictures(root: Path, to: Path) -> int:
     return len(paths)
 
 
-def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path) -> list[str]:
+def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path | str) -> list[str]:
     """A sentence for each caption without an image; an uncaptioned image with a similar name is suggested."""
     sentences = []
     for name in pictureless:
@@ -102,7 +112,7 @@ def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], r
     return sentences
 
 
-def missing_captions(uncaptioned: Sequence[str], count: int, root: Path) -> list[str]:
+def missing_captions(uncaptioned: Sequence[str], count: int, root: Path | str) -> list[str]:
     """The sentence for images without a caption, of `count` images; [] if every image has one."""
     if len(uncaptioned) == count:
         return [f"no captions in {root}: run stage=caption first"]
@@ -111,7 +121,7 @@ def missing_captions(uncaptioned: Sequence[str], count: int, root: Path) -> list
     return [f"{sentence}, or remove them"] if uncaptioned else []
 
 
-def same_name_twice(names: Sequence[str], root: Path) -> str:
+def same_name_twice(names: Sequence[str], root: Path | str) -> str:
     """The sentence for files whose names are equal in Unicode."""
     return (
         f"{list_names(names)} is in {root} twice, its letters composed (NFC) and decomposed (NFD): rename or remove one"

@@ -1,26 +1,29 @@
-"""What a dataset folder contains, read image by image and caption by caption by the functions that training uses."""
+"""What a dataset contains, read image by image and caption by caption by the functions that training uses."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lora_lab.captions.files import Texts, read_caption_lists
 from lora_lab.captions.phrases import common_phrases
 from lora_lab.errors import InputError
 from lora_lab.images.buckets import Size, enlargement, nearest_bucket
+from lora_lab.images.dataset import folder_prefix
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
 from lora_lab.images.masks import Masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures, same_names, unsupported
 
+T = TypeVar("T")
 CLIP_WINDOW = 77  # tokens, with the start and end markers
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a folder contains. Names are names of images, in natural order."""
+    """What a dataset contains. Names are names of images, in natural order, as training has them."""
 
     pictures: int
     captions: int
@@ -41,26 +44,27 @@ class Findings:
 
 
 def inspect_dataset(
-    root: Path,
+    roots: Sequence[Path],
     trigger: str,
     buckets: Sequence[Size],
     masks: Masks | None = None,
     training_text: Callable[[str], str] = str,
     count_tokens: Callable[[str], int] | None = None,
 ) -> Findings:
-    """Open every image and read every caption under `root`.
+    """Open every image and read every caption in the folders of `roots`.
 
     `training_text` is the text that training makes of a caption, `count_tokens` the tokenizer of the base, start and
-    end markers included. Raises InputError if there are no images; all other faults are findings."""
-    paths = find_pictures(root)
+    end markers included. Raises InputError for a folder without images; all other faults are findings."""
+    folders = {folder_prefix(root, roots): root for root in roots}
+    paths = _prefixed({prefix: find_pictures(root) for prefix, root in folders.items()})
+    captions, caption_files = _read_captions(folders)
     sizes, thumbnails, unreadable = _open_all(paths)
-    captions, caption_files = _read_captions(root)
     nearest = {name: nearest_bucket(size, buckets) for name, size in sizes.items()}
     scales = {name: enlargement(size, nearest[name]) for name, size in sizes.items()}
     texts = {name: [training_text(text) for text in image_captions] for name, image_captions in captions.items()}
     tokens = {name: max(map(count_tokens, texts[name])) for name in texts} if count_tokens else {}
     whole_trigger = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
-    same_name, same_but_case = same_names(root)
+    similar = {prefix: same_names(root) for prefix, root in folders.items()}
     return Findings(
         pictures=len(paths),
         captions=sum(map(len, captions.values())),
@@ -70,9 +74,11 @@ def inspect_dataset(
         uncaptioned=[] if caption_files else [name for name in paths if name not in captions],
         pictureless=[name for name in captions if name not in paths],
         caption_files=caption_files,
-        same_name=same_name,
-        same_but_case=same_but_case,
-        unsupported=unsupported(root),
+        same_name=[prefix + name for prefix, (twice, _) in similar.items() for name in twice],
+        same_but_case=[
+            tuple(prefix + name for name in names) for prefix, (_, groups) in similar.items() for names in groups
+        ],
+        unsupported=[prefix + name for prefix, root in folders.items() for name in unsupported(root)],
         enlarged={name: round(scale, 2) for name, scale in scales.items() if scale > 1},
         duplicates=find_duplicates(thumbnails),
         without_trigger=[name for name in texts if not all(map(whole_trigger.search, texts[name]))],
@@ -106,8 +112,17 @@ def _unmasked(masks: Masks, paths: Mapping[str, Path], sizes: Mapping[str, Size]
     return faults
 
 
-def _read_captions(root: Path) -> tuple[dict[str, Texts], str]:
-    try:
-        return read_caption_lists(root), ""
-    except InputError as error:
-        return {}, str(error)
+def _read_captions(folders: Mapping[str, Path]) -> tuple[dict[str, Texts], str]:
+    """Captions by name, and why those of some folders cannot be read, "" if all can."""
+    captions, reasons = {}, []
+    for prefix, root in folders.items():
+        try:
+            captions[prefix] = read_caption_lists(root)
+        except InputError as error:
+            reasons.append(str(error))
+    return _prefixed(captions), "; ".join(reasons)
+
+
+def _prefixed(folders: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """The entries of every folder, their names behind the folder's prefix."""
+    return {prefix + name: value for prefix, entries in folders.items() for name, value in entries.items()}

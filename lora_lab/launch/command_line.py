@@ -236,7 +236,7 @@ def refuse_missing(run: schema.Config) -> None:
     stage = run.stage
     draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
     if not isinstance(stage, (schema.Img2img, schema.Convert, schema.Compare)):
-        several = isinstance(stage, (schema.Train, schema.Evaluate))
+        several = isinstance(stage, (schema.Check, schema.Train, schema.Evaluate))
         for root in [f.root for f in run.dataset.folders] if several else [run.dataset.folder]:
             locate_folder("dataset.root", root)
     if isinstance(stage, schema.Compare):

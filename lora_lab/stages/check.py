@@ -13,7 +13,8 @@ from lora_lab.images.dataset import (
     apply_caption_affixes,
     list_names,
     missing_captions,
-    read_dataset,
+    read_folders,
+    require_distinct_names,
     require_trigger,
     same_name_twice,
     unmatched_captions,
@@ -34,32 +35,36 @@ class CheckResult:
 
 
 def check(config: Config, folder: Path) -> CheckResult:
-    """Check dataset.root, print the report and write it to `folder`/check.json.
+    """Check the folders of dataset.root, print the report and write it to `folder`/check.json.
 
     Raises InputError after that if stage=train would refuse the folder; missing captions and a missing trigger, which
     stage=caption and stage=refine add, are warnings."""
-    root = locate_folder("dataset.root", config.dataset.folder)
+    folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in config.dataset.folders]
+    roots = [root for root, _ in folders]
+    require_distinct_names(roots)
     dataset, model = config.dataset, config.model
     training_text = partial(
         apply_caption_affixes, prefix=dataset.caption_prefix, suffix=dataset.caption_suffix, trigger=config.trigger
     )
     findings = inspect_dataset(
-        root,
+        roots,
         config.trigger,
         aspect_buckets(model.resolution, model.bucket_step),
         find_masks(config.loss.mask),
         training_text,
         token_counter(model.base),
     )
-    errors = _errors(findings, root)
-    refusals = _refusals(findings, errors, root, config.trigger, training_text)
+    where = ", ".join(map(str, roots))
+    errors, refusals = _errors(findings, where), missing_captions(findings.uncaptioned, findings.pictures, where)
+    if not errors and not refusals:
+        errors, refusals = _try_to_read(folders, config.trigger, training_text)
     warnings = [
         *(f"stage=train refuses this folder as it is: {refusal}" for refusal in refusals),
         *_warnings(findings, config.trigger),
     ]
     result = CheckResult("check", errors, warnings, not (errors or refusals), findings)
     write_json(folder / "check.json", asdict(result))
-    say(report(result, root))
+    say(report(result, where))
     if errors:
         raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if errors[1:] else ""))
     return result
@@ -82,29 +87,29 @@ def token_counter(base: str) -> Callable[[str], int] | None:
     return lambda text: len(tokenizer(text).input_ids)
 
 
-def _errors(findings: Findings, root: Path) -> list[str]:
+def _errors(findings: Findings, where: str) -> list[str]:
     errors = [*findings.unreadable.values(), *findings.unmasked.values()]
     if findings.caption_files:
         errors.append(findings.caption_files)
-    errors += unmatched_captions(findings.pictureless, findings.uncaptioned, root)
+    errors += unmatched_captions(findings.pictureless, findings.uncaptioned, where)
     if findings.same_name:
-        errors.append(same_name_twice(findings.same_name, root))
+        errors.append(same_name_twice(findings.same_name, where))
     return errors
 
 
-def _refusals(
-    findings: Findings, errors: Sequence[str], root: Path, trigger: str, training_text: Callable[[str], str]
-) -> list[str]:
-    """Why stage=train refuses the folder until stage=caption or stage=refine has run: what it raises itself."""
-    if findings.uncaptioned:
-        return missing_captions(findings.uncaptioned, findings.pictures, root)
-    if errors:
-        return []
+def _try_to_read(
+    folders: Sequence[tuple[Path, int]], trigger: str, training_text: Callable[[str], str]
+) -> tuple[list[str], list[str]]:
+    """Read (folder, repeats) as stage=train does: (its error, its refusal of captions without the trigger)."""
     try:
-        require_trigger([map(training_text, sample.captions) for sample in read_dataset(root)], trigger)
+        samples = read_folders(folders)
     except InputError as error:
-        return [str(error)]
-    return []
+        return [str(error)], []
+    try:
+        require_trigger([map(training_text, sample.captions) for sample in samples], trigger)
+    except InputError as error:
+        return [], [str(error)]
+    return [], []
 
 
 def _warnings(findings: Findings, trigger: str) -> list[str]:
@@ -135,11 +140,11 @@ def _warnings(findings: Findings, trigger: str) -> list[str]:
     return warnings
 
 
-def report(result: CheckResult, root: Path) -> str:
+def report(result: CheckResult, where: str) -> str:
     """The result as lines to read: counts, errors, warnings, and whether the folder is ready for training."""
     findings = result.findings
     buckets = ", ".join(f"{shape} ({count})" for shape, count in findings.buckets.items())
-    lines = [f"{root}: {findings.pictures} pictures, {findings.captions} captions", f"buckets: {buckets or 'none'}"]
+    lines = [f"{where}: {findings.pictures} pictures, {findings.captions} captions", f"buckets: {buckets or 'none'}"]
     lines += [f"error:   {line}" for line in result.errors]
     lines += [f"warning: {line}" for line in result.warnings]
     if result.errors:

@@ -103,7 +103,11 @@ def test_txt_stands_beside_a_picture_whose_name_is_decomposed(tmp_path):
         ("metadata.jsonl", '{"file_name": "../1.png", "text": "a"}', "not inside the dataset folder"),
         ("metadata.jsonl", '{"file_name": "C:\\\\x\\\\1.png", "text": "a"}', "not inside the dataset folder"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "a \\ud83d"}', "broken character"),
-        ("metadata.jsonl", '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}', "line 2: 1.png occurs twice"),
+        (
+            "metadata.jsonl",
+            '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}',
+            "line 2: 1.png occurs twice",
+        ),
         ("metadata.csv", "1.png,a cat\n", "line 1: no field 'file_name' among '1.png', 'a cat'"),
         ("metadata.csv", "file_name,text\n1.png,a cat, smiling\n", "line 2: 3 cells where the header has 2"),
         ("metadata.csv", 'file_name,text\n1.png,"a cat\n2.png,b\n', "line 3: .*check the double quotes"),
@@ -143,9 +147,9 @@ def test_a_named_file_is_read_and_others_are_refused(tmp_path):
     assert read_caption_file(tmp_path) == {"1.png": "a cat smiling"}
     (tmp_path / "hints.csv").write_text("file_name,text\n1.png,in the snow\n")
     assert read_caption_file(tmp_path / "hints.csv") == {"1.png": "in the snow"}
-    with pytest.raises(InputError, match=r"give a .jsonl, .csv or .json file"):
+    with pytest.raises(InputError, match=r"is not a caption file: name a .jsonl, .csv or .json file"):
         read_caption_file(tmp_path / "1.txt")
-    with pytest.raises(InputError, match="is not a caption file"):
+    with pytest.raises(InputError, match="no caption file .*: check the path"):
         read_caption_file(tmp_path / "none.csv")
 
 

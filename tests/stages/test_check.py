@@ -252,7 +252,7 @@ def test_a_caption_longer_than_clip_reads_is_named_with_its_length(root):
     for number, name in enumerate(captions):
         drawing(number).save(root / name)
     write(root, captions)
-    findings = inspect_dataset(root, TRIGGER, aspect_buckets(128, 64), count_tokens=lambda text: len(text.split()))
+    findings = inspect_dataset([root], TRIGGER, aspect_buckets(128, 64), count_tokens=lambda text: len(text.split()))
     assert findings.too_long == {"1.png": 78}
     result = check(root)
     tokens = result.findings.too_long["1.png"]
@@ -269,6 +269,32 @@ def test_formats_that_are_not_read_are_to_be_converted(root):
 def test_only_a_folder_without_pictures_stops_the_check(root):
     with pytest.raises(InputError, match="no pictures in"):
         check(root)
+
+
+def test_several_folders_are_checked_as_training_reads_them(root):
+    other = root.parent / "other"
+    for number, folder in enumerate((root, other)):
+        folder.mkdir(exist_ok=True)
+        drawing(number).save(folder / "a.png")
+        write(folder, {"a.png": f"{TRIGGER}, smiling"})
+    result = check(root, f"dataset.root=[{root},{{root: {other}, repeats: 2}}]")
+    assert result.ready and result.findings.captions == 2
+    drawing(0).save(other / "b.png")
+    result = check(root, f"dataset.root=[{root},{other}]")
+    assert not result.ready and result.findings.uncaptioned == ["other/b.png"]
+    assert result.findings.duplicates == [("other/b.png", "TOFU/a.png")]
+
+
+def test_folders_that_training_cannot_tell_apart_are_refused(root):
+    other = root.parent / "other" / "TOFU"
+    other.mkdir(parents=True)
+    for number, folder in enumerate((root, other)):
+        drawing(number).save(folder / "a.png")
+        write(folder, {"a.png": f"{TRIGGER}, smiling"})
+    with pytest.raises(InputError, match=r"two folders of dataset\.root are called TOFU"):
+        check(root, f"dataset.root=[{root},{other}]")
+    with pytest.raises(InputError, match=r"TOFU/a\.png is also TOFU/a\.png: name every folder once"):
+        check(root, f"dataset.root=[{root},{root}]")
 
 
 @pytest.mark.parametrize(
