@@ -125,7 +125,7 @@ def empty(folder):
         (empty, ["refine", "convert"], ["no captions in", "TOFU"]),
     ],
 )
-def test_a_spoilt_dataset_is_refused_by_name_and_left_as_it_is(composed, here, unloadable, spoil, stages, words):
+def test_a_damaged_dataset_is_refused_by_name_and_left_unchanged(composed, here, unloadable, spoil, stages, words):
     folder = tofu(here / "data" / "TOFU")
     spoil(folder)
     before = contents(folder)
@@ -173,20 +173,20 @@ def test_captions_without_the_trigger_are_not_trained_on(composed, here, unloada
 
 
 @pytest.mark.parametrize("stage", ["train", "pipeline", "check"])
-def test_masks_are_looked_for_before_a_model_loads(composed, here, unloadable, stage):
+def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stage):
     folder, masks = tofu(here / "TOFU"), here / "masks"
-    asked = [*unloadable, f"stage={stage}", "dataset=folder", "dataset.root=TOFU"]
+    overrides = [*unloadable, f"stage={stage}", "dataset=folder", "dataset.root=TOFU"]
     masks.mkdir()
     for name in ("00.png", "01.png", "02.png"):
         Image.new("L", (128, 128), 255).save(masks / name)
     runs = (here / "runs" / str(number) for number in range(9))  # a pipeline leaves its copy of the pictures
-    assert "masks has no mask for 03.png" in refused(composed, *asked, "loss.mask=masks", folder=next(runs))
+    assert "masks has no mask for 03.png" in refused(composed, *overrides, "loss.mask=masks", folder=next(runs))
     Image.new("L", (64, 128), 255).save(masks / "03.png")
-    said = refused(composed, *asked, "loss.mask=masks", folder=next(runs))
-    assert "03.png is 64x128, but 03.png is 128x128" in said
+    sentence = refused(composed, *overrides, "loss.mask=masks", folder=next(runs))
+    assert "03.png is 64x128, but 03.png is 128x128" in sentence
     for name in ("00.png", "02.png"):
         Image.open(folder / name).convert("RGB").save(folder / name)
-    assert "00.png has no alpha channel" in refused(composed, *asked, "loss.mask=alpha", folder=next(runs))
+    assert "00.png has no alpha channel" in refused(composed, *overrides, "loss.mask=alpha", folder=next(runs))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_masks_are_looked_for_before_a_model_loads(composed, here, unloadable, s
         (["loss.zero_terminal_snr=true"], ["loss.zero_terminal_snr", "predicts epsilon"]),
     ],
 )
-def test_what_training_needs_is_looked_for_before_the_base_loads(composed, here, unloadable, overrides, words):
+def test_wrong_settings_of_training_are_refused_before_the_base_loads(composed, here, unloadable, overrides, words):
     sentence = refused(composed, *unloadable, "stage=train", *overrides)
     for word in words:
         assert word in sentence
@@ -270,7 +270,7 @@ def test_img2img_is_refused_before_a_model_loads(composed, here, unloadable, ove
         assert word in sentence
 
 
-def test_a_file_that_is_no_base_is_named(composed, here):
+def test_a_file_that_is_not_a_base_is_named(composed, here):
     (here / "base.safetensors").write_bytes(b"no tensors at all")
     tofu(here / "TOFU")
     sentence = refused(composed, "stage=train", "dataset=folder", "dataset.root=TOFU", "model.base=base.safetensors")
@@ -278,7 +278,7 @@ def test_a_file_that_is_no_base_is_named(composed, here):
 
 
 @pytest.mark.parametrize(("base", "words"), [("demo:tiny-clip", ["clip", "not BLIP"]), ("empty", ["empty"])])
-def test_a_folder_that_is_no_captioner_is_named_and_the_captions_stay(composed, here, base, words):
+def test_a_folder_without_a_captioner_is_named_and_captions_are_kept(composed, here, base, words):
     folder = tofu(here / "TOFU")
     (folder / "metadata.jsonl").unlink()
     (here / "empty").mkdir()

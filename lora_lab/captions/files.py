@@ -253,10 +253,10 @@ def _json(text: str, where: str, **options):
 
 
 def _field(row: Iterable[str], fields: tuple[str, ...], where: str) -> str:
-    found = next((field for field in fields if field in row), None)
-    if found is None:
+    name = next((field for field in fields if field in row), None)
+    if name is None:
         raise InputError(f"{where}: no field {fields[0]!r} among {', '.join(map(repr, row))}: name it {fields[0]!r}")
-    return found
+    return name
 
 
 # ---- writing
@@ -292,10 +292,10 @@ def _other_fields(path: Path) -> dict[str, dict]:
     """Image name -> the user's own fields in a metadata.jsonl, for the rows that have any."""
     if not path.is_file():
         return {}
-    kept = {}
+    other_fields = {}
     for where, row in _jsonl_objects(path):
         name = _field(row, NAME_FIELDS, where)
         others = {key: value for key, value in row.items() if key not in (name, _field(row, TEXT_FIELDS, where))}
         if others:
-            kept[_name(row[name], where)] = others
-    return kept
+            other_fields[_name(row[name], where)] = others
+    return other_fields

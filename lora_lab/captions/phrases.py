@@ -37,5 +37,5 @@ def _words(caption: str, trigger: str) -> list[str]:
 
 def _without_stopwords(words: list[str]) -> list[str]:
     """The run without the stopwords at its ends."""
-    kept = [i for i, word in enumerate(words) if word not in STOPWORDS]
-    return words[kept[0] : kept[-1] + 1] if kept else []
+    places = [i for i, word in enumerate(words) if word not in STOPWORDS]
+    return words[places[0] : places[-1] + 1] if places else []

@@ -121,11 +121,11 @@ def drop_repeats(caption: str) -> str:
     'a man with a mustache, smiling, with a hat'
     """
     stutter = r"\b((?:\w+\s+){0,4}\w+)(?:\s+(?:and\s+)?(?:(?:a|an|the)\s+)?\1\b)+"
-    said: dict[str, str] = {}
+    phrases: dict[str, str] = {}
     for phrase in _phrases(caption):
         phrase = re.sub(stutter, r"\1", phrase, flags=re.IGNORECASE)
-        said.setdefault(phrase.casefold(), phrase)
-    return ", ".join(said.values())
+        phrases.setdefault(phrase.casefold(), phrase)
+    return ", ".join(phrases.values())
 
 
 def name_subject(caption: str, trigger: str, subjects: Iterable[str], article: str) -> str:
@@ -169,10 +169,10 @@ def trigger_once(caption: str, trigger: str) -> str:
     >>> trigger_once("A HANA_TOFU in the snow, a HANA_TOFU waving", "HANA_TOFU")
     'A HANA_TOFU in the snow, waving'
     """
-    head, found, tail = caption.partition(trigger)
+    head, _, tail = caption.partition(trigger)
     if trigger not in tail:
         return caption
-    return _tidy(head + found + re.sub(_LED + re.escape(trigger), "", tail, flags=re.IGNORECASE))
+    return _tidy(head + trigger + re.sub(_LED + re.escape(trigger), "", tail, flags=re.IGNORECASE))
 
 
 def add_hint(caption: str, hint: str) -> str:

@@ -114,7 +114,7 @@ def mentions(caption, trigger):
 
 
 @pytest.mark.parametrize("option", ["rules", "avatars", "off"])
-def test_refining_twice_is_refining_once_and_the_trigger_is_there_once(option):
+def test_refining_twice_changes_nothing_and_the_trigger_occurs_once(option):
     chosen = shipped(option)
     hints = [
         "",
@@ -157,7 +157,7 @@ def test_the_examples_in_the_docstrings_hold(module):
         ("", "HANA_TOFU"),
     ],
 )
-def test_general_rules_bring_blips_captions_to_the_character(general, caption, refined):
+def test_general_rules_refine_captions_of_blip(general, caption, refined):
     assert refine_caption(caption, "HANA_TOFU", general) == refined
 
 
@@ -184,11 +184,11 @@ def test_general_rules_bring_blips_captions_to_the_character(general, caption, r
         ),
     ],
 )
-def test_whatever_body_the_captioner_saw_becomes_the_tofu_with_what_it_wears(avatars, caption, refined):
+def test_avatar_rules_replace_any_body_by_the_trigger_and_keep_clothes(avatars, caption, refined):
     assert refine_caption(caption, "HANA_TOFU", avatars) == refined
 
 
-def test_every_attribute_of_the_shared_vocabulary_is_kept_but_what_all_tofus_have(avatars):
+def test_avatar_rules_keep_every_attribute_except_those_of_every_tofu(avatars):
     lost = {
         phrase
         for phrase in meanings()
@@ -203,7 +203,7 @@ def test_off_changes_nothing_but_the_trigger(off):
     assert refine_caption(f"hana_tofu, {odd}", "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
 
 
-def test_a_hint_is_the_users_and_no_rule_touches_it(avatars):
+def test_no_rule_changes_a_hint(avatars):
     for hint in ("with pink cheeks", "there is a man", "a hat and a hat", "winking, with a pink star"):
         refined = refine_caption("a cartoon ghost with a red background", "HANA_TOFU", avatars, hint)
         assert refined == f"A HANA_TOFU with a red background, {hint}"
@@ -217,7 +217,7 @@ def test_a_hint_is_added_once_and_may_name_the_character(general):
     assert refine_caption("a cat", "HANA_TOFU", general, "a hana_tofu at night") == "A HANA_TOFU, at night"
 
 
-def test_rules_can_not_change_the_trigger():
+def test_rules_cannot_change_the_trigger():
     greedy = compile_rules(replace=[Rule("tofu", "cheese"), Rule("_")])
     assert refine_caption("a HANA_TOFU with tofu", "HANA_TOFU", greedy) == "a HANA_TOFU with cheese"
 

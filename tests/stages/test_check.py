@@ -215,7 +215,7 @@ def test_names_equal_in_unicode_are_an_error_and_names_equal_but_for_case_a_warn
     assert [line for line in result["warnings"] if "Cat.png and cat.png" in line]
 
 
-def test_pictures_that_would_be_enlarged_are_told_by_how_much(root):
+def test_images_that_would_be_enlarged_are_reported_with_their_scale(root):
     drawing(0, (64, 64)).save(root / "small.png")
     drawing(1, (128, 128)).save(root / "right.png")
     drawing(2, (400, 300)).save(root / "large.png")
@@ -224,14 +224,14 @@ def test_pictures_that_would_be_enlarged_are_told_by_how_much(root):
     assert "1 pictures would be enlarged, small.png 2.0 times" in result.warnings[1]
 
 
-def test_the_shapes_training_will_batch_are_counted(root):
+def test_the_buckets_of_training_are_counted(root):
     for number, size in enumerate([(512, 512), (600, 600), (512, 1000), (2000, 1000)]):
         drawing(number, size).save(root / f"{number}.png")
     buckets = check(root, "model.resolution=512", "model.bucket_step=64").findings.buckets
     assert buckets == {"512x512": 2, "384x640": 1, "640x384": 1}
 
 
-def test_the_trigger_counts_as_a_whole_word_in_its_own_letters(root):
+def test_the_trigger_counts_as_a_whole_word_in_its_own_case(root):
     captions = {
         "0.png": "A HANA_TOFU, smiling",
         "1.png": "HANA_TOFU's hat",
@@ -247,7 +247,7 @@ def test_the_trigger_counts_as_a_whole_word_in_its_own_letters(root):
     assert [line for line in result.warnings if line.startswith("3 captions do not have HANA_TOFU (2.png, 3.png,")]
 
 
-def test_a_caption_longer_than_clip_reads_is_named_with_its_length(root):
+def test_a_caption_longer_than_the_window_of_clip_is_reported_with_its_length(root):
     captions = {"0.png": TRIGGER + " x" * 76, "1.png": TRIGGER + " x" * 77}
     for number, name in enumerate(captions):
         drawing(number).save(root / name)
@@ -259,7 +259,7 @@ def test_a_caption_longer_than_clip_reads_is_named_with_its_length(root):
     assert [line for line in result.warnings if f"caption of 1.png is {tokens} tokens" in line]
 
 
-def test_formats_that_are_not_read_are_to_be_converted(root):
+def test_formats_that_are_not_read_are_reported(root):
     drawing(0).save(root / "a.png")
     (root / "phone.HEIC").write_bytes(b"")
     result = check(root)
@@ -309,7 +309,7 @@ def test_folders_that_training_cannot_tell_apart_are_refused(root):
         (["빨간 모자를 쓴 T", "T, 빨간 모자를 쓴", "빨간 모자를 쓴 T, 웃음"], ["빨간 모자를 쓴"]),
     ],
 )
-def test_words_in_every_caption_are_found_as_phrases(captions, phrases):
+def test_phrases_in_every_caption_are_found(captions, phrases):
     assert common_phrases(captions, "T") == phrases
 
 

@@ -69,7 +69,7 @@ def test_wrong_settings_of_a_later_stage_are_refused_before_the_dataset_is_copie
         assert not (tmp_path / "run" / "dataset").exists()
 
 
-def test_the_overview_shows_a_photo_as_it_was_drawn_from(tmp_path):
+def test_the_overview_shows_a_photo_upright(tmp_path):
     """Turned as the camera says: the raw pixels of a phone's photo lie on their side."""
     photo = Image.effect_noise((60, 40), 90).convert("RGB")
     exif = Image.Exif()
