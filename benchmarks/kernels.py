@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
-from lora_lab.training.step import Job
+from lora_lab.training.lora_training import LoRATraining, Update
 
 KINDS = {  # by words in a kernel's name; the first that fits
     "attention": ("flash", "fmha", "sdpa", "attention"),
@@ -31,12 +31,12 @@ def kind_of(kernel: str) -> str:
 
 def watch(out: Path, at: int) -> None:
     """Let the step number `at` be measured, and end the process after it."""
-    update, steps = Job.update, []
+    update, steps = LoRATraining.clip_and_update, []
     on_gpu = torch.cuda.is_available()
     measured = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
 
-    def counted(job: Job) -> torch.Tensor:
-        norm = update(job)
+    def counted(training: LoRATraining) -> Update:
+        result = update(training)
         steps.append(len(steps))
         if on_gpu:
             torch.cuda.synchronize()
@@ -46,9 +46,9 @@ def watch(out: Path, at: int) -> None:
             measured.stop()
             out.write_text(json.dumps(summary(measured)) + "\n", encoding="utf-8")
             os._exit(0)  # what comes after training is not asked for
-        return norm
+        return result
 
-    Job.update = counted
+    LoRATraining.clip_and_update = counted
 
 
 def summary(measured: profile) -> dict[str, object]:

@@ -20,7 +20,7 @@ from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError
 from lora_lab.stages import run
 from lora_lab.stages import train as _train  # noqa: F401  (imported here, so that its seconds are no test's)
-from lora_lab.training.plan import make_plan
+from lora_lab.training.resolve import resolve_training
 
 TRIGGER = "HANA_TOFU"
 PHOTO = str(sorted(PHOTOS.glob("*.png"))[0])
@@ -154,8 +154,8 @@ def test_names_decomposed_on_disk_are_the_names_composed_in_the_captions(compose
     write_captions(folder, {name: f"A {TRIGGER}, smiling" for name in names})
     config = composed("stage=check", "dataset=folder", "dataset.root='두부'")
     assert run(config, here / "run").findings.captions == 3
-    plan = make_plan(composed("stage=train", "dataset=folder", "dataset.root='두부'"), here / "run")
-    assert [sample.name for sample in plan.samples] == names
+    training = resolve_training(composed("stage=train", "dataset=folder", "dataset.root='두부'"), here / "run")
+    assert [sample.name for sample in training.files.samples] == names
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_before_the_work(composed, here, unloadable):
@@ -192,8 +192,8 @@ def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stag
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be made", "epsilon"]),
-        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be made", "relative_step=True"]),
+        (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be created", "epsilon"]),
+        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be created", "relative_step=True"]),
         (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "say true"]),
         (["optimizer=schedule_free", "stage.ema_decay=0.9"], ["stage.ema_decay", "average of its own"]),
         (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "say true"]),

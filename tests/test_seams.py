@@ -117,7 +117,7 @@ def test_a_captioner_of_the_users_own_writes_captions(work):
         ("captioner.precision=much", "captioner.precision=much: should be a valid integer"),
         (
             "captioner._target_=color.Captioner",
-            "captioner._target_=color.Captioner: the package color is not installed",
+            "captioner: color.Captioner needs the package color, which is not installed",
         ),
         ("captioner._target_=colour.Captioner", "captioner._target_=colour.Captioner: cannot be imported"),
         ("captioner._target_=forgetful.Forgetful", "captioner.noun: forgetful.Forgetful does not accept noun"),

@@ -17,9 +17,9 @@ from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
-from lora_lab.training import run as files
 from lora_lab.training.data import TrainingData, encode_dataset
-from lora_lab.training.plan import Plan, make_plan
+from lora_lab.training.metrics import MetricsFile
+from lora_lab.training.resolve import ResolvedTraining, resolve_training
 
 FAST = (
     "stage=train", "dataset=folder", "dataset.root=../tofu", "refiner=off", "device=cpu", "tracker=off",
@@ -70,7 +70,7 @@ def metrics(folder: str) -> list[dict]:
 
 def interrupt_at(step: int, monkeypatch) -> None:
     """Ctrl-C, once, while `step` is done."""
-    write, sent = files.MetricsFile.write, []
+    write, sent = MetricsFile.write, []
 
     def and_interrupt(self, number, numbers):
         write(self, number, numbers)
@@ -78,19 +78,20 @@ def interrupt_at(step: int, monkeypatch) -> None:
             sent.append(number)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(files.MetricsFile, "write", and_interrupt)
+    monkeypatch.setattr(MetricsFile, "write", and_interrupt)
 
 
-def planned(*overrides: str) -> Plan:
-    return make_plan(compose(*FAST, *overrides), Path("none").absolute())
+def resolved(*overrides: str) -> ResolvedTraining:
+    return resolve_training(compose(*FAST, *overrides), Path("none").absolute())
 
 
-def encoded(*overrides: str) -> tuple[Plan, TrainingData, StableDiffusionXLPipeline]:
-    """The plan, the data that `overrides` give, and the base that encoded them."""
-    config, plan = compose(*FAST, *overrides), planned(*overrides)
-    pipe = load_base(config.model, plan.device)
-    encoder = Encoder(pipe, plan.device, Cache(None), False)
-    return plan, encode_dataset(plan.samples, plan.crops, plan.texts, config.dataset.flip, encoder), pipe
+def encoded(*overrides: str) -> tuple[ResolvedTraining, TrainingData, StableDiffusionXLPipeline]:
+    """The training that `overrides` describe, its data, and the base that encoded them."""
+    training = resolved(*overrides)
+    pipe = load_base(training.model, training.device)
+    encoder = Encoder(pipe, training.device, Cache(None), False)
+    files, crops = training.files, training.images.crops
+    return training, encode_dataset(files.samples, crops, files.texts, training.dataset.flip, encoder), pipe
 
 
 def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:

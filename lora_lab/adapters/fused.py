@@ -150,9 +150,9 @@ class FusedAttention:
 class Learnt(Protocol):
     """Where the numbers of a UNet's LoRA lie, of one job or of several."""
 
-    parameters: Sequence[nn.Parameter]  # of the UNet, in the order in which they lie
+    params: Sequence[nn.Parameter]  # of the UNet, in the order in which they lie
 
-    def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
+    def as_parameter(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
         """The numbers of J jobs from `start` on, as one parameter (J, *shape)."""
 
 
@@ -168,7 +168,7 @@ def fuse(
 
     In `learnt` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
     offsets, start = {}, 0
-    for parameter in learnt.parameters:
+    for parameter in learnt.params:
         offsets[parameter] = start
         start += parameter.numel()
     in_attention, alone = (
@@ -238,8 +238,8 @@ def _projections(
     if frozen is None:
         return None
     count, (width, rank) = len(layers), ups[0].shape
-    down = learnt.leaf(offsets[downs[0]], (count * rank, downs[0].shape[1]))
-    up = learnt.leaf(offsets[ups[0]], (count, width, rank))
+    down = learnt.as_parameter(offsets[downs[0]], (count * rank, downs[0].shape[1]))
+    up = learnt.as_parameter(offsets[ups[0]], (count, width, rank))
     its = scales(layers[0])
     scale = its[0] if len(set(its)) == 1 else torch.tensor(its, device=down.device).view(-1, 1, 1)
     return Projections(frozen, layers[0].base_layer.bias, down, up, scale)

@@ -10,7 +10,8 @@ from lora_lab.adapters.inject import DROPOUTS
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.settings.schema import Config, Train
 from lora_lab.training.memory import CONTEXT, expected_mib
-from lora_lab.training.plan import courses, evenly
+from lora_lab.training.pack import split_evenly
+from lora_lab.training.resolve import group_snapshots, snapshot_key, training_size
 
 # What is a job's own. Everything else is the base's and the data's, which jobs of a group have in common.
 OWN = {"lr", "rank", "steps", "seed", "name", "publish", "resume", "lora", "optimizer", "schedule", "tracker"}
@@ -65,16 +66,22 @@ def groups(configs: Sequence[Config], most: int | None, workers: int = 1) -> lis
     reasons = [alone(config) for config in configs]
     for i, config in enumerate(configs):
         found.setdefault(f"alone {i}" if reasons[i] else _common(config), []).append(i)
-    kinds = [[[its[k] for k in course] for course in courses([configs[i] for i in its])] for its in found.values()]
+    kinds = [_snapshots(configs, indices) for indices in found.values()]
     made = []
     for share in _shares(kinds, configs, workers):
         size = most or fitting([configs[course[0]] for course in share], workers)
-        for part in evenly(share, size):
+        for part in split_evenly(share, size):
             jobs = sorted(chain.from_iterable(part))
             why = reasons[jobs[0]] or "no other job has its base, its data and its layers"
             only = len(jobs) == 1 and jobs in found.values()
             made.append(Group(jobs, sum(configs[course[0]].steps for course in part), why if only else ""))
     return sorted(made, key=lambda group: -group.steps) if workers > 1 else made
+
+
+def _snapshots(configs: Sequence[Config], indices: Sequence[int]) -> list[list[int]]:
+    """`indices` by LoRA: jobs that differ in steps alone are one training with snapshots."""
+    keys, steps = [snapshot_key(configs[i]) for i in indices], [configs[i].steps for i in indices]
+    return [[indices[k] for k in group] for group in group_snapshots(keys, steps)]
 
 
 def _shares(kinds: Sequence[Sequence[list[int]]], configs: Sequence[Config], workers: int) -> list[list[list[int]]]:
@@ -113,4 +120,5 @@ def fitting(configs: Sequence[Config], workers: int) -> int:
 
 
 def _expected(config: Config, count: int) -> float:
-    return expected_mib(replace(config, batch_size=config.batch_size * count, rank=config.rank * count))
+    size = training_size(config)
+    return expected_mib(replace(size, batch_size=size.batch_size * count, rank=size.rank * count))

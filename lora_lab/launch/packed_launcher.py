@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, open_dict
 
 from lora_lab.board.hook import rewrite_page
 from lora_lab.console import quiet_libraries, say, speak_as
-from lora_lab.errors import RunError
+from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config, job, stopping, workers
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.runs import refuse_unwritable, write_json
@@ -33,7 +33,8 @@ from lora_lab.settings import schema
 
 if TYPE_CHECKING:
     from lora_lab.launch.grouping import Group
-    from lora_lab.training.run import Run
+    from lora_lab.training.resolve import ResolvedTraining
+    from lora_lab.training.run import TrainResult
 
 
 def register() -> None:
@@ -240,17 +241,17 @@ def _logged(points: Sequence[Point]) -> Iterator[None]:
 
 
 def _train_together(points: Sequence[Point], sweep: Path) -> None:
-    from lora_lab.training.pack_runner import train_together
+    from lora_lab.training.pack_runner import train_pack
 
     over: list[int] = []
+    points_of = {point.number: point for point in points}
 
-    def ended(i: int, run: "Run | None", error: Exception | None) -> None:
-        point = points[i]
-        over.append(i)
+    def ended(point: Point, result: "TrainResult | None", error: Exception | None) -> None:
+        over.append(point.number)
         if error is not None:
             job.failed(point.folder, point.overrides, error)
         else:
-            write_json(point.folder / "result.json", asdict(run.result))
+            write_json(point.folder / "result.json", asdict(result))
             score = sweeps.score_of(sweeps.result_of(point.folder))
             say(f"#{point.number} is done{'' if score is None else f', score {score:.3f}'}")
         rewrite_page(sweep)
@@ -263,11 +264,29 @@ def _train_together(points: Sequence[Point], sweep: Path) -> None:
                 if point.config.resume:
                     job.go_on(point.config, point.folder)
                 sweeps.begin(point.folder, point.number, point.overrides)
-            train_together([(point.config, point.folder) for point in points], ended)
+            resolved = _resolved(points, ended)
+            if resolved:
+                pack = list(resolved)
+                train_pack(list(resolved.values()), lambda i, *end: ended(points_of[pack[i]], *end))
     except Exception as error:  # of what they share: nobody can go on
-        for i, point in enumerate(points):
-            if i not in over:
+        for point in points:
+            if point.number not in over:
                 job.failed(point.folder, point.overrides, error)
     finally:
         stopping.stop_with(None)
         rewrite_page(sweep)
+
+
+def _resolved(points: Sequence[Point], ended: Callable[..., None]) -> "dict[int, ResolvedTraining]":
+    """The trainings of `points` by number, without those that are refused; the images, which they share, are read
+    once."""
+    from lora_lab.training.resolve import resolve_run
+
+    resolved: dict[int, ResolvedTraining] = {}
+    for point in points:
+        first = next(iter(resolved.values()), None)
+        try:
+            resolved[point.number] = resolve_run(point.config, point.folder, first)
+        except InputError as error:
+            ended(point, None, error)
+    return resolved

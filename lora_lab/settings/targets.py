@@ -1,4 +1,6 @@
-"""Classes and functions that an option names by `_target_`: imported, and their arguments checked before the call."""
+"""Classes and functions that an option names by `_target_`: adapters, optimizers, captioners, refiners.
+
+They are imported, and their arguments checked, before any work."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +9,35 @@ from importlib.util import find_spec
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from lora_lab.errors import InputError
 
+# Optional packages and the extra in pyproject.toml that installs them.
+EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_optimizer": "optimizers"}
 # A YAML value such as 2026 is accepted where a string is expected; annotations may name any class.
 LENIENT = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True)
 BAD_ARGUMENTS = (ImportError, OSError, TypeError, ValueError, LookupError, AttributeError)
+
+
+def instantiate_target(group: str, settings: dict[str, Any], *probe: object) -> Any:
+    """The result of calling the target of `settings` by Hydra, nested targets included.
+
+    With `_partial_` it is a function; it is called once with `probe`, so that a wrong argument is found before work
+    begins. Raises InputError for a missing package or a wrong argument."""
+    target = settings["_target_"]
+    _require_package(group, target)
+    try:
+        get_class(target)
+        result = instantiate(settings, _convert_="all")
+        if settings.get("_partial_"):
+            result(*probe)
+    except (InstantiationException, *BAD_ARGUMENTS) as error:
+        reason = _reason(error.__cause__ or error)
+        raise InputError(f"{group}: {target} cannot be created ({reason}); conf/{group} shows its arguments") from error
+    return result
 
 
 def bind_target(group: str, settings: Mapping[str, Any], supplied: Sequence[str] = ()) -> Callable[..., Any]:
@@ -55,12 +77,17 @@ def call_target(group: str, settings: Mapping[str, Any], **supplied: Any) -> Any
         raise InputError(f"{group}: {settings['_target_']} cannot be created ({_reason(error)})") from error
 
 
-def _imported(group: str, name: object) -> Callable[..., Any]:
-    package = name.partition(".")[0] if isinstance(name, str) else ""
-    if not package or package == name:
-        raise InputError(f"{group}._target_={name}: name a class or function and its module, such as module.Class")
+def _require_package(group: str, target: object) -> None:
+    package, _, name = str(target).partition(".")
+    if not package or not name:
+        raise InputError(f"{group}._target_={target}: name a class or function and its module, such as module.Class")
     if find_spec(package) is None:
-        raise InputError(f"{group}._target_={name}: the package {package} is not installed")
+        hint = f': pip install "lora_lab[{EXTRAS[package]}]"' if package in EXTRAS else ""
+        raise InputError(f"{group}: {target} needs the package {package}, which is not installed{hint}")
+
+
+def _imported(group: str, name: object) -> Callable[..., Any]:
+    _require_package(group, name)
     try:
         return instantiate({"_target_": name, "_partial_": True})  # Hydra refuses dangerous targets, such as os.system
     except InstantiationException as error:

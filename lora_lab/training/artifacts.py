@@ -1,4 +1,4 @@
-"""What a run leaves behind as it goes: LoRA files and checkpoints, and in the end the published file."""
+"""What a run writes as it goes: checkpoints, LoRA files, and in the end the copy in models/lora."""
 
 import shutil
 from dataclasses import dataclass
@@ -13,83 +13,106 @@ from lora_lab.adapters.tokens import TRIGGER, embeddings_path, save_tokens
 from lora_lab.base.load import DTYPES
 from lora_lab.console import say
 from lora_lab.runs import write_atomically
-from lora_lab.settings.schema import Config, Loss
 from lora_lab.training.checkpoint import save_checkpoint
-from lora_lab.training.plan import Plan
-from lora_lab.training.step import Job
+from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.observer import Observer
+from lora_lab.training.resolve import ResolvedTraining
 from lora_lab.training.text_encoders import text_metadata
 
 
-@dataclass(frozen=True)
-class RunArtifacts:
-    """What a run leaves behind as it goes: LoRA files and checkpoints."""
+@dataclass
+class RunArtifacts(Observer):
+    """Writes checkpoints every stage.checkpoint_every steps and at the end; then the finished LoRA, also installed."""
 
-    job: Job
-    config: Config
-    plan: Plan
-    folder: Path
+    resolved: ResolvedTraining
+    training: LoRATraining
+    lora: Path | None = None  # the finished file
+    installed: Path | None = None  # its copy in models/lora
 
-    def lora(self, step: int, name: str) -> Path:
-        """The LoRA after `step` steps as lora/NAME.safetensors."""
-        dtype = DTYPES[self.job.settings.save_dtype]
-        file = self.folder / "lora" / f"{name}.safetensors"
-        with self.job.finished():  # until it is written, for the state is no copy
-            learnt = self.job.state()
-            state = kohya_state(self.job.adapted, learnt=learnt)
-            network = network_metadata(self.plan.adapter, state, self.job.settings.lora_plus_ratio)
-            network |= text_metadata(self.config)
-            notes = lora_metadata(self.config, self.plan, self.job.asked.settings, step, network)
-            if self.job.read and self.job.read.tokens:
-                numbers = dict(zip(self.job.learnt.parameters, learnt.values(), strict=True))
-                vectors = {key: numbers[tokens.vectors] for key, tokens in self.job.read.tokens.items()}
-                save_tokens(embeddings_path(file), vectors, {"modelspec.title": name, TRIGGER: self.config.trigger})
-            return save_lora(file, state, dtype, notes)
+    def on_step(self, step: int) -> None:
+        """Write a checkpoint where one is due."""
+        if self.resolved.is_due(self.resolved.settings.checkpoint_every, step):
+            self.save_checkpoint(step)
 
-    def checkpoint(self, step: int) -> None:
-        save_checkpoint(self.folder, step, self.job, self.plan.recipe)
+    def on_end(self, step: int) -> None:
+        """Write the last checkpoint, the finished LoRA and its copy."""
+        self.save_checkpoint(step)
+        self.lora = self.save_lora(step, self.resolved.name)
+        if self.resolved.install:
+            self.installed = install_lora(self.lora, self.resolved.name)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write checkpoints/step-NNNNNN."""
+        save_checkpoint(self.resolved.folder, step, self.training, self.resolved.fingerprint)
+
+    def save_lora(self, step: int, name: str) -> Path:
+        """Write the LoRA after `step` steps as lora/`name`.safetensors, and new tokens' embeddings beside it."""
+        resolved, training = self.resolved, self.training
+        file = resolved.folder / "lora" / f"{name}.safetensors"
+        with training.swap_in_saved_weights():  # until the file is written: on a CPU the weights are views
+            weights = training.weights()
+            state = kohya_state(training.adapted_components, learnt=weights)
+            network = network_metadata(resolved.adapter, state, resolved.settings.lora_plus_ratio)
+            network |= text_metadata(resolved.config)
+            tokens = training.text_encoders.tokens if training.text_encoders else {}
+            if tokens:
+                by_parameter = dict(zip(training.params.params, weights.values(), strict=True))
+                vectors = {key: by_parameter[new.vectors] for key, new in tokens.items()}
+                save_tokens(embeddings_path(file), vectors, {"modelspec.title": name, TRIGGER: resolved.trigger})
+            return save_lora(
+                file,
+                state,
+                DTYPES[resolved.settings.save_dtype],
+                lora_metadata(resolved, training, step, network),
+            )
 
 
-def lora_metadata(config: Config, plan: Plan, loss: Loss, step: int, network: dict[str, str]) -> dict[str, str]:
-    """The metadata of the LoRA file after `step` steps of the settled `loss`."""
-    prior = {"ss_prior_loss_weight": str(config.prior.weight), "ss_num_reg_images": str(len(plan.class_samples))}
-    return ({} if config.prior.kind == "none" else prior) | metadata(
-        name=config.name,
-        base=config.model.base,
-        trigger=config.trigger,
+def lora_metadata(
+    resolved: ResolvedTraining, training: LoRATraining, step: int, network: dict[str, str]
+) -> dict[str, str]:
+    """The metadata of the LoRA file after `step` steps; `network` describes the adapter."""
+    prior = {}
+    if resolved.prior.kind != "none":
+        prior["ss_prior_loss_weight"] = str(resolved.prior.weight)
+        prior["ss_num_reg_images"] = str(len(resolved.files.class_samples))
+    return prior | metadata(
+        name=resolved.name,
+        base=resolved.model.base,
+        trigger=resolved.trigger,
         network=network,
-        lr=config.rate,
+        lr=resolved.lr,
         steps=step,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        resolution=config.model.resolution,
-        captions=[", ".join(orders[0] for orders in texts) for texts in plan.texts],
-        loss=loss,
-        dataset_hash=plan.hashes["dataset"],
-        base_hash=plan.hashes["base"],
+        batch_size=resolved.batch_size,
+        seed=resolved.seed,
+        resolution=resolved.model.resolution,
+        captions=[", ".join(variants[0] for variants in captions) for captions in resolved.files.texts],
+        loss=training.objective.settings,
+        dataset_hash=resolved.hashes["dataset"],
+        base_hash=resolved.hashes["base"],
     )
 
 
 def install_lora(lora: Path, name: str) -> Path:
-    """Copy the finished file to models/lora/NAME.safetensors, and the embeddings beside it; another one that stands
-    there is given a number."""
+    """Copy a finished file to models/lora/`name`.safetensors, and the embeddings beside it; a different file of that
+    name is kept under a number."""
     MODELS.mkdir(parents=True, exist_ok=True)
-    with FileLock(MODELS.with_name(".lora.lock")):  # two that finish at once would both take the same number
+    with FileLock(MODELS.with_name(".lora.lock")):  # two runs that finish at once would take the same number
         return _install_lora(lora, MODELS / f"{name}.safetensors")
 
 
 def _install_lora(lora: Path, target: Path) -> Path:
-    files = {lora: target} | (
-        {embeddings_path(lora): embeddings_path(target)} if embeddings_path(lora).is_file() else {}
-    )
-    if all(there.is_file() and same_tensors(there, file) for file, there in files.items()):
+    copies = {lora: target}
+    if embeddings_path(lora).is_file():
+        copies[embeddings_path(lora)] = embeddings_path(target)
+    if all(copy.is_file() and same_tensors(copy, file) for file, copy in copies.items()):
         return target  # a finished run was resumed
     older = keep_older(target)
     if older:
         say(f"{target} was there already; it is now {older}")
         if embeddings_path(target).is_file():
             embeddings_path(target).rename(embeddings_path(older))
-    elif len(files) > 1:
-        keep_older(embeddings_path(target))  # whose LoRA is gone
-    for file, there in reversed(files.items()):
-        write_atomically(there, partial(shutil.copyfile, file))
+    elif len(copies) > 1:
+        keep_older(embeddings_path(target))  # its LoRA is gone
+    for file, copy in reversed(copies.items()):
+        write_atomically(copy, partial(shutil.copyfile, file))
     return target

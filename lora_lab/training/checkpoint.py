@@ -1,4 +1,4 @@
-"""A checkpoint: everything needed to go on exactly, whole or not there."""
+"""A checkpoint: everything needed to resume a training exactly, whole or not there."""
 
 import json
 import shutil
@@ -10,67 +10,61 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.files import START
 from lora_lab.errors import InputError
-from lora_lab.training.step import Job
+from lora_lab.training.lora_training import LoRATraining
 
-LEARNT = "learnt.safetensors"
-STATEFUL = ("optimizer", "schedule", "scaler")  # of a job, beside what is learnt
+WEIGHTS, STATE, RECORD = "learnt.safetensors", "state.pt", "training.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints under `folder`/checkpoints, oldest first; a crash leaves only names with a dot in front."""
-    return sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "training.json").is_file())
+    """The complete checkpoints under `folder`/checkpoints, oldest first; a crash leaves names with a leading dot."""
+    return sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / RECORD).is_file())
 
 
-def save_checkpoint(folder: Path, step: int, job: Job, recipe: dict) -> Path:
-    """Write checkpoints/step-NNNNNN under a hidden name, rename it, then drop all but the newest few.
+def save_checkpoint(folder: Path, step: int, training: LoRATraining, fingerprint: dict[str, object]) -> Path:
+    """Write checkpoints/step-NNNNNN under a hidden name, rename it, then remove all but the newest few.
 
-    `recipe` is what a run that goes on must have in common with this one."""
+    `fingerprint` has the settings and file hashes that a resumed run must share."""
     target = folder / "checkpoints" / f"step-{step:06d}"
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(job.state(), str(temporary / LEARNT))
-    # The names once more, in the order that average and optimizer have: safetensors sorts them.
-    state = {"names": job.names, "average": job.average} | {part: getattr(job, part).state_dict() for part in STATEFUL}
-    if START in job.unet.peft_config:
-        state[START] = get_peft_model_state_dict(job.unet, adapter_name=START)
-    torch.save(state, temporary / "state.pt")
-    (temporary / "training.json").write_text(json.dumps({"step": step, "recipe": recipe}, indent=2), encoding="utf-8")
+    save_file(training.weights(), str(temporary / WEIGHTS))
+    # The names again, in the order of average and optimizer state: safetensors sorts them.
+    state = {"names": training.parameter_names, "average": training.average} | training.optimizer_state()
+    if START in training.network.peft_config:
+        state[START] = get_peft_model_state_dict(training.network, adapter_name=START)
+    torch.save(state, temporary / STATE)
+    record = {"step": step, "recipe": fingerprint}
+    (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    for older in checkpoints(folder)[: -job.settings.keep_checkpoints]:
+    for older in checkpoints(folder)[: -training.settings.keep_checkpoints]:
         shutil.rmtree(older)
     return target
 
 
-def validate_fingerprint(checkpoint: Path, recipe: dict) -> None:
-    """Raise InputError if `checkpoint` was trained by another recipe than the run that wants to go on from it, or is of
-    a form from before."""
-    if not (checkpoint / LEARNT).is_file():
+def validate_fingerprint(checkpoint: Path, fingerprint: dict[str, object]) -> None:
+    """Raise InputError if `checkpoint` was trained with other settings or files than the run that wants to resume from
+    it, or has an older format."""
+    if not (checkpoint / WEIGHTS).is_file():
         raise InputError(f"resume: {checkpoint} is from an older version of lora_lab: start a new run")
-    saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["recipe"]
-    for key, value in recipe.items():
+    saved = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["recipe"]
+    for key, value in fingerprint.items():
         if saved.get(key) != value:
-            was = saved.get(key)
             raise InputError(
-                f"resume: {checkpoint} was trained with {key}={was}, not {value}: start a new run for that"
+                f"resume: {checkpoint} was trained with {key}={saved.get(key)}, not {value}: start a new run for that"
             )
 
 
-def load_checkpoint(checkpoint: Path, job: Job) -> int:
-    """Restore what learns; returns the number of steps done. Raises InputError if something else learnt there."""
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    if state["names"] != job.names:
+def load_checkpoint(checkpoint: Path, training: LoRATraining) -> None:
+    """Restore `training` from `checkpoint`. Raises InputError if its trainable parameters have other names."""
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    if state["names"] != training.parameter_names:
         raise InputError(
-            f"resume: what learns has other names in {checkpoint}, from another version of diffusers or peft: "
-            "install that, or start a new run"
+            f"resume: the trainable parameters in {checkpoint} have other names, from another version of diffusers or "
+            "peft: install that version, or start a new run"
         )
-    learnt = load_file(str(checkpoint / LEARNT))
-    job.learnt.become(torch.cat([learnt[name].reshape(-1) for name in job.names]))
-    if START in job.unet.peft_config:  # another machine may have found other singular vectors
-        set_peft_model_state_dict(job.unet, state[START], START)
-    for part in STATEFUL:
-        getattr(job, part).load_state_dict(state[part])
-    if job.average is not None:
-        job.average.copy_(state["average"])
-    return json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["step"]
+    if START in training.network.peft_config:  # another machine may have computed other singular vectors
+        set_peft_model_state_dict(training.network, state[START], START)
+    step = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["step"]
+    training.load_state(load_file(str(checkpoint / WEIGHTS)), state, step)

@@ -1,74 +1,90 @@
-"""How much of a GPU's memory a run will take, and what to do where that is too much.
+"""How much GPU memory a training is expected to take, and what to change where that is too much.
 
-The numbers are those of SDXL, fitted to what `python -m benchmarks` measures (docs/performance.md)."""
+The constants are fitted to what `python -m benchmarks` measures at SDXL's size (docs/performance.md)."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lora_lab.errors import RunError
-from lora_lab.settings.schema import Config, Memory
+from lora_lab.settings.schema import Memory
 
-LINEARS, CONVOLUTIONS = 2.233e9, 0.333e9  # numbers of the UNet; all others are few
-TEXT = 0.818e9  # numbers of the text encoders, which stay on the GPU only if something of the text learns
-BYTES = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}  # a number
+LINEAR_WEIGHTS, CONVOLUTION_WEIGHTS = 2.233e9, 0.333e9  # numbers of SDXL's UNet; all others are few
+TEXT_ENCODER_WEIGHTS = 0.818e9  # numbers; text encoders stay on the GPU only while a part of them is trained
+BYTES_PER_WEIGHT = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}
 CONTEXT = 750  # MiB of the process beside torch's tensors: CUDA itself and its libraries
-LEARNT = 1.45e6  # numbers a rank, of a LoRA on the attention
-ACTIVATIONS = {False: (350, 4610), True: (450, 560)}  # MiB without checkpointing and with it: at all, and a picture
-DRAWING = 1300  # MiB of the UNet while it draws
-DECODING = 1050  # MiB of the VAE in tiles; where there are 3,400 it decodes whole pictures
-AREA = 1024 * 1024  # pixels of such a picture
+WEIGHTS_PER_RANK = 1.45e6  # numbers of a LoRA on the attention layers
+ACTIVATIONS = {False: (350, 4610), True: (450, 560)}  # MiB (fixed, per image) without and with gradient checkpointing
+UNET_SAMPLING = 1300  # MiB of the UNet's activations while it samples
+TILED_DECODING = 1050  # MiB of the VAE in tiles; where 3,400 are free it decodes whole images
+IMAGE_AREA = 1024 * 1024  # px of the images that these numbers are of
 
 
-def expected_mib(config: Config) -> float:
-    """What a training run needs of a CUDA GPU in half precision, validation pictures included, as nvidia-smi shows it.
+@dataclass(frozen=True)
+class TrainingSize:
+    """What decides the memory of a training."""
 
-    What a recorded step computes with stays the graph's; without one the memory is free for the VAE between steps."""
-    memory = config.memory
-    base = LINEARS * BYTES[memory.linear_weights] + CONVOLUTIONS * BYTES[memory.convolution_weights]
-    base += TEXT * BYTES["base"] * config.text.learns
-    kept = 2 if "8bit" in config.optimizer["_target_"] else 8  # bytes a number, of the optimizer's averages
-    # working copy, master, and a gradient of either
-    learnt = config.rank * LEARNT * (2 + 4 + 2 + 4 + kept + (4 if config.stage.ema_decay else 0))
-    at_all, a_picture = ACTIVATIONS[memory.gradient_checkpointing]
-    pictures = config.batch_size * config.model.resolution**2 / AREA
-    working = max(at_all + a_picture * pictures, DRAWING)
-    working = working + DECODING if memory.capture else max(working, DECODING)
-    return CONTEXT + (base + learnt) / 2**20 + working
+    memory: Memory
+    rank: int
+    batch_size: int
+    resolution: int  # px
+    trains_text: bool
+    keeps_average: bool
+    optimizer_state_bytes: int  # a trainable number
 
 
-def memory_line(config: Config, free_mib: float) -> str:
-    """What the plan says of it, on a GPU of which `free_mib` are free."""
-    expected = expected_mib(config) - CONTEXT  # what it takes from there on is in what is free
+def expected_mib(size: TrainingSize) -> float:
+    """The GPU memory in MiB of a training in half precision, validation images included, as nvidia-smi shows it.
+
+    A captured step keeps its activations; without capture the VAE can use that memory between steps."""
+    memory = size.memory
+    base = LINEAR_WEIGHTS * BYTES_PER_WEIGHT[memory.linear_weights]
+    base += CONVOLUTION_WEIGHTS * BYTES_PER_WEIGHT[memory.convolution_weights]
+    base += TEXT_ENCODER_WEIGHTS * BYTES_PER_WEIGHT["base"] * size.trains_text
+    copies = 2 + 4 + 2 + 4  # bytes: the model's copy, the master, and a gradient of each
+    average = 4 if size.keeps_average else 0
+    trainable = size.rank * WEIGHTS_PER_RANK * (copies + size.optimizer_state_bytes + average)
+    fixed, per_image = ACTIVATIONS[memory.gradient_checkpointing]
+    activations = max(fixed + per_image * size.batch_size * size.resolution**2 / IMAGE_AREA, UNET_SAMPLING)
+    activations = activations + TILED_DECODING if memory.capture else max(activations, TILED_DECODING)
+    return CONTEXT + (base + trainable) / 2**20 + activations
+
+
+def describe_memory(size: TrainingSize, free_mib: float) -> str:
+    """The line of the plan about memory, on a GPU of which `free_mib` MiB are free."""
+    expected = expected_mib(size) - CONTEXT  # the context is taken already
     line = f"about {expected / 1024:.1f} GiB at SDXL's size, {free_mib / 1024:.1f} GiB are free"
-    return line if expected < free_mib else f"{line}: if it ends there, {memory_hint(config.memory, config.batch_size)}"
+    return line if expected < free_mib else f"{line}: if it runs out, {memory_hint(size.memory, size.batch_size)}"
 
 
 def memory_hint(memory: Memory, batch_size: int) -> str:
-    """What to say on the command line, to need less than with `memory`."""
-    fewer = f", or batch_size={batch_size // 2} with stage.gradient_accumulation=2" if batch_size > 1 else ""
+    """What to set on the command line to need less memory than with `memory`."""
+    smaller_batch = f", or batch_size={batch_size // 2} with stage.gradient_accumulation=2" if batch_size > 1 else ""
     if not memory.gradient_checkpointing:
-        return f"say memory=balanced{fewer}"
+        return f"use memory=balanced{smaller_batch}"
     if memory.linear_weights in ("base", "fp8_products"):
-        return f"say memory=low{fewer}"
+        return f"use memory=low{smaller_batch}"
     if memory.capture:
-        return f"say memory=minimal{fewer}"
-    return f"say a smaller rank or model.resolution{fewer}"
+        return f"use memory=minimal{smaller_batch}"
+    return f"use a smaller rank or model.resolution{smaller_batch}"
 
 
-def out_of_memory_error(config: Config, folder: Path) -> RunError:
-    """What to say where the GPU's memory ended in the run of `folder`."""
-    goes_on = f", and go on with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
-    return RunError(f"the GPU's memory is not enough: {memory_hint(config.memory, config.batch_size)}{goes_on}")
+def out_of_memory_error(memory: Memory, batch_size: int, folder: Path) -> RunError:
+    """The error for a run in `folder` that ran out of GPU memory: what to set, and how to resume."""
+    resume = f", and resume with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
+    return RunError(f"out of GPU memory: {memory_hint(memory, batch_size)}{resume}")
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Within the context no garbage is looked for: a network is made of a hundred thousand objects, and to look at all
-    of them again for every few hundred more takes a third of the time."""
+    """Within the context the garbage collector is off.
+
+    Building a network makes a hundred thousand objects; scanning all of them every few hundred takes a third of the
+    time."""
     gc.disable()
     try:
         yield
@@ -77,7 +93,7 @@ def gc_paused() -> Iterator[None]:
 
 
 def free_gpu_memory(device: torch.device) -> None:
-    """Give back what earlier jobs in this process held: their networks and hooks hold each other."""
+    """Free what earlier trainings in this process held: networks and their hooks refer to each other."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,117 +1,149 @@
-"""Several LoRAs in one step: one pass through the frozen base, in which every sample meets its own.
+"""Several LoRAs in one step: one pass through the frozen base, in which each sample meets its own LoRA.
 
-Eight different LoRAs cost what batch 8 of one costs. What each of them learns is what it would learn alone."""
+Eight different LoRAs cost what batch 8 of one LoRA costs, and each learns what it would learn alone."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from lora_lab.adapters.fused import fuse, scale_of
 from lora_lab.settings.schema import Memory
 from lora_lab.training.compile import compile_blocks
+from lora_lab.training.engine import Losses, StepBatches, captured
 from lora_lab.training.flat import FlatParams
+from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import Batch, per_sample_loss
-from lora_lab.training.step import Job, of_batches
+
+T = TypeVar("T")
 
 
-def clone_sharing_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another UNet of the same weights, in the same memory: an adapter put into it is in no other."""
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())})
+def clone_sharing_weights(network: nn.Module) -> nn.Module:
+    """A second network whose weights are the same memory: an adapter injected into one is in no other."""
+    return copy.deepcopy(network, {id(t): t for t in chain(network.parameters(), network.buffers())})
 
 
 class StackedLoRAs:
-    """What J jobs compute with, side by side: rows of the largest's layout, smaller ranks filled up with zeros.
+    """The weights of J LoRAs side by side (J, N), in the layout of the LoRA of the largest rank.
 
-    `parameters` are the largest's, whose layout it is. A zero row of A meets a zero column of B, so neither ever gets a
-    gradient that counts."""
+    Smaller ranks are padded with zeros. A zero row of A meets a zero column of B, so the gradients of both are never
+    used."""
 
     def __init__(self, flats: Sequence[FlatParams]) -> None:
+        """`flats` are the parameters of the J LoRAs, of the same layers."""
         self._flats = list(flats)
         largest = max(flats, key=lambda flat: flat.master.numel())
-        self.parameters = largest.parameters
-        self._places = [_places(flat.parameters, self.parameters) for flat in flats]
-        self._working = largest.working.new_zeros(len(flats), largest.working.numel())
-        self._gradient = torch.zeros_like(self._working)
-        self.publish()
+        self.params = largest.params
+        self._positions = [_positions(flat.params, self.params) for flat in flats]
+        self._weights = largest.model_copy.new_zeros(len(flats), largest.model_copy.numel())
+        self._gradient = torch.zeros_like(self._weights)
+        self.copy_from_masters()
 
-    def leaf(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
-        """Numbers from `start` on of every row as a parameter (J, *shape); its gradient is theirs."""
+    def as_parameter(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
+        """The numbers from `start` on of all rows as one parameter (J, *shape), which shares their gradient."""
         size = torch.Size(shape).numel()
-        parameter = nn.Parameter(self._working[:, start : start + size].unflatten(1, shape))
+        parameter = nn.Parameter(self._weights[:, start : start + size].unflatten(1, shape))
         parameter.grad = self._gradient[:, start : start + size].unflatten(1, shape)
         return parameter
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """After a backward pass: add each job's gradient to its master's, and make room for the next."""
-        for flat, row, places in zip(self._flats, self._gradient, self._places, strict=True):
-            flat.master.grad.add_(row if places is None else row[places])
+    def accumulate_grads(self) -> None:
+        """Add each row's gradient to its LoRA's master gradient, and set the stack's to zero for the next pass."""
+        for flat, row, positions in zip(self._flats, self._gradient, self._positions, strict=True):
+            flat.master.grad.add_(row if positions is None else row[positions])
         self._gradient.zero_()
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """After the jobs' updates: compute with what they are now."""
-        for flat, row, places in zip(self._flats, self._working, self._places, strict=True):
-            if places is None:
+    def copy_from_masters(self) -> None:
+        """After the updates: copy each LoRA's master to its row."""
+        for flat, row, positions in zip(self._flats, self._weights, self._positions, strict=True):
+            if positions is None:
                 row.copy_(flat.master)
             else:
-                row[places] = flat.master.to(row.dtype)
+                row[positions] = flat.master.to(row.dtype)
 
 
-def _places(mine: Sequence[nn.Parameter], largest: Sequence[nn.Parameter]) -> Tensor | None:
-    """Where in the largest's row the numbers of matrices lie that have fewer rows or columns; None if all fill it."""
-    if all(one.shape == other.shape for one, other in zip(mine, largest, strict=True)):
+def _positions(smaller: Sequence[nn.Parameter], largest: Sequence[nn.Parameter]) -> Tensor | None:
+    """Where the numbers of matrices with fewer rows or columns lie in the largest LoRA's row; None if all fill it."""
+    if all(one.shape == other.shape for one, other in zip(smaller, largest, strict=True)):
         return None
-    starts = accumulate((other.numel() for other in largest), initial=0)
-    places = []
-    for one, other, start in zip(mine, largest, starts, strict=False):
+    starts = accumulate((matrix.numel() for matrix in largest), initial=0)
+    positions = []
+    for one, other, start in zip(smaller, largest, starts, strict=False):
         rows, columns = (torch.arange(n, dtype=torch.int32, device=one.device) for n in one.shape)
-        places.append((start + rows[:, None] * other.shape[1] + columns).flatten())
-    return torch.cat(places)
+        positions.append((start + rows[:, None] * other.shape[1] + columns).flatten())
+    return torch.cat(positions)
 
 
-class Pack:
-    """Jobs that train together: all alike in what their batches and their adapters are like, but for the rank.
+@dataclass(frozen=True)
+class PackedStep:
+    """The engine for J LoRAs on one base, alike in their batches and adapted layers but not in rank.
 
-    The jobs' own UNets are shells of one base; none of them runs here."""
+    The trainings' own networks share the base's weights; none of them runs here."""
 
-    def __init__(self, jobs: Sequence[Job], memory: Memory, compiled: str, cache: str | None) -> None:
-        self._stack = StackedLoRAs([job.learnt for job in jobs])
-        largest = max(jobs, key=lambda job: job.learnt.master.numel())
-        unet = clone_sharing_weights(largest.unet)
-        names = {module: name for name, module in unet.named_modules()}
+    trainings: Sequence[LoRATraining]
+    stack: StackedLoRAs
+    backward: Callable[[Batch], Tensor]  # adds the gradients of J batches in one; returns shares of the losses (J,)
 
-        def scales(layer: Linear) -> tuple[float, ...]:
-            return tuple(scale for job in jobs for scale in scale_of(job.unet.get_submodule(names[layer])))
+    def forward_backward(self, batches: Sequence[StepBatches]) -> list[Losses]:
+        """See StepEngine. All trainings' batches have one shape."""
+        losses = torch.zeros(len(self.trainings), device=self.trainings[0].params.master.device)
+        for accumulated in zip(*(step_batches.character for step_batches in batches), strict=True):
+            losses += self.backward(concatenate(accumulated))
+        return [{"loss": loss} for loss in losses]
 
-        left = fuse(unet, self._stack, scales)
-        if left:
-            raise ValueError(f"{left[0]} has an adapter that is no plain LoRA of a linear layer")
-        compile_blocks(unet, compiled, cache and Path(cache))
-        unet.train()
-        asked, parts, count = jobs[0].asked, jobs[0].settings.gradient_accumulation, len(jobs)
+    def sync_weights(self) -> None:
+        """See StepEngine."""
+        for training in self.trainings:
+            training.params.copy_to_model()
+        self.stack.copy_from_masters()
 
-        def run(batch: Batch) -> Tensor:
-            losses = per_sample_loss(unet, asked, batch).unflatten(0, (count, -1)).mean(1) / parts
-            losses.sum().backward()
-            self._stack.collect()
-            return losses.detach()
 
-        device = largest.learnt.master.device
-        self._backward = of_batches(run, device, memory.capture and device.type == "cuda", memory.cudnn_benchmark)
+def build_packed_step(
+    trainings: Sequence[LoRATraining], memory: Memory, compile_mode: str, cache: Path | None
+) -> PackedStep:
+    """The engine for several trainings of plain LoRAs on linear layers. Raises ValueError for another adapter."""
+    stack = StackedLoRAs([training.params for training in trainings])
+    largest = max(trainings, key=lambda training: training.params.master.numel())
+    network = clone_sharing_weights(largest.network)
+    names = {module: name for name, module in network.named_modules()}
 
-    def backward(self, batches: Sequence[Batch]) -> Tensor:
-        """Of one batch of each job, all of one shape: adds their shares to the gradients, gives their shares of the
-        losses (J,)."""
-        names = [name for name, value in vars(batches[0]).items() if value is not None]
-        return self._backward(Batch(**{name: torch.cat([getattr(b, name) for b in batches]) for name in names}))
+    def scales(layer: Linear) -> tuple[float, ...]:
+        layers = (training.network.get_submodule(names[layer]) for training in trainings)
+        return tuple(scale for other in layers for scale in scale_of(other))
 
-    def publish(self) -> None:
-        """After the jobs' updates: compute with what they are now."""
-        self._stack.publish()
+    unfused = fuse(network, stack, scales)
+    if unfused:
+        raise ValueError(f"{unfused[0]} has an adapter that is not a plain LoRA of a linear layer")
+    compile_blocks(network, compile_mode, cache)
+    network.train()
+    objective, accumulation = trainings[0].objective, trainings[0].settings.gradient_accumulation
+
+    def backward(batch: Batch) -> Tensor:
+        per_lora = per_sample_loss(network, objective, batch).unflatten(0, (len(trainings), -1))
+        losses = per_lora.mean(1) / accumulation
+        losses.sum().backward()
+        stack.accumulate_grads()
+        return losses.detach()
+
+    device = largest.params.master.device
+    capture = memory.capture and device.type == "cuda"
+    return PackedStep(trainings, stack, captured(backward, device, capture, memory.cudnn_benchmark))
+
+
+def split_evenly(items: list[T], max_size: int) -> list[list[T]]:
+    """`items` in as few parts as have at most `max_size` each, of about equal size."""
+    count = -(-len(items) // max_size)
+    return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """J batches of B samples and one shape as one batch of J * B samples."""
+    names = [name for name, value in vars(batches[0]).items() if value is not None]
+    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})

@@ -12,8 +12,8 @@ from lora_lab.settings.schema import Config
 from lora_lab.training.class_pictures import draw_missing
 from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures
 from lora_lab.training.loss import Batch
-from lora_lab.training.plan import Plan
 from lora_lab.training.randomness import seed_of
+from lora_lab.training.resolve import ResolvedTraining
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,22 @@ class PriorData:
         return self.data.names(seed=seed_of(seed, "prior"), **which)
 
 
-def prior_data(config: Config, plan: Plan, data: TrainingData, encoder: Encoder) -> PriorData | None:
+def prior_data(config: Config, resolved: ResolvedTraining, data: TrainingData, encoder: Encoder) -> PriorData | None:
     """What `config.prior` asks for, with class pictures drawn where they are missing; nothing wears an adapter yet.
 
     For prior=prediction it is the character's own `data`, with captions that name the class."""
     if config.prior.kind == "none":
         return None
     if config.prior.kind == "prediction":
-        of_class = renamed(data, plan.texts, config.trigger, config.prior.class_noun, encoder)
+        of_class = renamed(data, resolved.files.texts, config.trigger, config.prior.class_noun, encoder)
     else:
-        samples, pictures = plan.class_samples, plan.class_pictures
+        samples, pictures = resolved.files.class_samples, resolved.images.class_images
         if len(pictures) < len(samples):
             draw_missing(samples, config, encoder)
             pictures = fit_pictures(samples, config.model.resolution, config.model.bucket_step, None)
         texts = [[[caption] for caption in sample.captions] for sample in samples]
         of_class = encode_dataset(samples, [[fitted] for fitted in pictures], texts, False, encoder)
-    return PriorData(of_class, torch.tensor(config.prior.weight, device=plan.device))
+    return PriorData(of_class, torch.tensor(config.prior.weight, device=resolved.device))
 
 
 def renamed(

@@ -1,254 +1,161 @@
-"""A run around its job: what it writes down, measures, keeps and draws while and after its steps are done."""
+"""One run: a training up to its own last step, its observers, and its result."""
 
-import json
-import math
-import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from lora_lab.base.encode import Encoder
-from lora_lab.board.curves import loss_plot, read_metrics
-from lora_lab.console import say
-from lora_lab.errors import RunError
 from lora_lab.evaluation.metrics import Scores
-from lora_lab.evaluation.scores import Evaluation, ScoredImages, numbers, rows, table, write_lines
-from lora_lab.settings.schema import Config
 from lora_lab.track import tracking
-from lora_lab.training.artifacts import RunArtifacts, install_lora
-from lora_lab.training.async_metrics import AsyncMetrics
-from lora_lab.training.data import TrainingData
-from lora_lab.training.plan import Plan
-from lora_lab.training.prior import PriorData
-from lora_lab.training.step import Job
-from lora_lab.training.validation import validation_loss
+from lora_lab.training.artifacts import RunArtifacts
+from lora_lab.training.base_context import BaseContext
+from lora_lab.training.engine import Losses
+from lora_lab.training.lora_training import LoRATraining, Update
+from lora_lab.training.metrics import StepMetrics, last_validation_loss, mean_loss, metrics_files
+from lora_lab.training.observer import Observer
+from lora_lab.training.resolve import ResolvedTraining
+from lora_lab.training.score_observer import FinalScores
 from lora_lab.training.validation_images import ValidationImages
-
-METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of every step, and of what is measured between
+from lora_lab.training.validation_loss import ValidationLoss
 
 
 @dataclass(frozen=True)
 class TrainResult:
+    """result.json of a training."""
+
     stage: str
     name: str
     trigger: str
     lora: str  # the finished file, in the run folder
-    model: str | None  # its copy in models/lora, if it was published
+    model: str | None  # its copy in models/lora, if there is one
     steps: int
-    seconds: float  # wall time since the run began, loading and drawing included
+    seconds: float  # wall time since the run started, loading and rendering included
     loss: float  # mean of the last 50 steps
     validation_loss: float | None  # of the finished LoRA; None without stage.validation_loss_every
     scores_before: Scores | None  # of the base without the LoRA; None without model.judge
     scores: Scores | None  # docs/scores.md
-    samples: dict[str, list[str]]  # step to its validation pictures
+    samples: dict[str, list[str]]  # step to its validation images
 
 
-@dataclass(frozen=True)
-class Base:
-    """What runs of one dataset on one base have in common."""
+@dataclass
+class TrainingRun:
+    """One run of a training up to `resolved.steps`. Several runs may follow one training, each to its own last step."""
 
-    encoder: Encoder
-    data: TrainingData
-    prior: PriorData | None
-    measured: TrainingData  # for the validation loss
-    evaluation: Evaluation | None
-    before: ScoredImages | None  # the scores of the base alone
-
-
-class Run:
-    """The run of `config` in `folder` from the step that its `job` has reached. A context: it ends with what it opened.
-
-    Several runs may follow one job, each up to its own `steps`."""
-
-    def __init__(
-        self,
-        config: Config,
-        plan: Plan,
-        folder: Path,
-        job: Job,
-        base: Base,
-        done: int,
-        began: float,
-        ended: Callable[["Run", Exception | None], None] = lambda run, error: None,
-    ) -> None:
-        """`ended` is called when it is done, or with the error for which it left the others."""
-        self.config, self.folder, self.job, self.steps, self.reached = config, folder, job, config.steps, done
-        self.updating = False  # between what `reached` says and the next step: no state to go on from
-        self.error: Exception | None = None  # for which it left the others
-        self.result: TrainResult | None = None
-        self.latest: dict[str, float] = {}
-        self._base, self._began, self._done, self._ended = base, began, done, ended
-        self._keep, self._look = RunArtifacts(job, config, plan, folder), ValidationImages(base.encoder, config, folder)
-        self._look.base(plan.hashes["base"], plan.dtype)
-        pictures = job.batch_size * job.settings.gradient_accumulation
-        self._readings = AsyncMetrics(pictures, job.learnt.master.device, self._seen)
-
-    def __enter__(self) -> "Run":
-        config, stage, done = self.config, self.config.stage, self._done
-        self._opened = ExitStack()
-        # Tells the jobs of a sweep apart.
-        shown = f"{config.name} rank {config.rank} lr {config.rate:g} steps {config.steps}"
-        tracker = tracking(
-            folder=self.folder, name=shown, config=asdict(config), resume=bool(config.resume), **vars(config.tracker)
-        )
-        self._track = self._opened.enter_context(tracker)
-        self._metrics = MetricsFile(self.folder / METRICS, done)
-        # The first and the last measurement stand outside the loop and are made again by whoever goes on from there.
-        known = done if 0 < done < self.steps else done - 1
-        self._measurements = MetricsFile(self.folder / VALIDATION, known) if stage.validation_loss_every else None
-        self._opened.callback(self._close)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._opened.__exit__(kind, error, traceback)
-
-    def fail(self, error: Exception) -> None:
-        """Leave the runs that train beside this one."""
-        self.error = error
-        with suppress(type(error)):  # the tracker marks it as failed, and lets it pass
-            self.__exit__(type(error), error, error.__traceback__)
-        self._ended(self, error)
+    resolved: ResolvedTraining
+    training: LoRATraining
+    metrics: StepMetrics
+    artifacts: RunArtifacts
+    images: ValidationImages
+    scores: FinalScores
+    observers: Sequence[Observer]  # in the order in which their hooks are called
+    start_step: int
+    step: int  # steps whose results have been handed to the observers
+    result: TrainResult | None = None
+    error: Exception | None = None  # that ended it while others went on
+    resources: ExitStack = field(default_factory=ExitStack)  # tracker and files
 
     @property
-    def left(self) -> bool:
+    def unfinished(self) -> bool:
         """Whether it has steps to do."""
-        return self.error is None and self.reached < self.steps
+        return self.error is None and self.step < self.resolved.steps
 
     @property
-    def unkept(self) -> bool:
-        """Whether it has done steps that it can go on from, and is not over."""
-        return self.error is None and self.result is None and self.reached > self._done and not self.updating
+    def has_unsaved_steps(self) -> bool:
+        """Whether its training is in the state after `step`, and no checkpoint need have that."""
+        whole = self.training.step == self.step and not self.training.mid_update
+        return self.error is None and self.result is None and whole and self.step > self.start_step
 
-    def begin(self) -> None:
-        if self.reached == 0:
-            self._measure(0)
+    def start(self) -> None:
+        """Call the observers before the first step."""
+        for observer in self.observers:
+            observer.on_start(self.step)
 
-    def step_begins(self) -> None:
-        self._readings.begin()
+    def end_step(self, losses: Losses, update: Update) -> None:
+        """Hand over the numbers of the step that was just done, which may still be on the device."""
+        self.metrics.push(self.step, losses, update)
 
-    def step_ends(self) -> None:
-        self.reached, self.updating = self.reached + 1, False
+    def observe_step(self) -> None:
+        """Call the observers after a step that is not the last."""
+        settings, step = self.resolved.settings, self.step
+        intervals = (settings.validation_loss_every, settings.checkpoint_every, settings.validate_every)
+        if any(self.resolved.is_due(every, step) for every in intervals):
+            self.metrics.flush()  # nothing is saved or rendered of weights that are not known to be finite
+        for observer in self.observers:
+            observer.on_step(step)
 
-    def put(self, loss: Tensor, norm: Tensor, lr: float, **others: Tensor) -> None:
-        """The numbers of the step that has ended, on their way."""
-        self._readings.put(self.reached, loss, norm, lr, **others)
-
-    def after_step(self) -> None:
-        """What is due is done with the weights that all numbers are known of."""
-        stage, step = self.config.stage, self.reached
-
-        def due(every: int) -> bool:
-            return every > 0 and step % every == 0 and step < self.steps  # the last step has its turn at the end
-
-        if any(map(due, (stage.validation_loss_every, stage.checkpoint_every, stage.validate_every))):
-            self.settle()
-        if due(stage.validation_loss_every):
-            self._measure(step)  # before the checkpoint, so that whoever goes on from that has it
-        if due(stage.checkpoint_every):
-            self.checkpoint()
-        if due(stage.validate_every):
-            lora = self._keep.lora(step, f"{self.config.name}-{step:06d}")
-            self._track.images(step, self._look.validate(lora, step))
-
-    def settle(self) -> None:
-        """Wait for all numbers. Raises RunError for a bad one."""
-        self._readings.settle()
-
-    def checkpoint(self) -> None:
-        self._keep.checkpoint(self.reached)
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the steps done so far. Raises RunError if a number of theirs is not finite."""
+        self.metrics.flush()
+        self.artifacts.save_checkpoint(self.step)
 
     def finish(self) -> TrainResult:
-        """All steps are done: keep, publish, and only then look."""
-        config = self.config
-        self.settle()
-        self.checkpoint()
-        self._measure(self.reached)
-        lora = self._keep.lora(self.reached, config.name)
-        self._track.images(self.reached, self._look.validate(lora, self.reached))
-        published = None if config.publish is False else str(install_lora(lora, config.name))
-        before = self._base.before
-        scored = before and self._base.evaluation.score(lora, self.folder / "samples" / "score", self._base.encoder)
-        if scored:
-            write_lines(self.folder, [before, scored])
-            say(table([before, scored]))
-            self._track.numbers(self.reached, numbers(scored.scores))
-            self._track.table(self.reached, rows(scored, config.rank, config.rate, self.reached))
-        validation = read_metrics(self.folder / VALIDATION) if config.stage.validation_loss_every else None
+        """Call the observers after the last step, and gather the result."""
+        resolved = self.resolved
+        self.metrics.flush()
+        for observer in self.observers:
+            observer.on_end(self.step)
+        base_scores, scored = self.scores.context.base_scores, self.scores.scored
         self.result = TrainResult(
             stage="train",
-            name=config.name,
-            trigger=config.trigger,
-            lora=str(lora),
-            model=published,
-            steps=self.reached,
-            seconds=round(time.perf_counter() - self._began, 1),
-            loss=statistics.mean(line["loss"] for line in read_metrics(self.folder / METRICS)[-50:]),
-            validation_loss=validation and validation[-1]["loss"],
-            scores_before=before and before.scores,
+            name=resolved.name,
+            trigger=resolved.trigger,
+            lora=str(self.artifacts.lora),
+            model=self.artifacts.installed and str(self.artifacts.installed),
+            steps=self.step,
+            seconds=round(time.perf_counter() - resolved.start_time, 1),
+            loss=mean_loss(resolved.folder),
+            validation_loss=last_validation_loss(resolved.folder) if resolved.settings.validation_loss_every else None,
+            scores_before=base_scores and base_scores.scores,
             scores=scored and scored.scores,
-            samples=self._look.samples(),
+            samples=self.images.files(),
         )
-        self._opened.close()
-        self._ended(self, None)
+        self.resources.close()
         return self.result
 
-    def _measure(self, step: int) -> None:
-        if self._measurements:
-            loss = validation_loss(self.job, self._base.measured, self.config.stage.validation_timesteps)
-            self._measurements.write(step, {"loss": loss})
-            self._track.numbers(step, {"validation/loss": loss})
-
-    def _seen(self, step: int, numbers: dict[str, float]) -> None:
-        self._refuse_not_finite(step, numbers)
-        self._metrics.write(step, numbers)
-        self._track.numbers(step, {f"train/{key}": value for key, value in numbers.items()})
-        self.latest = numbers
-
-    def _refuse_not_finite(self, step: int, numbers: dict[str, float]) -> None:
-        job, prior = self.job, self._base.prior
-        # The scaler of float16 expects gradients that overflow: it leaves the update out and scales less.
-        finite = {"loss": "loss"} | ({"prior_loss": "prior's loss"} if prior else {})
-        finite |= {} if job.scaler.is_enabled() else {"grad_norm": "gradient's norm"}
-        for key, what in finite.items():
-            if not math.isfinite(numbers[key]):
-                source, parts = prior if key == "prior_loss" else self._base.data, job.settings.gradient_accumulation
-                names = ", ".join(source.names(seed=job.seed, step=step - 1, parts=parts, batch_size=job.batch_size))
-                raise RunError(
-                    f"the {what} of step {step} is {numbers[key]}, at {names}: lower lr, or look at these pictures; "
-                    f"the last checkpoint is from before it"
-                )
-
-    def _close(self) -> None:
-        """Of the files of numbers; they are drawn as they are."""
-        self._metrics.close()
-        if self._measurements:
-            self._measurements.close()
-        validation = read_metrics(self.folder / VALIDATION) if self._measurements else []
-        loss_plot(read_metrics(self.folder / METRICS), validation, self.folder / "loss.png")
+    def fail(self, error: Exception) -> None:
+        """End this run while others go on; its tracker marks it as failed."""
+        self.error = error
+        self.resources.__exit__(type(error), error, error.__traceback__)
 
 
-class MetricsFile:
-    """metrics.jsonl: one line a step. Going on from a checkpoint drops the lines that come after it."""
+@contextmanager
+def open_run(resolved: ResolvedTraining, training: LoRATraining, context: BaseContext) -> Iterator[TrainingRun]:
+    """The run of `training` as `resolved` describes it; its tracker and files are open within the context."""
+    settings, step = resolved.settings, training.step
+    with ExitStack() as resources:
+        # Shown by the tracker, where it tells the jobs of a sweep apart.
+        title = f"{resolved.name} rank {resolved.rank} lr {resolved.lr:g} steps {resolved.steps}"
+        tracker = resources.enter_context(
+            tracking(
+                folder=resolved.folder,
+                name=title,
+                config=resolved.record,
+                resume=resolved.resumed,
+                **vars(resolved.tracker),
+            )
+        )
+        measures = bool(settings.validation_loss_every)
+        file, measurements = resources.enter_context(metrics_files(resolved.folder, step, measures))
 
-    def __init__(self, path: Path, start: int) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.path = path
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        def image_names(loss: str, index: int) -> list[str]:
+            return context.image_names(training, loss, index)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    return [s for s in path.read_text(encoding="utf-8").splitlines() if s.endswith("}")] if path.is_file() else []
+        artifacts = RunArtifacts(resolved, training)
+        images = ValidationImages(resolved, artifacts, context.encoder, tracker)
+        scores = FinalScores(resolved, artifacts, context, tracker)
+        observers: list[Observer] = [artifacts]  # what was learnt is saved before anything is measured or rendered
+        if measurements:
+            observers.append(ValidationLoss(training, context.validation_data, measurements, tracker))
+        observers += [images, scores]
+        yield TrainingRun(
+            resolved=resolved,
+            training=training,
+            metrics=StepMetrics(training, tracker, file, image_names),
+            artifacts=artifacts,
+            images=images,
+            scores=scores,
+            observers=observers,
+            start_step=step,
+            step=step,
+            resources=resources,
+        )

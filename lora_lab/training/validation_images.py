@@ -1,38 +1,70 @@
-"""Look at what a LoRA draws while and after it is trained."""
+"""Validation images: fixed prompts and seeds, rendered from the saved LoRA file as inference renders them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from lora_lab.base.encode import Encoder
-from lora_lab.sampling.render import image_specs, render_base, render_with_lora, save_image
-from lora_lab.settings.schema import Config
+from lora_lab.sampling.render import ImageSpec, image_specs, render_base, render_with_lora, save_image
+from lora_lab.track.base import Track
+from lora_lab.training.artifacts import RunArtifacts
+from lora_lab.training.observer import Observer
+from lora_lab.training.resolve import ResolvedTraining
 
 
-class ValidationImages:
-    """Draws fixed prompts and seeds with a LoRA file on the base in training, by the function of inference."""
+@dataclass
+class ValidationImages(Observer):
+    """Renders the stage's prompts at the start by the base, every stage.validate_every steps, and at the end."""
 
-    def __init__(self, encoder: Encoder, config: Config, folder: Path) -> None:
-        self._encoder, self._config, self._folder = encoder, config, folder / "samples"
-        self._asked = image_specs(config.stage.prompts, config.stage.seeds, config.trigger)
+    resolved: ResolvedTraining
+    artifacts: RunArtifacts
+    encoder: Encoder
+    tracker: Track
 
-    def base(self, base: str, dtype: torch.dtype) -> None:
-        """Have what the base draws of the stage's prompts in samples/base; `base` is the hash of its files."""
-        drawn, _ = render_base(self._asked, self._config, base, dtype, self._folder.parent, self._encoder)
-        for each, picture in zip(self._asked, drawn, strict=True):
-            save_image(self._folder / "base" / f"{each.name}.png", picture, each, "none")
+    @property
+    def specs(self) -> list[ImageSpec]:
+        """Every prompt with every seed."""
+        return image_specs(self.resolved.settings.prompts, self.resolved.settings.seeds, self.resolved.trigger)
 
-    def validate(self, lora: Path, step: int) -> dict[str, tuple[Image.Image, str]]:
-        """Draw the stage's prompts into samples/step-NNNNNN; returns tracker key to (picture, caption)."""
-        drawn = render_with_lora(lora, self._asked, self._folder / f"step-{step:06d}", self._config, self._encoder)
-        run = f"rank {self._config.rank}, lr {self._config.rate:g}, step {step}"
-        return {
-            f"validation/{each.name}": (picture, f"{each.prompt} | {run}, seed {each.seed}")
-            for each, picture in zip(self._asked, drawn, strict=True)
-        }
+    @property
+    def folder(self) -> Path:
+        """Of all images."""
+        return self.resolved.folder / "samples"
 
-    def samples(self) -> dict[str, list[str]]:
-        """Step -> its validation pictures, those drawn before a resume included."""
-        folders = sorted(self._folder.glob("step-*"))
+    def on_start(self, step: int) -> None:
+        """Render what the base makes of the prompts, and what was due at `step` when the run stopped."""
+        resolved, specs = self.resolved, self.specs
+        base, dtype = resolved.hashes["base"], resolved.dtype
+        images, _ = render_base(specs, resolved.config, base, dtype, resolved.folder, self.encoder)
+        for spec, image in zip(specs, images, strict=True):
+            save_image(self.folder / "base" / f"{spec.name}.png", image, spec, "none")
+        if step and not self._folder_of(step).is_dir():
+            self.on_step(step)
+
+    def on_step(self, step: int) -> None:
+        """Write the LoRA so far and render with it where that is due."""
+        if self.resolved.is_due(self.resolved.settings.validate_every, step):
+            self._render(self.artifacts.save_lora(step, f"{self.resolved.name}-{step:06d}"), step)
+
+    def on_end(self, step: int) -> None:
+        """Render with the finished LoRA."""
+        self._render(self.artifacts.lora, step)
+
+    def files(self) -> dict[str, list[str]]:
+        """The files of all validation images by step, those from before a resume included."""
+        folders = sorted(self.folder.glob("step-*"))
         return {str(int(f.name.removeprefix("step-"))): sorted(map(str, f.glob("*.png"))) for f in folders}
+
+    def _folder_of(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _render(self, lora: Path, step: int) -> None:
+        specs = self.specs
+        images = render_with_lora(lora, specs, self._folder_of(step), self.resolved.config, self.encoder)
+        run = f"rank {self.resolved.rank}, lr {self.resolved.lr:g}, step {step}"
+        captioned: dict[str, tuple[Image.Image, str]] = {
+            f"validation/{spec.name}": (image, f"{spec.prompt} | {run}, seed {spec.seed}")
+            for spec, image in zip(specs, images, strict=True)
+        }
+        self.tracker.images(step, captioned)

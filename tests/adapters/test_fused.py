@@ -53,7 +53,7 @@ def unfuse(unet):
 def answer(unet, learnt):
     drawn = ask(unet)
     drawn.square().mean().backward()
-    learnt.collect()
+    learnt.accumulate_grads()
     gradient = learnt.master.grad.clone()
     learnt.master.grad.zero_()
     return drawn.detach(), gradient
@@ -88,7 +88,7 @@ def test_an_update_reaches_both_ways_of_computing(unet):
     before = ask(unet).detach()
     with torch.no_grad():
         learnt.master.mul_(1.5)
-    learnt.publish()
+    learnt.copy_to_model()
     fused = ask(unet).detach()
     assert not torch.allclose(before, fused, atol=1e-3)
     unfuse(unet)

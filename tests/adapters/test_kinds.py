@@ -17,7 +17,7 @@ from lora_lab.adapters.files import describe, kohya_state, network_metadata, sav
 from lora_lab.base.quantize import quantize_
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF, compose
-from lora_lab.training.plan import from_library
+from lora_lab.settings.targets import instantiate_target
 
 BASE = pipeline(NARROW)
 FEW = r"(mid|up)_block.*transformer_blocks\.[01]\.attn.\.to_(q|out\.0)"
@@ -239,7 +239,7 @@ def test_the_metadata_says_what_the_file_holds(kind, module, dim, alpha, args):
 
 def refuse(*overrides, start=None, **more):
     settings = compose("stage=train", *overrides).adapter | more
-    made = from_library("adapter", {key: {} if value is None else value for key, value in settings.items()})
+    made = instantiate_target("adapter", {key: {} if value is None else value for key, value in settings.items()})
     inject.validate_adapter(made, settings, 1.0, start)
 
 
@@ -267,7 +267,7 @@ def test_every_key_of_an_option_reaches_peft(option):
     patterns = ["adapter.rank_pattern={attn2.to_q: 3}", "adapter.alpha_pattern={.*to_k: 5}"]
     asked = [f"adapter={option}", "adapter.r=7", "adapter.target_modules=.*to_q", *shares, *flags, *patterns]
     settings = compose(*asked).adapter
-    made = from_library("adapter", settings)
+    made = instantiate_target("adapter", settings)
     assert {key: getattr(made, key) for key in settings if key != "_target_"} | {
         "_target_": f"peft.{type(made).__name__}"
     } == settings

@@ -1,6 +1,6 @@
 """A captured step is the eager one, faster.
 
-python -m pytest tests/gpu/test_capture.py -m gpu -n 0"""
+python -m pytest tests/gpu/test_cuda_graph.py -m gpu -n 0"""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
-from lora_lab.training.step import Job
+from lora_lab.training.lora_training import LoRATraining, Update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -116,16 +116,15 @@ def test_captured_and_eager_training_give_the_same_lora(tmp_path, monkeypatch, h
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, optimizer):
     monkeypatch.chdir(tmp_path)
-    update, done = Job.update, []
+    update, done = LoRATraining.clip_and_update, []
 
-    def watched(job: Job) -> torch.Tensor:
-        norm = update(job)
-        done.append(norm)
+    def watched(training: LoRATraining) -> Update:
+        done.append(update(training))
         # After the recording, and before the end, where everything is awaited.
         torch.cuda.set_sync_debug_mode("error" if 2 * WARM_UP_CALLS <= len(done) < 19 else "default")
-        return norm
+        return done[-1]
 
-    monkeypatch.setattr(Job, "update", watched)
+    monkeypatch.setattr(LoRATraining, "clip_and_update", watched)
     try:
         train("run", "steps=20", "stage.validate_every=0", f"optimizer={optimizer}", "model.precision=bf16")
     finally:

@@ -2,7 +2,8 @@
 
 import json
 import weakref
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
 from lora_lab.launch.grouping import alone, groups
 from lora_lab.settings.schema import Config
-from lora_lab.training.pack import Pack
-from lora_lab.training.plan import courses
-from lora_lab.training.step import Job
+from lora_lab.training import pack_runner
+from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.pack import PackedStep
+from lora_lab.training.resolve import group_snapshots, snapshot_key
 
 SWEEP = (
     "-m", "stage=train", "dataset=folder", "dataset.root=six", "refiner=off", "tracker=off", "model.judge=null",
@@ -165,11 +167,15 @@ def test_why_a_job_trains_alone_is_its_own_doing(plain):
     ]  # fmt: skip
 
 
+def snapshots(configs) -> list[list[int]]:
+    return group_snapshots([snapshot_key(config) for config in configs], [config.steps for config in configs])
+
+
 def test_fewer_steps_are_the_beginning_of_more_where_the_schedule_does_not_know_their_number():
     points = ["steps=5", "steps=10", "steps=10 lr=1", "steps=5 lr=1", "steps=5 schedule=cosine",
               "steps=10 schedule=cosine", "steps=3 rank=8", "steps=5 seed=1"]  # fmt: skip
     configs = [compose("stage=train", *point.split()) for point in points]
-    assert courses(configs) == [[1, 0], [2, 3], [4], [5], [6], [7]]
+    assert snapshots(configs) == [[1, 0], [2, 3], [4], [5], [6], [7]]
 
 
 def test_a_job_is_the_beginning_of_another_from_the_step_on_where_both_stand(plain, tmp_path):
@@ -178,7 +184,7 @@ def test_a_job_is_the_beginning_of_another_from_the_step_on_where_both_stand(pla
         checkpoint = Path(config.resume, "checkpoints", f"step-{step:06d}")
         checkpoint.mkdir(parents=True)
         (checkpoint / "training.json").touch()
-    assert courses([*configs, replace(plain, steps=30)]) == [[1, 0], [2], [3, 4]]
+    assert snapshots([*configs, replace(plain, steps=30)]) == [[1, 0], [2], [3, 4]]
 
 
 @pytest.mark.slow
@@ -194,47 +200,59 @@ def test_of_pictures_of_several_sizes_each_seed_is_a_pack(run):
     assert (lora(Path("packed/3")) - lora(Path("alone"))).norm() < 1e-4 * lora(Path("alone")).norm()
 
 
-class Small:
-    """A GPU whose memory ends where `ends(pack, count of jobs, steps done)`; and what was held of a pack afterwards."""
+class SmallGPU:
+    """A GPU whose memory runs out where `full(engine, LoRAs, steps done)`; `held` is what a failed pack left alive."""
 
-    def __init__(self, ends, monkeypatch):
-        self.steps, self.held, self._gone = 0, [], []
-        backward, begin = Pack.backward, Pack.__init__
+    def __init__(self, full, monkeypatch):
+        self.steps, self.held, self.failed = 0, [], []
+        build = pack_runner.build_packed_step
 
-        def run(pack, batches):
-            if ends(pack, len(batches), self.steps):
-                self._gone = [weakref.ref(pack), *map(weakref.ref, pack._stack._flats)]
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            self.steps += 1
-            return backward(pack, batches)
+        def build_limited(trainings, **options):
+            self.held += [thing for thing in (ref() for ref in self.failed) if thing is not None]
+            return Limited(build(trainings, **options), full, self)
 
-        def begin_again(pack, *args, **kwargs):
-            self.held += [what for what in (ref() for ref in self._gone) if what is not None]
-            begin(pack, *args, **kwargs)
+        monkeypatch.setattr(pack_runner, "build_packed_step", build_limited)
 
-        monkeypatch.setattr(Pack, "backward", run)
-        monkeypatch.setattr(Pack, "__init__", begin_again)
+
+@dataclass(frozen=True)
+class Limited:
+    """An engine on a SmallGPU."""
+
+    engine: PackedStep
+    full: Callable[[PackedStep, int, int], bool]
+    gpu: SmallGPU
+
+    def forward_backward(self, batches):
+        if self.full(self.engine, len(batches), self.gpu.steps):
+            flats = [training.params for training in self.engine.trainings]
+            self.gpu.failed = [weakref.ref(self.engine), *map(weakref.ref, flats)]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.gpu.steps += 1
+        return self.engine.forward_backward(batches)
+
+    def sync_weights(self):
+        self.engine.sync_weights()
 
 
 @pytest.mark.slow
 def test_a_pack_that_does_not_fit_goes_on_in_halves_from_its_checkpoints(run, monkeypatch, capsys):
     """Also where the memory ends in the update, when some jobs are ahead of others."""
-    points, update = ("lr=1e-3,3e-3", "steps=2,4", "stage.keep_checkpoints=1"), Job.update
+    points, update = ("lr=1e-3,3e-3", "steps=2,4", "stage.keep_checkpoints=1"), LoRATraining.clip_and_update
     assert run(*SWEEP, *points, "hydra.sweep.dir=basic") == 0
     with monkeypatch.context() as once:
-        small = Small(lambda pack, jobs, steps: jobs > 1 and steps == 1, once)
+        gpu = SmallGPU(lambda engine, loras, steps: loras > 1 and steps == 1, once)
         assert run(*SWEEP, *points, "hydra/launcher=packed", "hydra.sweep.dir=later") == 0
-    assert "is not enough for 2 LoRAs at once: they go on at most 1 at a time" in capsys.readouterr().out
-    assert not small.held
+    assert "out of GPU memory for 2 LoRAs at once: training goes on with at most 1 at a time" in capsys.readouterr().out
+    assert not gpu.held
     updated = []
 
-    def torn(job):
-        updated.append(job)
+    def torn(training):
+        updated.append(training)
         if len(updated) == 4:  # the second job's second
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return update(job)
+        return update(training)
 
-    monkeypatch.setattr(Job, "update", torn)
+    monkeypatch.setattr(LoRATraining, "clip_and_update", torn)
     assert run(*SWEEP, *points, "hydra/launcher=packed", "hydra.sweep.dir=torn") == 0
     for name, number in product(("later", "torn"), range(4)):
         assert_same(Path(f"{name}/{number}"), Path(f"basic/{number}"))
@@ -242,10 +260,10 @@ def test_a_pack_that_does_not_fit_goes_on_in_halves_from_its_checkpoints(run, mo
 
 @pytest.mark.slow
 def test_a_job_that_does_not_fit_alone_fails_as_it_does_alone_and_the_others_are_done(run, monkeypatch):
-    small = Small(lambda pack, jobs, steps: jobs > 1 or pack._stack.parameters[0].shape[0] == 5, monkeypatch)
+    gpu = SmallGPU(lambda engine, loras, steps: loras > 1 or engine.stack.params[0].shape[0] == 5, monkeypatch)
     assert run(*SWEEP, "rank=2,5", "steps=2", "hydra/launcher=packed", "hydra.sweep.dir=packed") == 1
     assert run(*SWEEP[1:], "steps=2", "publish=false", "hydra.run.dir=alone") == 0
     assert (lora(Path("packed/0")) - lora(Path("alone"))).norm() < 1e-4 * lora(Path("alone")).norm()
     said = json.loads(Path("packed/1/failed.json").read_text())["error"]
-    assert said.startswith("the GPU's memory is not enough: say memory=balanced") and "resume" not in said
-    assert not Path("packed/1/result.json").exists() and not small.held
+    assert said.startswith("out of GPU memory: use memory=balanced") and "resume" not in said
+    assert not Path("packed/1/result.json").exists() and not gpu.held

@@ -34,7 +34,7 @@ def test_without_a_cache_nothing_is_kept_and_the_same_is_learnt(three_steps, cap
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_the_base_is_loaded(monkeypatch):
-    monkeypatch.setattr("lora_lab.stages.train.load_base", None)
+    monkeypatch.setattr("lora_lab.training.base_context.load_base", None)
     Path("file").write_text("")
     with pytest.raises(InputError, match=r"file: cannot be written to .*cache=null"):
         train("run", "cache=file")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_runs import assert_same, cut_out, encoded, lora, metrics, planned, reworded, train
+from tiny_runs import assert_same, cut_out, encoded, lora, metrics, resolved, reworded, train
 
 from lora_lab.base.encode import encode_picture
 from lora_lab.errors import InputError
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 def texts_of(*overrides: str) -> set[str]:
     """Everything that the six pictures are trained with."""
-    return {text for texts in planned(*overrides).texts for orders in texts for text in orders}
+    return {text for texts in resolved(*overrides).files.texts for orders in texts for text in orders}
 
 
 def test_captions_are_shuffled_within_bounds_and_dressed():
@@ -39,8 +39,8 @@ def test_captions_are_shuffled_within_bounds_and_dressed():
 def test_the_trigger_may_stand_in_the_prefix(own_pictures):
     reworded(own_pictures, "HANA_TOFU", "tofu", count=-1)
     with pytest.raises(InputError, match="no caption of the 6 pictures has the trigger HANA_TOFU"):
-        planned(f"dataset.root={own_pictures}")
-    planned(f"dataset.root={own_pictures}", "dataset.caption_prefix='{trigger},'")
+        resolved(f"dataset.root={own_pictures}")
+    resolved(f"dataset.root={own_pictures}", "dataset.caption_prefix='{trigger},'")
 
 
 def wide_pictures(root: Path) -> Path:
@@ -71,7 +71,9 @@ def test_random_crops_are_encoded_as_they_are_told(tmp_path):
             assert torch.equal(upright.mask, latent_mask(cut.mask, *upright.latents.shape[1:]))
             assert torch.allclose(mirrored.mask, upright.mask.flip(-1))
     assert not torch.equal(data.examples[0].crops[0][0].mask, data.examples[0].crops[1][0].mask)
-    assert [len(cuts) for cuts in planned(*crop).crops] == [4, 4, 1], "dataset.crops is 4 if nothing else is said"
+    assert [len(cuts) for cuts in resolved(*crop).images.crops] == [4, 4, 1], (
+        "dataset.crops is 4 if nothing else is said"
+    )
 
 
 def test_random_crops_change_what_is_learnt_where_there_is_room_for_them(tmp_path, capsys):
@@ -121,7 +123,7 @@ def test_masks_decide_what_of_the_pictures_is_learnt(three_steps, tmp_path, caps
     train("white", "steps=3", f"loss.mask={white}")
     assert_same(lora("white"), three_steps)
     train("left", "steps=3", f"loss.mask={left}")
-    assert "left; what is not white weighs 0" in capsys.readouterr().out
+    assert "left; the loss outside the mask has weight 0" in capsys.readouterr().out
     assert not torch.equal(*(torch.cat([v.flatten() for v in x.values()]) for x in (lora("left"), three_steps)))
     assert all(one["loss"] < all_of["loss"] for one, all_of in zip(metrics("left"), metrics("white"), strict=True))
     assert "masks" in json.loads(Path("left/manifest.json").read_text())["sha256"]

@@ -47,7 +47,7 @@ def test_an_option_changes_what_is_learnt(change, three_steps):
 
 def test_prodigys_own_rate_is_what_is_logged_and_shown(capsys):
     train("run", "steps=6", "optimizer=prodigy", "optimizer.d0=1e-3", "optimizer.d_coef=10")  # to grow early
-    assert "Prodigy with an lr of its own, 1; lr=0.001 is not used" in capsys.readouterr().out
+    assert "Prodigy with its own lr, 1; lr=0.001 is not used" in capsys.readouterr().out
     rates = [line["lr"] for line in metrics("run")]
     assert rates[0] == 1e-3 and rates == sorted(rates) and rates[-1] > 1e-3
     with safe_open("run/lora/HANA_TOFU.safetensors", "pt") as file:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_runs import FAST, assert_same, cut_out, encoded, interrupt_at, lora, metrics, planned, train
+from tiny_runs import FAST, assert_same, cut_out, encoded, interrupt_at, lora, metrics, resolved, train
 
 from lora_lab.adapters.attach import lora_attached
 from lora_lab.base.cache import Cache
@@ -19,7 +19,7 @@ from lora_lab.base.encode import Encoder
 from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch.config import compose
-from lora_lab.training import class_pictures, step
+from lora_lab.training import class_pictures, engine
 from lora_lab.training.loss import objective, predict
 from lora_lab.training.prior import prior_data
 
@@ -63,17 +63,17 @@ def test_a_folder_of_class_pictures_is_learnt_and_named_where_its_loss_is_no_num
 ):
     how = ("prior=pictures", f"prior.root={others}", "prior.prompt='a cartoon character'")
     train("run", "steps=3", *how)
-    assert "3 class pictures of 'a cartoon character' in " in capsys.readouterr().out
+    assert "3 class images of 'a cartoon character' in " in capsys.readouterr().out
     assert different(lora("run"), three_steps) and all(loss > 0 for loss in losses("run", "prior_loss"))
     with safe_open("run/lora/HANA_TOFU.safetensors", "pt") as file:
         assert file.metadata()["ss_num_reg_images"] == "3" and file.metadata()["ss_prior_loss_weight"] == "1.0"
-    real = step.per_sample_loss
+    real = engine.per_sample_loss
 
     def no_number(unet, asked, batch, target):
         return real(unet, asked, batch, target) * (1 if batch.prior_weight is None else math.nan)
 
-    monkeypatch.setattr(step, "per_sample_loss", no_number)
-    with pytest.raises(RunError, match=r"prior's loss of step 1 is nan, at other-\d\.png, other-\d\.png: "):
+    monkeypatch.setattr(engine, "per_sample_loss", no_number)
+    with pytest.raises(RunError, match=r"prior loss of step 1 is nan, at other-\d\.png, other-\d\.png: "):
         train("nan", "steps=1", *how)
 
 
@@ -96,7 +96,7 @@ def test_a_stopped_drawing_of_class_pictures_goes_on_and_other_runs_find_them(mo
     assert pictures("cache").keys() == {"00000.png", "00001.png"}
     capsys.readouterr()
     train("goes_on", "steps=1", *GENERATED, "cache=cache")
-    assert "3 class pictures of 'a cartoon character', 1 of them still to be drawn" in capsys.readouterr().out
+    assert "3 class images of 'a cartoon character', 1 of them still to be rendered" in capsys.readouterr().out
     assert drawn == ["00000.png", "00001.png", "00002.png", "00002.png"]
     train("at_once", "steps=1", *GENERATED, "cache=other")
     assert pictures("cache") == pictures("other") and len(pictures("other")) == 3
@@ -104,10 +104,10 @@ def test_a_stopped_drawing_of_class_pictures_goes_on_and_other_runs_find_them(mo
     opened = Image.open(next(Path("other", "class").rglob("00000.png")))
     assert opened.size == (128, 128) and opened.text["prompt"] == "a cartoon character"
     assert "prior" in json.loads(Path("at_once/manifest.json").read_text())["sha256"]
-    more = planned(*GENERATED, "cache=cache", "prior.number=4", "lr=1e-4", "rank=8", "seed=1")
-    assert (len(more.class_samples), len(more.class_pictures)) == (4, 3)
+    more = resolved(*GENERATED, "cache=cache", "prior.number=4", "lr=1e-4", "rank=8", "seed=1")
+    assert (len(more.files.class_samples), len(more.images.class_images)) == (4, 3)
     for change in ("prior.seed=1", "prior.prompt='a cartoon'", "sampler.steps=3", "model.resolution=64"):
-        assert not planned(*GENERATED, "cache=cache", change).class_pictures, change
+        assert not resolved(*GENERATED, "cache=cache", change).images.class_images, change
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_the_priors_batch_is_its_own_and_seen_whole_under_the_names_of_the_class
 
 
 def test_a_prior_that_makes_no_sense_is_refused_before_the_base_loads(others, monkeypatch):
-    monkeypatch.setattr("lora_lab.stages.train.load_base", None)
+    monkeypatch.setattr("lora_lab.training.base_context.load_base", None)
     captioned = Path(shutil.copytree(others, others.with_name("captioned")))
     for picture in captioned.glob("*.png"):
         picture.with_suffix(".txt").write_text("A HANA_TOFU")

@@ -11,7 +11,7 @@ from lora_lab.adapters.attach import lora_attached
 from lora_lab.demo import TOFU
 from lora_lab.errors import RunError
 from lora_lab.launch.config import compose
-from lora_lab.training import step
+from lora_lab.training import engine
 from lora_lab.training.checkpoint import checkpoints
 from lora_lab.training.loss import objective, per_sample_loss
 
@@ -75,14 +75,14 @@ def test_with_offload_the_unet_goes_to_the_device_when_all_is_encoded(monkeypatc
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeypatch):
-    real = step.per_sample_loss
+    real = engine.per_sample_loss
     calls = []
 
     def sometimes_nan(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(step, "per_sample_loss", sometimes_nan)
+    monkeypatch.setattr(engine, "per_sample_loss", sometimes_nan)
     with pytest.raises(RunError, match=r"step 4 is nan, at 0\d\.png, 0\d\.png: "):
         train("run", "steps=6", "stage.checkpoint_every=2")
     state = checkpointed(checkpoints(Path("run"))[-1])
@@ -92,7 +92,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeyp
 
 @pytest.mark.parametrize("at", [4, 6], ids=["between", "last step"])
 def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_written(at, monkeypatch):
-    real = step.per_sample_loss
+    real = engine.per_sample_loss
     calls = []
 
     def sometimes_steep(*arguments):
@@ -102,8 +102,8 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_
             losses.register_hook(lambda gradient: gradient * math.inf)
         return losses
 
-    monkeypatch.setattr(step, "per_sample_loss", sometimes_steep)
-    with pytest.raises(RunError, match=rf"gradient's norm of step {at} is (inf|nan), at 0\d\.png, 0\d\.png: "):
+    monkeypatch.setattr(engine, "per_sample_loss", sometimes_steep)
+    with pytest.raises(RunError, match=rf"gradient norm of step {at} is (inf|nan), at 0\d\.png, 0\d\.png: "):
         train("run", "steps=6", "stage.checkpoint_every=1", "stage.validate_every=1")
     assert checkpoints(Path("run"))[-1].name == f"step-{at - 1:06d}"
     state = checkpointed(checkpoints(Path("run"))[-1])

@@ -27,8 +27,9 @@ from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training.build import build_training
 from lora_lab.training.data import encode_dataset
+from lora_lab.training.engine import build_single_step
 from lora_lab.training.loss import objective, per_sample_loss
-from lora_lab.training.plan import make_plan
+from lora_lab.training.resolve import resolve_training
 from lora_lab.training.text_encoders import inject_text_adapters
 
 # Four of the tofu pictures, encoded once for all tests.
@@ -78,29 +79,31 @@ class Prepared:
 
     def __init__(self, *overrides: str):
         self.config = compose(*FAST, *overrides)
-        plan = make_plan(self.config, Path("run"))
+        resolved = resolve_training(self.config, Path("run"))
         self.pipe = load_base(self.config.model, CPU)
         tokenizers = tokenizers_of(self.pipe, "HANA_TOFU", self.config.text.tokens)
         encoder = Encoder(self.pipe, CPU, Cache(Path(self.config.cache)), False, tokenizers)
-        self.data = encode_dataset(plan.samples, plan.crops, plan.texts, False, encoder)
-        self.asked = objective(self.config.loss, self.pipe.scheduler.config)
-        read = inject_text_adapters(self.pipe, CPU, self.config, plan.adapter)
-        self.job = build_training(self.pipe.unet, self.asked, self.config, plan, read)
+        self.data = encode_dataset(resolved.files.samples, resolved.images.crops, resolved.files.texts, False, encoder)
+        self.objective = objective(self.config.loss, self.pipe.scheduler.config)
+        text_encoders = inject_text_adapters(self.pipe, CPU, self.config, resolved.adapter)
+        self.training = build_training(self.pipe.unet, self.objective, resolved, text_encoders)
 
     def batch(self, step=0, dropout=0.0):
         return self.data.batch(
-            seed=0, step=step, part=0, parts=1, batch_size=2, asked=self.asked, caption_dropout=dropout
+            seed=0, step=step, part=0, parts=1, batch_size=2, asked=self.objective, caption_dropout=dropout
         )
 
 
 def losses_of_one_batch(*overrides: str) -> list[float]:
     """What four steps on the same pictures and noise make of the loss, the UNet staying as it is."""
     run = Prepared("lr=1e-12", *overrides)
-    found = []
+    engine = build_single_step(run.training, run.config.memory, "off", None, base_is_prior=False)
+    losses = []
     for _ in range(4):
-        found.append(run.job.backward(run.batch()).item())
-        run.job.update()
-    return found
+        losses.append(engine.backward(run.batch()).item())
+        run.training.clip_and_update()
+        engine.sync_weights()
+    return losses
 
 
 def learnt(folder: Path | str, step: int) -> dict[str, torch.Tensor]:
@@ -126,11 +129,11 @@ def notes(file: str) -> dict[str, str]:
 )
 def test_the_text_encoders_that_are_asked_for_get_a_lora(how, parts):
     if how == "none":
-        assert list(Prepared("text.tokens=1").job.adapted) == ["unet"]
+        assert list(Prepared("text.tokens=1").training.adapted_components) == ["unet"]
         return
     run = Prepared(f"text.encoders={how}")
     names = {"first": ["text_encoder"], "second": ["text_encoder_2"], "both": ["text_encoder", "text_encoder_2"]}
-    assert list(run.job.adapted) == ["unet", *names[how]]
+    assert list(run.training.adapted_components) == ["unet", *names[how]]
     found = [n for p in names[how] for n, q in getattr(run.pipe, p).named_parameters() if q.requires_grad]
     assert len(found) == parts and all(".self_attn." in name for name in found)
 
@@ -140,26 +143,26 @@ def test_each_has_its_rate_and_lora_plus_its_ratio_in_each():
         *ALL, "lr=1e-3", "text.encoder_lr=2e-4", "text.token_lr=5e-3", "stage.lora_plus_ratio=16",
         "schedule.name=linear", "steps=4", "text.encoder_stop=0.5", "text.token_stop=1",
     )  # fmt: skip
-    groups, expected = run.job.optimizer.param_groups, [1e-3, 16e-3, 2e-4, 32e-4, 2e-4, 32e-4, 5e-3]
+    groups, expected = run.training.optimizer.param_groups, [1e-3, 16e-3, 2e-4, 32e-4, 2e-4, 32e-4, 5e-3]
     assert [group["lr"] for group in groups] == pytest.approx(expected)
     assert [group["weight_decay"] for group in groups] == [0.01] * 6 + [0.0]
-    assert run.job.rate() == 1e-3
+    assert run.training.current_lr() == 1e-3
     for share in (0.75, 0.5, 0.25):
-        run.job.optimizer.step()
-        run.job.schedule.step()
+        run.training.optimizer.step()
+        run.training.schedule.step()
         on = [1, 1, *[share > 0.5] * 4, 1]  # until step 2 of 4
         rates = [share * rate * is_on for rate, is_on in zip(expected, on, strict=True)]
         assert [group["lr"] for group in groups] == pytest.approx(rates)
-    assert Prepared("text=lora", "lr=1e-3").job.optimizer.param_groups[1]["lr"] == 1e-3
+    assert Prepared("text=lora", "lr=1e-3").training.optimizer.param_groups[1]["lr"] == 1e-3
 
 
 def test_what_has_stopped_shortens_no_others_gradient():
     run = Prepared("text=pivotal", "steps=2", "text.token_stop=0.5", "stage.max_grad_norm=null")
-    tokens = sum(vectors.numel() for vectors in (t.vectors for t in run.job.read.tokens.values()))
+    tokens = sum(vectors.numel() for vectors in (t.vectors for t in run.training.text_encoders.tokens.values()))
     assert tokens == 2 * (96 + 160)
-    for counted in (len(run.job.learnt.master), len(run.job.learnt.master) - tokens):
-        run.job.learnt.master.grad.fill_(1.0)
-        assert run.job.update().item() == pytest.approx(counted**0.5)
+    for counted in (len(run.training.params.master), len(run.training.params.master) - tokens):
+        run.training.params.master.grad.fill_(1.0)
+        assert run.training.clip_and_update().grad_norm.item() == pytest.approx(counted**0.5)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_the_text_alone_can_lower_the_loss(how):
 def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
     run = Prepared("text=lora")
     batch = run.batch()
-    read = run.job.read(batch)
+    read = run.training.text_encoders(batch)
     texts = [example.texts[0][0] for example in run.data.examples]
     captions = [row["text"] for row in map(json.loads, Path("../tofu/metadata.jsonl").read_text().splitlines())]
     for ids, tokens, pooled in zip(batch.ids, read.tokens, read.pooled, strict=True):
@@ -187,21 +190,23 @@ def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
         assert torch.allclose(alone.tokens, tokens, atol=1e-5) and torch.allclose(alone.pooled, pooled, atol=1e-5)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = {name: value for name, value in vars(batch).items() if value is not None}
-        fake = run.job.read(replace(batch, **{name: mode.from_tensor(value) for name, value in inputs.items()}))
+        fake = run.training.text_encoders(
+            replace(batch, **{name: mode.from_tensor(value) for name, value in inputs.items()})
+        )
     assert fake.tokens.shape == (2, 77, 256) and fake.pooled.shape == (2, 128)
 
 
 @pytest.mark.slow
 def test_a_caption_left_out_is_what_inference_takes_for_no_prompt():
     run = Prepared("text=pivotal")
-    read = run.job.read(run.batch(dropout=1.0))
+    read = run.training.text_encoders(run.batch(dropout=1.0))
     assert not read.tokens.any() and not read.pooled.any()
-    assert run.job.read(run.batch()).pooled.any(dim=1).all()
+    assert run.training.text_encoders(run.batch()).pooled.any(dim=1).all()
     run.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     encoder = Encoder(run.pipe, CPU, Cache(None), False, [run.pipe.tokenizer, run.pipe.tokenizer_2])
     empty = encode_dataset([], [], [], False, encoder).empty
     (said,) = encode_captions(run.pipe, [""], CPU, False)
-    read = run.job.read(replace(run.batch(), ids=empty.ids[None], given=empty.given[None]))
+    read = run.training.text_encoders(replace(run.batch(), ids=empty.ids[None], given=empty.given[None]))
     assert torch.allclose(read.tokens[0], said.tokens, atol=1e-5)
 
 
@@ -210,9 +215,11 @@ def test_new_tokens_begin_as_a_word_or_with_the_tables_statistics():
     run = Prepared("text.tokens=3", "text.tokens_from=tofu hat")
     table = load_base(run.config.model, CPU).text_encoder.get_input_embeddings().weight
     words = run.pipe.tokenizer("tofu hat", add_special_tokens=False).input_ids
-    vectors = run.job.read.tokens["clip_l"].vectors
+    vectors = run.training.text_encoders.tokens["clip_l"].vectors
     assert torch.equal(vectors, table[[words[i % len(words)] for i in range(3)]])
-    drawn, other = (Prepared("text.tokens=50", *s).job.read.tokens["clip_l"].vectors.data for s in ((), ("seed=1",)))
+    drawn, other = (
+        Prepared("text.tokens=50", *s).training.text_encoders.tokens["clip_l"].vectors.data for s in ((), ("seed=1",))
+    )
     assert not torch.equal(drawn, other)
     assert drawn.std() == pytest.approx(table.std().item(), rel=0.1)
     assert (drawn.mean(0) - table.mean(0)).abs().mean() < 0.3 * table.std()
@@ -222,13 +229,13 @@ def test_new_tokens_begin_as_a_word_or_with_the_tables_statistics():
 def test_a_new_token_is_no_end_of_text():
     """SDXL's second encoder says 2, and transformers then takes the largest id for the end."""
     run = Prepared("text=pivotal")
-    pooled = run.job.read(run.batch()).pooled
+    pooled = run.training.text_encoders(run.batch()).pooled
     run.pipe.text_encoder_2.text_model.eos_token_id = 2
-    assert not torch.allclose(run.job.read(run.batch()).pooled, pooled)
+    assert not torch.allclose(run.training.text_encoders(run.batch()).pooled, pooled)
     base = load_base(run.config.model, CPU)
     base.text_encoder_2.text_model.eos_token_id = 2
-    plan = make_plan(run.config, Path("run"))
-    assert torch.equal(inject_text_adapters(base, CPU, run.config, plan.adapter)(run.batch()).pooled, pooled)
+    adapter = resolve_training(run.config, Path("run")).adapter
+    assert torch.equal(inject_text_adapters(base, CPU, run.config, adapter)(run.batch()).pooled, pooled)
 
 
 def test_what_stops_stays_exactly_and_the_rest_goes_on(trained):
@@ -324,21 +331,21 @@ def test_publishing_moves_an_older_file_with_its_embeddings(trained):
 @pytest.mark.slow
 def test_wearing_a_file_leaves_nothing_behind(trained):
     file, run = trained / "models" / "lora" / "HANA_TOFU.safetensors", Prepared(*ALL)
-    pipe, before = run.pipe, run.job.read(run.batch())
+    pipe, before = run.pipe, run.training.text_encoders(run.batch())
     own, put = [pipe.tokenizer, pipe.tokenizer_2], installed_tokens(pipe)
-    learning = [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad]
-    places = [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()]
+    learning = [p for part in run.training.components.values() for p in part.parameters() if p.requires_grad]
+    places = [p.data_ptr() for part in run.training.components.values() for p in part.parameters()]
     for lora in (file, None):
         with lora_attached(pipe, lora):
             count = len(pipe.tokenizer) - len(own[0])
             assert count == (2 if lora else 0) and bool(installed_tokens(pipe)) == bool(lora)
             assert not any(pipe.text_encoder.get_input_embeddings() is tokens for tokens in put.values())
     assert [pipe.tokenizer, pipe.tokenizer_2] == own and installed_tokens(pipe) == put
-    after = run.job.read(run.batch())
+    after = run.training.text_encoders(run.batch())
     # Where a recorded step reads and writes.
-    assert [p.data_ptr() for part in run.job.parts.values() for p in part.parameters()] == places
+    assert [p.data_ptr() for part in run.training.components.values() for p in part.parameters()] == places
     assert torch.equal(after.tokens, before.tokens) and torch.equal(after.pooled, before.pooled)
-    assert [p for part in run.job.parts.values() for p in part.parameters() if p.requires_grad] == learning
+    assert [p for part in run.training.components.values() for p in part.parameters() if p.requires_grad] == learning
     assert per_sample_loss(pipe.unet, run.asked, after).requires_grad
     base = load_base(run.config.model, CPU)
     (plain,) = encode_captions(base, [PROMPT], CPU, False)
@@ -428,7 +435,7 @@ def test_training_begins_with_what_the_files_hold(trained):
     ],
 )
 def test_what_cannot_be_is_refused_before_the_base_is_loaded(how, said, monkeypatch):
-    monkeypatch.setattr("lora_lab.stages.train.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("lora_lab.training.base_context.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(InputError, match=said) as caught:
         train("run", *(part for part in how.replace("' '", "'\u00a0'").split(" ")))
     assert "\n" not in str(caught.value)

@@ -15,8 +15,8 @@ from lora_lab.base.load import load_base
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
 from lora_lab.training.data import encode_dataset
-from lora_lab.training.plan import make_plan
 from lora_lab.training.randomness import generator
+from lora_lab.training.resolve import resolve_training
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -60,7 +60,7 @@ def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(m
         shutil.copy(TOFU / f"{i:02d}.png", held_out)
         (held_out / f"{i:02d}.txt").write_text("A tofu")
     train("held", "steps=1", *MEASURED, f"stage.validation_root={held_out}", "stage.validation_timesteps=[300]")
-    assert f"of 2 pictures in {held_out}" in capsys.readouterr().out
+    assert f"on 2 images in {held_out}" in capsys.readouterr().out
     assert "validation" in json.loads(Path("held/manifest.json").read_text())["sha256"]
     train("elsewhere", "steps=1", *MEASURED, f"stage.validation_root={held_out}")
     assert len({round(validation(run)[0], 4) for run in ("other", "held", "elsewhere")}) == 3
@@ -68,12 +68,13 @@ def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(m
 
 def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
     """Computed again from the base's files, for one picture at a time and at one timestep at a time."""
-    config = compose(*FAST)
-    plan = make_plan(config, Path("none"))
-    pipe = load_base(config.model, plan.device)
+    training = resolve_training(compose(*FAST), Path("none"))
+    pipe = load_base(training.model, training.device)
     errors = []
-    encoder = Encoder(pipe, plan.device, Cache(None), offload=False)
-    for example in encode_dataset(plan.samples, plan.crops, plan.texts, False, encoder).examples:
+    encoder = Encoder(pipe, training.device, Cache(None), offload=False)
+    for example in encode_dataset(
+        training.files.samples, training.images.crops, training.files.texts, False, encoder
+    ).examples:
         view, text = example.crops[0][0], example.texts[0][0]
         for t in (300, 600, 900):
             noise = torch.randn(view.latents.shape, generator=generator("validation", example.name, t))

@@ -7,8 +7,9 @@ from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
 from lora_lab.training.build import build_training
 from lora_lab.training.compile import compile_blocks
+from lora_lab.training.engine import build_single_step
 from lora_lab.training.loss import objective
-from lora_lab.training.plan import make_plan
+from lora_lab.training.resolve import resolve_training
 
 CPU = torch.device("cpu")
 
@@ -24,15 +25,18 @@ def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
         config = compose("stage=train", "memory=balanced", "cache=null")
         pipe = load_base(config.model, CPU)
         asked = objective(config.loss, pipe.scheduler.config)
-        job = build_training(pipe.unet, asked, config, make_plan(config, tmp_path))
-        compile_blocks(job.unet, how, None, backend="aot_eager")
-        job.unet.train()
+        training = build_training(pipe.unet, asked, resolve_training(config, tmp_path))
+        build_single_step(training, config.memory, "off", None, base_is_prior=False)
+        compile_blocks(training.network, how, None, backend="aot_eager")
+        training.train()
         torch.manual_seed(1)
-        text = torch.randn(1, 77, job.unet.config.cross_attention_dim)
+        text = torch.randn(1, 77, training.network.config.cross_attention_dim)
         conditions = {"text_embeds": torch.randn(1, 128), "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]])}
-        drawn = job.unet(torch.randn(1, 4, 16, 16), torch.tensor([500]), text, added_cond_kwargs=conditions).sample
+        drawn = training.network(
+            torch.randn(1, 4, 16, 16), torch.tensor([500]), text, added_cond_kwargs=conditions
+        ).sample
         drawn.square().mean().backward()
-        return job.learnt.master.grad.clone()
+        return training.params.master.grad.clone()
 
     plain, compiled = gradient("off"), gradient(how)
     graphs = counters["stats"]["unique_graphs"]  # blocks of one width share theirs
@@ -42,8 +46,10 @@ def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
 
 def test_the_key_reaches_the_unet_and_its_cache(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("lora_lab.training.build.compile_blocks", lambda unet, *how: asked.append(how))
+    monkeypatch.setattr("lora_lab.training.engine.compile_blocks", lambda unet, *how: asked.append(how))
     config = compose("stage=train", "compile=full", f"cache={tmp_path / 'cache'}")
     pipe = load_base(config.model, CPU)
-    build_training(pipe.unet, objective(config.loss, pipe.scheduler.config), config, make_plan(config, tmp_path))
+    resolved = resolve_training(config, tmp_path)
+    training = build_training(pipe.unet, objective(config.loss, pipe.scheduler.config), resolved)
+    build_single_step(training, resolved.memory, resolved.compile, resolved.cache, base_is_prior=False)
     assert asked == [("full", tmp_path / "cache")]

@@ -1,4 +1,4 @@
-"""What learns, laid end to end: the model sees views, the optimizer float32."""
+"""Trainable parameters in one piece of memory: the model sees views, the optimizer the float32 master."""
 
 import pytest
 import torch
@@ -13,22 +13,22 @@ def model(dtype):
     return layers, FlatParams(list(layers.parameters()), dtype)
 
 
-def one_step(layers, learnt, optimizer, most=None):
-    layers(torch.ones(2, 6, dtype=learnt.working.dtype)).float().square().sum().backward()
-    learnt.collect()
-    norm = learnt.clip(most)
+def one_step(layers, params, optimizer, most=None):
+    layers(torch.ones(2, 6, dtype=params.model_copy.dtype)).float().square().sum().backward()
+    params.accumulate_grads()
+    norm = params.clip_grad_norm(most)
     optimizer.step()
-    learnt.publish()
+    params.copy_to_model()
     return norm
 
 
 def test_in_float32_it_trains_as_the_parameters_alone_do():
-    layers, learnt = model(torch.float32)
+    layers, params = model(torch.float32)
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
-    optimizer, other = torch.optim.AdamW([learnt.master], lr=0.1), torch.optim.AdamW(alone.parameters(), lr=0.1)
+    optimizer, other = torch.optim.AdamW([params.master], lr=0.1), torch.optim.AdamW(alone.parameters(), lr=0.1)
     for _ in range(5):
-        norm = one_step(layers, learnt, optimizer, most=0.5)
+        norm = one_step(layers, params, optimizer, most=0.5)
         alone(torch.ones(2, 6)).square().sum().backward()
         expected = nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
         other.step()
@@ -39,60 +39,60 @@ def test_in_float32_it_trains_as_the_parameters_alone_do():
 
 
 def test_in_bfloat16_small_updates_are_not_rounded_away():
-    layers, learnt = model(torch.bfloat16)
-    before = learnt.master.detach().clone()
-    optimizer = torch.optim.SGD([learnt.master], lr=1e-7)
+    layers, params = model(torch.bfloat16)
+    before = params.master.detach().clone()
+    optimizer = torch.optim.SGD([params.master], lr=1e-7)
     for _ in range(3):
-        one_step(layers, learnt, optimizer)
+        one_step(layers, params, optimizer)
     assert layers[0].weight.dtype == torch.bfloat16
     assert torch.equal(layers[0].weight.detach().flatten().float(), before[:30].bfloat16().float())
-    assert not torch.equal(learnt.master.detach(), before)
+    assert not torch.equal(params.master.detach(), before)
 
 
 def test_gradients_of_several_batches_add_up_in_float32():
-    layers, learnt = model(torch.bfloat16)
+    layers, params = model(torch.bfloat16)
     x = torch.ones(2, 6, dtype=torch.bfloat16)
     layers(x).sum().backward()
-    learnt.collect()
-    once = learnt.master.grad.clone()
+    params.accumulate_grads()
+    once = params.master.grad.clone()
     for _ in range(300):
         layers(x).sum().backward()
-        learnt.collect()
-    assert torch.allclose(learnt.master.grad, 301 * once)  # bfloat16 stops counting at 256
+        params.accumulate_grads()
+    assert torch.allclose(params.master.grad, 301 * once)  # bfloat16 stops counting at 256
 
 
-def test_within_exact_the_model_holds_the_masters_numbers_and_takes_new_ones():
-    layers, learnt = model(torch.bfloat16)
+def test_within_in_fp32_the_model_holds_the_float32_master_and_takes_new_weights():
+    layers, params = model(torch.bfloat16)
     with torch.no_grad():
-        learnt.master.add_(1e-5)
-    with learnt.exact():
+        params.master.add_(1e-5)
+    with params.in_fp32():
         state = {name: value.clone() for name, value in layers.state_dict().items()}
         assert state["0.weight"].dtype == torch.float32
-        assert torch.equal(state["0.weight"].flatten(), learnt.master.detach()[:30])
+        assert torch.equal(state["0.weight"].flatten(), params.master.detach()[:30])
         layers.load_state_dict({name: value + 1 for name, value in state.items()})
-    assert torch.equal(learnt.master.detach()[:30], state["0.weight"].flatten() + 1)
+    assert torch.equal(params.master.detach()[:30], state["0.weight"].flatten() + 1)
     assert torch.equal(layers[0].weight.detach(), (state["0.weight"] + 1).bfloat16())
-    one_step(layers, learnt, torch.optim.SGD([learnt.master], lr=0.1))  # gradients still find their place
-    assert not torch.equal(learnt.master.detach()[:30], state["0.weight"].flatten() + 1)
+    one_step(layers, params, torch.optim.SGD([params.master], lr=0.1))  # gradients still find their place
+    assert not torch.equal(params.master.detach()[:30], state["0.weight"].flatten() + 1)
 
 
-def test_what_it_becomes_is_what_the_model_computes_with_and_its_gradient_stays():
-    layers, learnt = model(torch.bfloat16)
+def test_loaded_weights_reach_the_model_and_gradients_stay():
+    layers, params = model(torch.bfloat16)
     layers(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
-    learnt.collect()
-    gradient, before = learnt.master.grad.clone(), learnt.master.detach().clone()
-    learnt.become(before + 1)
+    params.accumulate_grads()
+    gradient, before = params.master.grad.clone(), params.master.detach().clone()
+    params.load_(before + 1)
     assert torch.equal(layers[0].weight.detach().flatten(), (before[:30] + 1).bfloat16())
-    learnt.become(before)
-    assert torch.equal(learnt.master.detach(), before) and torch.equal(learnt.master.grad, gradient)
+    params.load_(before)
+    assert torch.equal(params.master.detach(), before) and torch.equal(params.master.grad, gradient)
 
 
 def test_matrices_are_the_same_memory_in_their_shapes():
-    layers, learnt = model(torch.float32)
-    matrices = learnt.matrices()
+    layers, params = model(torch.float32)
+    matrices = params.matrices()
     assert [m.shape for m in matrices] == [p.shape for p in layers.parameters()]
     layers(torch.ones(1, 6)).sum().backward()
     torch.optim.SGD(matrices, lr=1.0).step()
-    learnt.publish()
+    params.copy_to_model()
     assert torch.equal(matrices[1], layers[0].bias)
-    assert (learnt.master.grad == 0).all() and (matrices[0].grad == 0).all()
+    assert (params.master.grad == 0).all() and (matrices[0].grad == 0).all()

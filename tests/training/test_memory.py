@@ -8,15 +8,16 @@ import torch
 from lora_lab.errors import RunError
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
-from lora_lab.training import step
-from lora_lab.training.memory import expected_mib, memory_hint, memory_line
+from lora_lab.training import engine
+from lora_lab.training.memory import describe_memory, expected_mib, memory_hint
+from lora_lab.training.resolve import training_size
 
 SDXL = ("stage=train", "experiment=sdxl", "dataset.root=x")
 PRESETS = ("fast", "balanced", "low", "minimal")
 
 
 def expected(*overrides: str) -> float:
-    return expected_mib(compose(*SDXL, *overrides))
+    return expected_mib(training_size(compose(*SDXL, *overrides)))
 
 
 def test_every_preset_takes_less_than_the_one_before():
@@ -33,14 +34,14 @@ def test_what_needs_more_is_expected_to(more):
 
 
 def test_the_plan_says_what_to_change_where_it_does_not_fit():
-    config = compose(*SDXL, "memory=fast")
-    assert "say" not in memory_line(config, 80_000)
-    assert memory_line(config, 8_000).endswith("if it ends there, say memory=balanced")
+    size = training_size(compose(*SDXL, "memory=fast"))
+    assert "use" not in describe_memory(size, 80_000)
+    assert describe_memory(size, 8_000).endswith("if it runs out, use memory=balanced")
 
 
 def test_what_helps_leads_down_the_presets_to_the_end():
     said = [memory_hint(compose(*SDXL, f"memory={name}").memory, 1) for name in PRESETS]
-    assert said == [f"say memory={name}" for name in PRESETS[1:]] + ["say a smaller rank or model.resolution"]
+    assert said == [f"use memory={name}" for name in PRESETS[1:]] + ["use a smaller rank or model.resolution"]
     assert memory_hint(compose(*SDXL).memory, 4).endswith("batch_size=2 with stage.gradient_accumulation=2")
 
 
@@ -49,7 +50,7 @@ def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, 
     monkeypatch.chdir(tmp_path)
     common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
     common += ("stage.prompts=['A {trigger}']",)
-    folder, losses, done = tmp_path / "run", step.per_sample_loss, []
+    folder, losses, done = tmp_path / "run", engine.per_sample_loss, []
 
     def small(*given) -> torch.Tensor:
         if len(done) == 2:
@@ -57,8 +58,10 @@ def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, 
         done.append(1)
         return losses(*given)
 
-    monkeypatch.setattr(step, "per_sample_loss", small)
-    with pytest.raises(RunError, match=r"not enough: say memory=balanced, or batch_size=2 .* go on with resume=.*run"):
+    monkeypatch.setattr(engine, "per_sample_loss", small)
+    with pytest.raises(
+        RunError, match=r"out of GPU memory: use memory=balanced, or batch_size=2 .* resume with resume=.*run"
+    ):
         run(compose(*common), folder)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -9,33 +9,33 @@ from torch import nn
 
 from lora_lab.launch.config import CONF, compose
 from lora_lab.training.flat import FlatParams
-from lora_lab.training.plan import from_library, settled_optimizer
-from lora_lab.training.step import Job
+from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.resolve import resolve_optimizer
 
 OPTIONS = sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml"))
 SETTINGS = {name: compose(f"optimizer={name}").optimizer for name in OPTIONS}
 
 
 class Toy:
-    """A model of two matrices and the part of a Job that lets it learn."""
+    """A model of two matrices and the LoRATraining that updates it."""
 
     def __init__(self, name, *, elementwise=None, ema_decay=0.0, **changes):
         settings = SETTINGS[name] | changes
-        own = settings.pop("elementwise")
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(80, 64, bias=False), nn.Linear(64, 80, bias=False))
         nn.init.zeros_(self.layers[1].weight)  # as a LoRA begins
-        learnt = FlatParams(list(self.layers.parameters()), torch.float32)
-        whole = own if elementwise is None else elementwise
-        optimizer = from_library("optimizer", settings)([learnt.master] if whole else learnt.matrices())
+        params = FlatParams(list(self.layers.parameters()), torch.float32)
+        flat = settings["elementwise"] if elementwise is None else elementwise
+        make_optimizer = resolve_optimizer(settings, torch.device("cpu"))
+        optimizer = make_optimizer([params.master] if flat else params.matrices())
         if hasattr(optimizer, "train"):
             optimizer.train()
-        nothing = dict.fromkeys(("unet", "asked", "steps", "batch_size", "seed", "backward"))
-        self.job = Job(
-            learnt=learnt, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+        unused = dict.fromkeys(("network", "objective", "batch_size", "seed"))
+        self.training = LoRATraining(
+            params=params, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             settings=SimpleNamespace(max_grad_norm=1.0, ema_decay=ema_decay),
-            average=learnt.master.detach().clone() if ema_decay else None, **nothing,
+            average=params.master.detach().clone() if ema_decay else None, **unused,
         )  # fmt: skip
 
     def learn(self, start, end):
@@ -45,14 +45,15 @@ class Toy:
             x = torch.randn(32, 80, generator=torch.Generator().manual_seed(step % 4))
             loss = (self.layers(x) - x).square().mean()
             loss.backward()
-            self.job.learnt.collect()
-            self.job.update()
+            self.training.params.accumulate_grads()
+            self.training.clip_and_update()
+            self.training.params.copy_to_model()
             losses.append(loss.item())
         return losses
 
     @property
     def numbers(self):
-        return self.job.learnt.master.detach().clone()
+        return self.training.params.master.detach().clone()
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
@@ -83,10 +84,10 @@ def test_a_saved_state_goes_on_exactly(name):
     whole.learn(0, 6)
     first.learn(0, 3)
     file = io.BytesIO()
-    torch.save(first.job.optimizer.state_dict(), file)
+    torch.save(first.training.optimizer.state_dict(), file)
     file.seek(0)
-    second.job.learnt.become(first.numbers)
-    second.job.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    second.training.params.load_(first.numbers)
+    second.training.optimizer.load_state_dict(torch.load(file, weights_only=True))
     second.learn(3, 6)
     assert torch.equal(second.numbers, whole.numbers)
 
@@ -100,12 +101,16 @@ def test_one_tensor_serves_where_the_file_says_so_and_nowhere_else(name):
     assert alike == SETTINGS[name]["elementwise"]
 
 
+def fused(settings, device) -> bool:
+    """What the optimizer for `device` got as `fused`; its parameters stay on the CPU."""
+    return resolve_optimizer(settings, device)([nn.Parameter(torch.zeros(1))]).defaults["fused"]
+
+
 def test_adamw_is_one_kernel_on_a_gpu_unless_told_otherwise():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    asked = SETTINGS["adamw"]
-    assert [settled_optimizer(asked, device)["fused"] for device in (gpu, cpu)] == [True, False]
-    assert settled_optimizer(asked | {"fused": False}, gpu)["fused"] is False
-    assert settled_optimizer(SETTINGS["lion8bit"], gpu).keys() == SETTINGS["lion8bit"].keys() - {"elementwise"}
+    settings = SETTINGS["adamw"]
+    assert [fused(settings, device) for device in (gpu, cpu)] == [True, False]
+    assert fused(settings | {"fused": False}, gpu) is False
 
 
 def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_changes_nothing():
@@ -113,9 +118,9 @@ def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_ch
     alone.learn(0, 6)
     looked.learn(0, 3)
     walking = looked.numbers
-    with looked.job.finished():
+    with looked.training.swap_in_saved_weights():
         average = looked.numbers
-    z = looked.job.optimizer.state[looked.job.learnt.master]["z"]
+    z = looked.training.optimizer.state[looked.training.params.master]["z"]
     assert not torch.equal(average, walking)
     assert torch.allclose(walking, 0.1 * z + 0.9 * average, atol=1e-6)  # equation 3 of Defazio et al. 2024, beta 0.9
     assert torch.equal(looked.numbers, walking)
@@ -125,12 +130,12 @@ def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_ch
 
 def test_the_rate_of_prodigy_is_the_one_that_its_next_step_goes_by():
     toy = Toy("prodigy", d0=1e-3)
-    assert toy.job.rate() == 1e-3
+    assert toy.training.current_lr() == 1e-3
     toy.learn(0, 30)
-    before, rate = toy.numbers, toy.job.rate()
+    before, rate = toy.numbers, toy.training.current_lr()
     assert rate > 1e-3
     toy.learn(30, 31)
-    group, state = toy.job.optimizer.param_groups[0], toy.job.optimizer.state[toy.job.learnt.master]
+    group, state = toy.training.optimizer.param_groups[0], toy.training.optimizer.state[toy.training.params.master]
     bias = (1 - 0.999**31) ** 0.5 / (1 - 0.9**31)
     step = rate * bias * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["d"] * 1e-8)
     assert torch.allclose(before - toy.numbers, step, rtol=1e-3, atol=1e-7)
@@ -145,6 +150,6 @@ def test_the_average_of_the_weights_is_that_of_the_formula_and_changes_no_step()
         assert torch.equal(averaging.numbers, alone.numbers)
         decay = min(0.3, (1 + step) / (10 + step))  # 0.1, 0.18, 0.25, then 0.3
         average = decay * average + (1 - decay) * alone.numbers
-    with averaging.job.finished():
+    with averaging.training.swap_in_saved_weights():
         assert torch.allclose(averaging.numbers, average, atol=1e-6)
     assert torch.equal(averaging.numbers, alone.numbers)

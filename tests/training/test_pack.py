@@ -9,10 +9,13 @@ from tiny_runs import FAST, encoded
 from lora_lab.base.quantize import quantize_
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
+from lora_lab.training.base_context import BaseContext
 from lora_lab.training.build import build_training
+from lora_lab.training.engine import build_single_step
+from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import objective
-from lora_lab.training.pack import Pack, clone_sharing_weights
-from lora_lab.training.plan import make_plan
+from lora_lab.training.pack import build_packed_step, clone_sharing_weights
+from lora_lab.training.resolve import resolve_training
 
 STEPS = 4
 POINTS = {
@@ -39,17 +42,15 @@ def prepared(tmp_path_factory):
     return (root, *encoded(root, *COMMON))
 
 
-def trained(jobs, data, backward, publish=lambda: None) -> list[torch.Tensor]:
-    """What `jobs` have learnt after some steps; `backward` is of a batch of each."""
-    parts = jobs[0].settings.gradient_accumulation
+def weights_after_training(trainings, data, engine) -> list[torch.Tensor]:
+    """The master weights (N,) of each training after some steps by `engine`."""
+    context = BaseContext(None, data, None, data, None, None)
     for step in range(STEPS):
-        for part in range(parts):
-            which = {"step": step, "part": part, "parts": parts, "caption_dropout": 0.0}
-            backward([data.batch(seed=j.seed, batch_size=j.batch_size, asked=j.asked, **which) for j in jobs])
-        for job in jobs:
-            job.update()
-        publish()
-    return [job.learnt.master.detach().clone() for job in jobs]
+        engine.forward_backward([context.batches(training, step) for training in trainings])
+        for training in trainings:
+            training.clip_and_update()
+        engine.sync_weights()
+    return [training.params.master.detach().clone() for training in trainings]
 
 
 @pytest.mark.parametrize(
@@ -61,38 +62,34 @@ def trained(jobs, data, backward, publish=lambda: None) -> list[torch.Tensor]:
 )
 def test_a_lora_in_a_pack_is_the_lora_alone(points, prepared, tmp_path):
     root, _, data, pipe = prepared
-    configs = [compose(*FAST, root, *COMMON, *point.split()) for point in points]
-    unet = clone_sharing_weights(pipe.unet)
-    quantize_(unet, configs[0].memory.linear_weights, configs[0].memory.convolution_weights, torch.device("cpu"))
-    asked = objective(configs[0].loss, pipe.scheduler.config)
+    resolved = [resolve_training(compose(*FAST, root, *COMMON, *point.split()), tmp_path) for point in points]
+    memory = resolved[0].memory
+    network = clone_sharing_weights(pipe.unet)
+    quantize_(network, memory.linear_weights, memory.convolution_weights, torch.device("cpu"))
+    loss_objective = objective(resolved[0].loss, pipe.scheduler.config)
 
-    def started(alone: bool):
-        return [
-            build_training(clone_sharing_weights(unet), asked, c, make_plan(c, tmp_path), alone=alone) for c in configs
-        ]
+    def build() -> list[LoRATraining]:
+        return [build_training(clone_sharing_weights(network), loss_objective, one) for one in resolved]
 
+    initial = [training.params.master.detach().clone() for training in build()]
     alone = []
-    for job in started(alone=True):
-        job.unet.train()
-        alone += trained([job], data, lambda batches, job=job: job.backward(batches[0]))
-    jobs = started(alone=False)
-    pack = Pack(jobs, configs[0].memory, "off", None)
-    packed = trained(jobs, data, pack.backward, pack.publish)
-    began = [job.learnt.master.detach() for job in started(alone=False)]
-    for one, other, first in zip(packed, alone, began, strict=True):
-        assert (one - other).norm() < 1e-3 * (other - first).norm()
+    for training in build():
+        engine = build_single_step(training, memory, "off", None, base_is_prior=False)
+        alone += weights_after_training([training], data, engine)
+    trainings = build()
+    packed = weights_after_training(trainings, data, build_packed_step(trainings, memory, "off", None))
+    for one, other, start in zip(packed, alone, initial, strict=True):
+        assert (one - other).norm() < 1e-3 * (other - start).norm()
 
 
-def test_jobs_of_a_pack_read_their_pictures_once(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "00.png").write_bytes((TOFU / "00.png").read_bytes())
-    (pictures / "00.txt").write_text("A HANA_TOFU")
-    first, second = (compose(*FAST, f"dataset.root={pictures}", f"rank={rank}") for rank in (2, 4))
-    plan = make_plan(first, tmp_path / "0")
-    shutil.rmtree(pictures)
-    other = make_plan(second, tmp_path / "1", plan)
-    assert other.adapter.r == 4 and other.recipe != plan.recipe
-    assert (other.samples, other.pictures, other.texts, other.hashes) == (
-        plan.samples, plan.pictures, plan.texts, plan.hashes
-    )  # fmt: skip
+def test_trainings_of_a_pack_read_their_images_once(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "00.png").write_bytes((TOFU / "00.png").read_bytes())
+    (images / "00.txt").write_text("A HANA_TOFU")
+    small, large = (compose(*FAST, f"dataset.root={images}", f"rank={rank}") for rank in (2, 4))
+    first = resolve_training(small, tmp_path / "0")
+    shutil.rmtree(images)
+    second = resolve_training(large, tmp_path / "1", first)
+    assert second.adapter.r == 4 and second.fingerprint != first.fingerprint
+    assert second.files == first.files and second.images is first.images

@@ -7,14 +7,14 @@ import torch
 
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.training.step import learning_rates
+from lora_lab.training.lora_training import learning_rate_schedule
 
 
 def rates(*overrides, steps=12):
-    """The learning rate of every step, as shares of lr."""
+    """The learning rate of every step, as fractions of lr."""
     config = compose(f"steps={steps}", "lr=0.5", *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.rate)
-    schedule = learning_rates(optimizer, config.schedule, config.steps)
+    schedule = learning_rate_schedule(optimizer, config.schedule, config.steps)
     seen = []
     for _ in range(steps):
         seen.append(schedule.get_last_lr()[0] / 0.5)

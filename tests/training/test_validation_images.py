@@ -1,5 +1,7 @@
 """Pictures of a LoRA while it is trained are drawn as the sampler's options say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,9 @@ from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
+from lora_lab.track.base import NOTHING
+from lora_lab.training.artifacts import RunArtifacts
+from lora_lab.training.resolve import resolve_training
 from lora_lab.training.validation_images import ValidationImages
 
 CPU = torch.device("cpu")
@@ -35,11 +40,13 @@ def looked(pipe, lora, folder, *overrides):
     """The validation pictures, and how many rows the UNet had in each call."""
     rows = []
     hook = pipe.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
-    shown = ValidationImages(Encoder(pipe, CPU, Cache(None), False), compose(*FEW, *overrides), folder).validate(
-        lora, 1
-    )
+    resolved = resolve_training(compose(*FEW, *overrides), folder)
+    rendered: dict = {}
+    tracker = replace(NOTHING, images=lambda step, images: rendered.update(images))
+    artifacts = RunArtifacts(resolved, None, lora)
+    ValidationImages(resolved, artifacts, Encoder(pipe, CPU, Cache(None), False), tracker).on_end(1)
     hook.remove()
-    return [np.asarray(picture).astype(int) for picture, _ in shown.values()], rows
+    return [np.asarray(picture).astype(int) for picture, _ in rendered.values()], rows
 
 
 def test_fuse_and_batch_size_reach_the_pictures_of_validation(pipe, lora, tmp_path):

@@ -1,0 +1,102 @@
+"""The base model with everything that trainings of one dataset share on it: encoded data, prior, scores of the base."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_lab.adapters.tokens import tokenizers_of
+from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Encoder
+from lora_lab.base.load import load_base, tile_vae
+from lora_lab.base.prediction import apply_prediction_type
+from lora_lab.base.quantize import quantize_
+from lora_lab.evaluation.scores import Evaluation, ScoredImages
+from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
+from lora_lab.training.engine import StepBatches
+from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.loss import Batch
+from lora_lab.training.memory import free_gpu_memory
+from lora_lab.training.prior import PriorData, prior_data
+from lora_lab.training.randomness import seed_of
+from lora_lab.training.resolve import ResolvedTraining
+
+
+@dataclass(frozen=True)
+class BaseContext:
+    """What trainings of one dataset on one base share."""
+
+    encoder: Encoder
+    data: TrainingData
+    prior: PriorData | None
+    validation_data: TrainingData
+    evaluation: Evaluation | None
+    base_scores: ScoredImages | None  # of the base alone; None without model.judge
+
+    def batches(self, training: LoRATraining, step: int) -> StepBatches:
+        """What `training` computes its gradient from after `step` steps: a function of its seed and the step."""
+        settings = training.settings
+
+        def accumulated(batch: Callable[..., Batch], **options: float) -> list[Batch]:
+            parts = settings.gradient_accumulation
+            return [
+                batch(
+                    seed=training.seed,
+                    step=step,
+                    part=part,
+                    parts=parts,
+                    batch_size=training.batch_size,
+                    asked=training.objective,
+                    **options,
+                )
+                for part in range(parts)
+            ]
+
+        character = accumulated(self.data.batch, caption_dropout=settings.caption_dropout)
+        prior = accumulated(self.prior.batch) if self.prior else []
+        return StepBatches(character, prior, seed_of(training.seed, "dropout", step))
+
+    def image_names(self, training: LoRATraining, loss: str, step: int) -> list[str]:
+        """The images whose `loss` (loss or prior_loss) `training` computed after `step` steps."""
+        source = self.prior if loss == "prior_loss" else self.data
+        parts = training.settings.gradient_accumulation
+        return source.names(seed=training.seed, step=step, parts=parts, batch_size=training.batch_size)
+
+
+def prepare_base(training: ResolvedTraining) -> BaseContext:
+    """Load the base, encode images and captions, render class images that are missing, score the base.
+
+    Embedders are loaded first: one that cannot be loaded costs seconds then, not a training. Raises InputError."""
+    free_gpu_memory(training.device)
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
+    images, files, config = training.images, training.files, training.config
+    evaluation = None
+    if training.model.judge:
+        fitted = [image.picture for image in images.fitted]
+        evaluation = Evaluation(config, training.device, fitted, images.references)
+    # Modules are moved to the GPU one at a time; the UNet stays there.
+    pipe = load_base(training.model, training.device, waiting=True)
+    if training.memory.vae_tiling:
+        tile_vae(pipe.vae, training.model.resolution // 2)
+    apply_prediction_type(pipe, training.loss)
+    tokenizers = tokenizers_of(pipe, training.trigger, training.text.tokens) if training.text.learns else None
+    encoder = Encoder(pipe, training.device, Cache(training.cache), True, tokenizers)
+    data = encode_dataset(files.samples, images.crops, files.texts, training.dataset.flip, encoder)
+    validation_data = _held_out_data(training, encoder) if files.held_out else data
+    quantize_(pipe.unet, training.memory.linear_weights, training.memory.convolution_weights, training.device)
+    prior = prior_data(config, training, data, encoder)
+    if training.text.learns:  # a text's embedding changes with every step from now on
+        encoder = replace(encoder, tokenizers=None, cache=Cache(None))
+    base_scores = None
+    if evaluation:
+        base_scores = evaluation.begin(encoder, training.hashes["base"], training.dtype, training.folder)
+    return BaseContext(encoder, data, prior, validation_data, evaluation, base_scores)
+
+
+def _held_out_data(training: ResolvedTraining, encoder: Encoder) -> TrainingData:
+    """The held-out images with the first caption of each, cut at the centre and not mirrored."""
+    held_out, trigger = training.files.held_out, training.trigger
+    crops = [[fitted] for fitted in training.images.held_out]
+    texts = [caption_texts(sample.captions[:1], training.dataset, trigger) for sample in held_out]
+    return encode_dataset(held_out, crops, texts, False, encoder)

@@ -1,0 +1,174 @@
+"""One LoRA in training: its parameters, optimizer and learning-rate schedule, and the update of a step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_lab.settings.schema import Schedule, Train
+from lora_lab.training.flat import FlatParams
+from lora_lab.training.loss import Objective
+from lora_lab.training.text_encoders import TrainableTextEncoders
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is known of one update; nothing here waits for the device."""
+
+    grad_norm: Tensor  # () before clipping
+    lr: float  # that the optimizer used, times the distance that Prodigy has estimated
+
+
+@dataclass
+class LoRATraining:
+    """One LoRA in training. `network` holds the adapter; an engine does the forward and backward passes on it.
+
+    Two runs share one training where one of them is the other's beginning (a sweep over steps)."""
+
+    network: nn.Module
+    params: FlatParams
+    optimizer: torch.optim.Optimizer  # of params.master, as one tensor, by groups or matrix by matrix
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler  # of the loss; enabled for float16 alone
+    settings: Train
+    objective: Objective
+    batch_size: int
+    seed: int
+    average: Tensor | None = None  # (N,) moving average of params.master; None without stage.ema_decay
+    text_encoders: TrainableTextEncoders | None = None
+    freeze_after: Sequence[tuple[Tensor, int]] = ()  # views of the gradient, and the step after which each is frozen
+    captures: bool = False  # whether its step may be captured as a CUDA graph
+    step: int = 0  # updates done
+    mid_update: bool = False  # an update was interrupted: the state is that of no step
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The modules that run inside a step, by their names in the pipeline."""
+        return {"unet": self.network} | (self.text_encoders.encoders if self.text_encoders else {})
+
+    @property
+    def adapted_components(self) -> dict[str, nn.Module]:
+        """The components with an adapter in training."""
+        return {name: module for name, module in self.components.items() if getattr(module, "peft_config", None)}
+
+    @cached_property
+    def parameter_names(self) -> list[str]:
+        """Names of all trainable parameters, in the order of `params`: unet.down_blocks.1..., text_encoder...."""
+        names = {
+            parameter: f"{component}.{name}"
+            for component, module in self.components.items()
+            for name, parameter in module.named_parameters()
+        }
+        return [names[parameter] for parameter in self.params.params]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trainable parameters in float32 by name. On a CPU these are views of the master, on a GPU one copy."""
+        master = self.params.master.detach()
+        if master.is_cuda:  # a copy to pinned memory, which torch keeps for the next time, is many times as fast
+            master = torch.empty(master.shape, pin_memory=True).copy_(master)
+        return dict(zip(self.parameter_names, self.params.views(master.cpu()), strict=True))
+
+    def train(self, mode: bool = True) -> None:
+        """Set all components to training mode (dropout, gradient checkpointing) or, with False, to evaluation mode."""
+        for module in self.components.values():
+            module.train(mode)
+
+    def current_lr(self) -> float:
+        """The learning rate of the next update, times the distance that Prodigy has estimated so far."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
+
+    def clip_and_update(self) -> Update:
+        """Clip the gradient, let the optimizer and the schedule do one step, and update the moving average.
+
+        The model computes with the new weights after the engine's `sync_weights`."""
+        self.mid_update = True
+        lr = self.current_lr()
+        self.scaler.unscale_(self.optimizer)
+        for gradient, last_step in self.freeze_after:
+            if self.schedule.last_epoch >= last_step:  # a frozen part's gradient must not count in clipping
+                gradient.zero_()
+        grad_norm = self.params.clip_grad_norm(self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            with torch.no_grad():
+                decay = ema_decay(self.settings.ema_decay, self.schedule.last_epoch)
+                self.average.lerp_(self.params.master, 1 - decay)
+        self.schedule.step()
+        self.step += 1
+        self.mid_update = False
+        return Update(grad_norm, lr)
+
+    @contextmanager
+    def swap_in_saved_weights(self) -> Iterator[None]:
+        """Within the context the weights are those that are saved and rendered; afterwards they are bit-identical to
+        before.
+
+        The two differ where an average is kept: `average`, or one inside a schedule-free optimizer."""
+        optimizer_averages = hasattr(self.optimizer, "eval")
+        if not optimizer_averages and self.average is None:
+            yield
+            return
+        current = self.params.master.detach().clone()
+        if optimizer_averages:
+            self.optimizer.eval()
+        self.params.load_(self.params.master if self.average is None else self.average)
+        try:
+            yield
+        finally:
+            if optimizer_averages:
+                self.optimizer.train()
+            self.params.load_(current)  # the optimizer's own way back is a sum, which rounds
+
+    def optimizer_state(self) -> dict[str, dict]:
+        """The state of optimizer, schedule and scaler by name, as a checkpoint keeps it."""
+        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state(self, weights: Mapping[str, Tensor], state: Mapping[str, dict | Tensor | None], step: int) -> None:
+        """Restore what `weights`, `optimizer_state` and `average` were after `step` updates."""
+        self.params.load_(torch.cat([weights[name].reshape(-1) for name in self.parameter_names]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.copy_(state["average"])
+        self.step = step
+
+
+def ema_decay(max_decay: float, updates: int) -> float:
+    """The share of the moving average that the update after `updates` others keeps:
+    min(max_decay, (1 + updates) / (10 + updates)).
+
+    The beginning is soon forgotten. Source: TensorFlow's ExponentialMovingAverage with num_updates."""
+    return min(max_decay, (1 + updates) / (10 + updates))
+
+
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, settings: Schedule, steps: int, freeze_after: Sequence[int | None] = ()
+) -> LRScheduler:
+    """The learning-rate schedule of `optimizer` over `steps`, by its name in diffusers.
+
+    `freeze_after` has, for each parameter group, the step from which its learning rate is 0, or None."""
+    schedule = get_scheduler(
+        settings.name,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps(steps),
+        num_training_steps=steps,
+        num_cycles=settings.cycles,
+        power=settings.power,
+    )
+    for i, last_step in enumerate(freeze_after):
+        if last_step is not None:
+            schedule.lr_lambdas[i] = _zero_from(schedule.lr_lambdas[i], last_step)
+    return schedule
+
+
+def _zero_from(factor: Callable[[int], float], last_step: int) -> Callable[[int], float]:
+    return lambda step: factor(step) if step < last_step else 0.0

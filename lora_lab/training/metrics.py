@@ -1,0 +1,113 @@
+"""The numbers of a run: metrics.jsonl, the tracker, and the check that they are finite."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from torch import Tensor
+
+from lora_lab.board.curves import loss_plot, read_metrics
+from lora_lab.errors import RunError
+from lora_lab.track.base import Track
+from lora_lab.training.async_metrics import AsyncMetrics
+from lora_lab.training.lora_training import LoRATraining, Update
+from lora_lab.training.resolve import METRICS, VALIDATION
+
+
+@dataclass
+class StepMetrics:
+    """Writes the numbers of every step of one run, and stops it where they are not finite."""
+
+    training: LoRATraining
+    tracker: Track
+    file: "MetricsFile"
+    image_names: Callable[[str, int], list[str]]  # of a loss and a step: the images of the step
+    latest: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images = self.training.batch_size * self.training.settings.gradient_accumulation
+        self._pending = AsyncMetrics(images, self.training.params.master.device, self._report)
+
+    def start_step(self) -> None:
+        """A step starts: what was done since the last one is not part of its time."""
+        self._pending.start_step()
+
+    def push(self, step: int, losses: Mapping[str, Tensor], update: Update) -> None:
+        """Hand over the numbers of `step`, which the device may not have computed yet."""
+        self._pending.push(step, losses, update.grad_norm, update.lr)
+
+    def flush(self) -> None:
+        """Wait for all numbers. Raises RunError for one that is not finite."""
+        self._pending.flush()
+
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        self._refuse_not_finite(step, metrics)
+        self.file.write(step, metrics)
+        self.tracker.numbers(step, {f"train/{name}": value for name, value in metrics.items()})
+        self.latest = metrics
+
+    def _refuse_not_finite(self, step: int, metrics: dict[str, float]) -> None:
+        names = {"loss": "loss", "prior_loss": "prior loss"}
+        if not self.training.scaler.is_enabled():  # it expects gradients that overflow: it skips the update
+            names["grad_norm"] = "gradient norm"
+        for key, name in names.items():
+            if not math.isfinite(metrics.get(key, 0.0)):
+                images = ", ".join(self.image_names(key, step - 1))
+                raise RunError(
+                    f"the {name} of step {step} is {metrics[key]}, at {images}: lower lr, or look at these images; "
+                    "the last checkpoint is from before this step"
+                )
+
+
+@dataclass
+class MetricsFile:
+    """A file of one JSON line per step, open for appending."""
+
+    path: Path
+    steps: set[int]  # that have a line
+    stream: TextIO
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the line of `step`."""
+        self.stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.steps.add(step)
+
+
+def open_metrics_file(path: Path, last_step: int) -> MetricsFile:
+    """Open `path` for appending, without its lines after `last_step`: those after a checkpoint are written again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    whole = [line for line in lines if line.endswith("}")]  # a crash may leave half a line
+    kept = {step: line for line in whole if (step := json.loads(line)["step"]) <= last_step}
+    path.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
+    return MetricsFile(path, set(kept), path.open("a", encoding="utf-8", buffering=1))
+
+
+@contextmanager
+def metrics_files(folder: Path, last_step: int, validation: bool) -> Iterator[tuple[MetricsFile, MetricsFile | None]]:
+    """Within the context metrics.jsonl and, with `validation`, validation.jsonl of a run after `last_step` steps.
+
+    At its end they are plotted as loss.png."""
+    metrics = open_metrics_file(folder / METRICS, last_step)
+    measurements = open_metrics_file(folder / VALIDATION, last_step or -1) if validation else None
+    try:
+        yield metrics, measurements
+    finally:
+        for file in filter(None, (metrics, measurements)):
+            file.stream.close()
+        measured = read_metrics(folder / VALIDATION) if validation else []
+        loss_plot(read_metrics(folder / METRICS), measured, folder / "loss.png")
+
+
+def mean_loss(folder: Path, steps: int = 50) -> float:
+    """The mean loss of the last `steps` lines of metrics.jsonl."""
+    return statistics.mean(line["loss"] for line in read_metrics(folder / METRICS)[-steps:])
+
+
+def last_validation_loss(folder: Path) -> float:
+    """The newest measurement in validation.jsonl."""
+    return read_metrics(folder / VALIDATION)[-1]["loss"]

@@ -1,0 +1,331 @@
+"""From the configuration to a resolved training: every input read and checked before the base model is loaded.
+
+This is the last place that sees the whole configuration."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from peft import PeftConfig
+from PIL import Image
+
+from lora_lab import track
+from lora_lab.adapters import inject
+from lora_lab.adapters.attach import find_lora
+from lora_lab.adapters.tokens import embeddings_path, read_tokens
+from lora_lab.base import quantize
+from lora_lab.base.load import pick_device, pick_dtype
+from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.base.prediction import validate_prediction
+from lora_lab.errors import InputError
+from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
+from lora_lab.images.buckets import Fitted
+from lora_lab.images.dataset import Sample, read_dataset, read_folders
+from lora_lab.images.masks import find_masks
+from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used, write_manifest
+from lora_lab.settings.schema import (
+    Config,
+    Dataset,
+    Loss,
+    Memory,
+    Model,
+    Prior,
+    Sampler,
+    Schedule,
+    Text,
+    Tracker,
+    Train,
+)
+from lora_lab.settings.targets import instantiate_target
+from lora_lab.training import class_pictures, text_encoders
+from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
+from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
+from lora_lab.training.memory import TrainingSize
+
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of every step, and of every measurement of validation loss
+MakeOptimizer = Callable[[list], torch.optim.Optimizer]  # from parameters or groups of them
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """The captions, and the images' and the base's files, as they were read."""
+
+    samples: list[Sample]
+    texts: list[list[list[str]]]  # of each sample and each of its captions: the orders of its tags
+    held_out: list[Sample]  # of stage.validation_root; [] without one
+    class_samples: list[Sample]  # of the prior; [] without class images
+    hashes: dict[str, str]  # SHA-256 by what was hashed: base, dataset, captions, ...
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images themselves, fitted into their buckets."""
+
+    fitted: list[Fitted]  # of the samples, in their order, cut at the centre
+    crops: list[list[Fitted]]  # what each sample is trained on
+    held_out: list[Fitted]  # of the held-out samples
+    references: list[Image.Image]  # that scores compare with instead of the training images; [] without held-out images
+    class_images: list[Fitted]  # of the class samples that are on disk; prior=generated renders the others
+
+
+@dataclass(frozen=True)
+class ResolvedTraining:
+    """One training, all of whose inputs exist and fit together."""
+
+    config: Config
+    folder: Path
+    trigger: str
+    name: str  # of the LoRA file
+    lr: float  # the optimizer's own where its option sets one
+    rank: int
+    steps: int
+    batch_size: int
+    seed: int
+    install: bool  # whether the finished LoRA is copied to models/lora
+    cache: Path | None
+    compile: str
+    settings: Train
+    model: Model
+    dataset: Dataset
+    text: Text
+    loss: Loss
+    prior: Prior
+    schedule: Schedule
+    sampler: Sampler
+    memory: Memory
+    tracker: Tracker
+    files: TrainingFiles
+    images: TrainingImages
+    adapter: PeftConfig
+    make_optimizer: MakeOptimizer
+    elementwise: bool  # whether the optimizer may get all trainable parameters as one tensor
+    start_lora: Path | None  # whose weights the adapter starts from
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base
+    size: TrainingSize
+    start_time: float  # time.perf_counter() when it began to be resolved
+    resumed: bool  # whether the run folder has an earlier part of this run
+    resume_from: Path | None  # a checkpoint
+    fingerprint: dict[str, object]  # settings and file hashes that a resumed run must share
+    hashes: dict[str, str]
+    snapshot_key: str | None  # trainings of one key differ in `steps` alone, so one can be the other's snapshot
+    record: dict[str, Any]  # the whole configuration as plain data, for trackers
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether what happens `every` so many steps (0: never) happens after `step`; the end has its own turn."""
+        return every > 0 and step % every == 0 and step < self.steps
+
+
+def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining | None = None) -> ResolvedTraining:
+    """Read and check everything that can be wrong: dataset, base, libraries, checkpoint. Raises InputError.
+
+    `reuse_from` is a training of the same base and the same images, which are not read again then."""
+    start_time = time.perf_counter()
+    base = locate_model("model.base", config.model.base)
+    validate_prediction(config.model.base, config.loss)
+    device = pick_device(config.device)
+    # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
+    adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
+    settings = config.stage
+    start_lora = find_lora(settings.start_from, "stage.start_from") if settings.start_from else None
+    inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
+    make_optimizer = resolve_optimizer(config.optimizer, device)
+    text_encoders.validate_text(config, adapter, make_optimizer([_probe()]), start_lora)
+    if settings.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
+        raise InputError("stage.ema_decay: the optimizer saves an average of its own, use stage.ema_decay=0")
+    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
+    dtype = pick_dtype(config.model.precision, device)
+    files = reuse_from.files if reuse_from else _read_files(config, folder, base, dtype)
+    hashes = files.hashes
+    if start_lora:
+        embeddings = [embeddings_path(start_lora)] if read_tokens(start_lora) else []
+        hashes = hashes | {"start": hash_files(start_lora, *embeddings)}
+    # The validation loss is measured and decides nothing.
+    fingerprint = _recipe(config) | {name: value for name, value in hashes.items() if name != "validation"}
+    resume_from = _newest_checkpoint(config.resume, folder, config.steps)
+    if resume_from:
+        validate_fingerprint(resume_from, fingerprint)
+    return ResolvedTraining(
+        config=config,
+        folder=folder,
+        trigger=config.trigger,
+        name=config.name,
+        lr=config.rate,
+        rank=config.rank,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        install=config.publish is not False,
+        cache=None if config.cache is None else Path(config.cache),
+        compile=config.compile,
+        settings=settings,
+        model=config.model,
+        dataset=config.dataset,
+        text=config.text,
+        loss=config.loss,
+        prior=config.prior,
+        schedule=config.schedule,
+        sampler=config.sampler,
+        memory=config.memory,
+        tracker=config.tracker,
+        files=files,
+        images=reuse_from.images if reuse_from else _open_images(config, files),
+        adapter=adapter,
+        make_optimizer=make_optimizer,
+        elementwise=config.optimizer["elementwise"],
+        start_lora=start_lora,
+        device=device,
+        dtype=dtype,
+        size=training_size(config),
+        start_time=start_time,
+        resumed=bool(config.resume),
+        resume_from=resume_from,
+        fingerprint=fingerprint,
+        hashes=hashes,
+        snapshot_key=snapshot_key(config),
+        record=asdict(config),
+    )
+
+
+def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | None = None) -> ResolvedTraining:
+    """`resolve_training` for a run that starts or resumes in `folder`, where manifest.json records with what.
+
+    Raises InputError for a folder that has another run."""
+    if not config.resume:
+        refuse_used(folder, METRICS)
+    training = resolve_training(config, folder, reuse_from)
+    write_manifest(folder, training.device, training.hashes)
+    return training
+
+
+def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOptimizer:
+    """The optimizer's constructor with its arguments, those that depend on the device decided. Raises InputError."""
+    arguments = {key: value for key, value in settings.items() if key != "elementwise"}
+    if arguments.get("fused", False) is None:
+        arguments["fused"] = device.type == "cuda"
+    return instantiate_target("optimizer", arguments, [_probe()])
+
+
+def training_size(config: Config) -> TrainingSize:
+    """What decides the memory of the training that `config` describes."""
+    return TrainingSize(
+        memory=config.memory,
+        rank=config.rank,
+        batch_size=config.batch_size,
+        resolution=config.model.resolution,
+        trains_text=config.text.learns,
+        keeps_average=bool(config.stage.ema_decay),
+        optimizer_state_bytes=2 if "8bit" in config.optimizer["_target_"] else 8,
+    )
+
+
+def snapshot_key(config: Config) -> str | None:
+    """Equal for trainings that start from one step and differ in `steps` alone; None where the schedule depends on
+    `steps`."""
+    schedule = config.schedule
+    if schedule.name not in ("constant", "constant_with_warmup") or 0 < schedule.warmup < 1:
+        return None
+    start = [path.name for path in checkpoints(Path(config.resume))[-1:]] if config.resume else []
+    return repr(asdict(config) | {"steps": 0, "name": "", "publish": None, "tracker": None, "resume": start})
+
+
+def group_snapshots(keys: Sequence[str | None], steps: Sequence[int]) -> list[list[int]]:
+    """The indices of trainings by `snapshot_key`: of each group the longest training first, then its snapshots."""
+    groups: dict[object, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(i if key is None else key, []).append(i)
+    return [sorted(indices, key=lambda i: -steps[i]) for indices in groups.values()]
+
+
+def _probe() -> torch.nn.Parameter:
+    """A parameter of one number, on which an optimizer is tried."""
+    return torch.nn.Parameter(torch.zeros(1))
+
+
+def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:
+    dataset, masks = config.dataset, find_masks(config.loss.mask)
+    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
+    texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
+    check_trigger(texts, config.trigger)
+    hashes = {
+        "base": hash_model(base),
+        "dataset": hash_files(*(s.path for s in samples)),
+        "captions": hash_text("\n".join("\t".join([s.name, *s.captions]) for s in samples)),
+    }
+    if config.loss.masks == "folder":
+        hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
+    class_samples = class_pictures.class_samples(config, folder, hashes["base"], dtype, samples)
+    if class_samples:
+        hashes["prior"] = class_pictures.hash_of(class_samples, config)
+    held_out = []
+    if config.stage.validation_root:
+        held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
+        hashes["validation"] = hash_files(*(s.path for s in held_out))
+    validate_embedders(config)
+    track.refuse_missing(config.tracker.kind)
+    if config.cache is not None:
+        refuse_unwritable(Path(config.cache), "name another with cache=, or use cache=null")
+    return TrainingFiles(samples, texts, held_out, class_samples, hashes)
+
+
+def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
+    dataset, masks = config.dataset, find_masks(config.loss.mask)
+    resolution, bucket_step = config.model.resolution, config.model.bucket_step
+    fitted = fit_pictures(files.samples, resolution, bucket_step, masks)
+    held_out = fit_pictures(files.held_out, resolution, bucket_step, None)
+    on_disk = [sample for sample in files.class_samples if sample.path.is_file()]
+    return TrainingImages(
+        fitted=fitted,
+        crops=crop_pictures(files.samples, fitted, masks, dataset.crops if dataset.random_crop else 1),
+        held_out=held_out,
+        references=held_out_pictures(config) or [image.picture for image in held_out],
+        class_images=fit_pictures(on_disk, resolution, bucket_step, None),
+    )
+
+
+def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | None:
+    if not resume:
+        return None
+    complete = checkpoints(folder)
+    if not complete:
+        raise InputError(f"resume={resume}: {folder} has no checkpoint to resume from")
+    if int(complete[-1].name.removeprefix("step-")) > steps:
+        raise InputError(f"resume={resume}: {complete[-1].name} is beyond steps={steps}, set more steps")
+    return complete[-1]
+
+
+def _recipe(config: Config) -> dict:
+    stage, model = config.stage, config.model
+    return {
+        "start": None,  # the hash of the file that training began with takes its place
+        "adapter": config.adapter,
+        "optimizer": config.optimizer,
+        "schedule": vars(config.schedule),
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        **{f"dataset.{key}": value for key, value in vars(config.dataset).items() if key != "root"},
+        "dataset.repeats": [folder.repeats for folder in config.dataset.folders],
+        "model.resolution": model.resolution,
+        "model.precision": model.precision,
+        **{f"text.{key}": value for key, value in vars(config.text).items()},
+        **{f"loss.{key}": value for key, value in vars(config.loss).items()},
+        "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
+        **{f"prior.{key}": value for key, value in vars(config.prior).items() if key != "root"},
+        "prior.kind": None
+        if config.prior.kind == "none"
+        else config.prior.kind,  # as in runs from before there was one
+        **{
+            f"stage.{key}": getattr(stage, key)
+            for key in (
+                "gradient_accumulation",
+                "max_grad_norm",
+                "caption_dropout",
+                "ema_decay",
+                "lora_plus_ratio",
+            )
+        },
+    }

@@ -1,0 +1,192 @@
+"""Training: set up, train, finish. `stage=train` and the packed launcher both call this."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from lora_lab.console import bar, say
+from lora_lab.errors import InputError, RunError
+from lora_lab.launch.stopping import stop_on_signal
+from lora_lab.training.base_context import BaseContext, prepare_base
+from lora_lab.training.build import start_training
+from lora_lab.training.describe import describe
+from lora_lab.training.engine import Losses, StepEngine, build_single_step
+from lora_lab.training.lora_training import LoRATraining, Update
+from lora_lab.training.memory import gc_paused, out_of_memory_error
+from lora_lab.training.resolve import ResolvedTraining
+from lora_lab.training.run import TrainingRun, TrainResult, open_run
+
+MakeEngine = Callable[[Sequence[LoRATraining]], StepEngine]
+RunEnded = Callable[[TrainingRun], None]  # with a result or an error
+
+
+def train(resolved: ResolvedTraining) -> TrainResult:
+    """Do one training. Raises KeyboardInterrupt where Ctrl-C stopped it after a checkpoint, RunError if it fails."""
+    say(describe(resolved))
+    try:
+        context = prepare_base(resolved)
+        training = start_training(resolved, context, context.encoder.pipe.unet)
+        with open_run(resolved, training, context) as run:
+            train_runs([run], context, partial(_single_step, resolved))
+            if run.unfinished:
+                raise KeyboardInterrupt(
+                    f"stopped after step {run.step}; resume with: python -m lora_lab resume={resolved.folder}"
+                )
+            return run.result
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory_error(resolved.memory, resolved.batch_size, resolved.folder) from error
+
+
+def train_runs(
+    runs: Sequence[TrainingRun], context: BaseContext, make_engine: MakeEngine, on_end: RunEnded | None = None
+) -> None:
+    """Train `runs` on one base to their ends. Those that Ctrl-C stops leave a checkpoint, as all do if memory runs out.
+
+    With `on_end` a run that fails leaves the others to go on; it is called for each run that ends, by its result or
+    its error."""
+    group = RunGroup(runs, context, make_engine, on_end)
+    for run in runs:
+        run.start()
+    with group.checkpoints_on_out_of_memory():
+        train_steps(group)
+        for run in runs:
+            if run.unfinished:
+                run.save_checkpoint()
+            else:
+                group.finish(run)
+
+
+def train_steps(group: "RunGroup") -> None:
+    """Do the steps that the runs of `group` have left, or fewer where Ctrl-C asks for the end."""
+    with stop_on_signal() as stop_requested, group.progress_bar() as progress:
+        for step in group.steps():
+            trainings = group.start_step(step)
+            batches = [group.context.batches(training, step) for training in trainings]
+            losses = group.engine.forward_backward(batches)
+            updates = [training.clip_and_update() for training in trainings]
+            group.engine.sync_weights()
+            group.end_step(losses, updates)
+            progress.set_postfix(group.latest_metrics(), refresh=False)
+            progress.update(group.first_step - progress.n)
+            if stop_requested():
+                break
+        group.flush_metrics()
+
+
+@dataclass
+class RunGroup:
+    """Runs that share every step: which of them have a step to do, which engine does it, and what ends one of them."""
+
+    runs: Sequence[TrainingRun]
+    context: BaseContext
+    make_engine: MakeEngine
+    on_end: RunEnded | None
+    engine: StepEngine | None = None
+    engine_trainings: Sequence[LoRATraining] = ()
+    active: Sequence[TrainingRun] = ()  # that do the current step
+
+    @property
+    def first_step(self) -> int:
+        """The steps that the run furthest behind has done; those of the longest run where all are finished."""
+        return min((run.step for run in self.runs if run.unfinished), default=self.last_step)
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the longest run."""
+        return max(run.resolved.steps for run in self.runs)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that some run has to do, each as the number of steps before it."""
+        while any(run.unfinished for run in self.runs):
+            yield self.first_step
+
+    def progress_bar(self) -> tqdm:
+        """The bar of the longest run's steps."""
+        return bar(total=self.last_step, initial=self.first_step, desc="train", unit="step")
+
+    def start_step(self, step: int) -> list[LoRATraining]:
+        """The trainings that do the step after `step`, with an engine for them."""
+        self.active = [run for run in self.runs if run.unfinished and run.step == step]
+        trainings = list({id(run.training): run.training for run in self.active}.values())
+        if list(map(id, trainings)) != list(map(id, self.engine_trainings)):
+            if self.engine is not None:
+                self.engine = None
+                gc.collect()  # free the memory of one engine before the next needs it
+            with gc_paused():
+                self.engine, self.engine_trainings = self.make_engine(trainings), trainings
+        for run in self.active:
+            run.metrics.start_step()
+        return trainings
+
+    def end_step(self, losses: Sequence[Losses], updates: Sequence[Update]) -> None:
+        """Hand the results of the engine's trainings to their runs; then let the runs' observers work."""
+        results = {id(t): result for t, *result in zip(self.engine_trainings, losses, updates, strict=True)}
+        for run in self.active:
+            run.step += 1
+        for run in self.active:  # the numbers of all, before rendering the images of one may run out of memory
+            with self.isolated(run):
+                run.end_step(*results[id(run.training)])
+        for run in self.active:
+            with self.isolated(run):
+                if run.unfinished:
+                    run.observe_step()
+                elif run.step < self.last_step:  # it ends while longer runs go on
+                    self.finish(run)
+
+    def finish(self, run: TrainingRun) -> None:
+        """Finish a run that has done all its steps, unless it has ended already."""
+        if run.error is None and run.result is None:
+            with self.isolated(run):
+                run.finish()
+                if self.on_end is not None:
+                    self.on_end(run)
+
+    def flush_metrics(self) -> None:
+        """Wait for the numbers of all steps."""
+        for run in self.runs:
+            if run.error is None and run.result is None:
+                with self.isolated(run):
+                    run.metrics.flush()
+
+    def latest_metrics(self) -> dict[str, str]:
+        """What the progress bar shows: the mean loss and the first run's learning rate."""
+        latest = [run.metrics.latest for run in self.runs if run.metrics.latest and run.error is None]
+        if not latest:
+            return {}
+        loss = sum(metrics["loss"] for metrics in latest) / len(latest)
+        return {"loss": f"{loss:.4f}", "lr": f"{latest[0]['lr']:.1e}"}
+
+    @contextmanager
+    def isolated(self, run: TrainingRun) -> Iterator[None]:
+        """Within the context an error ends this run alone, if the group has an `on_end`."""
+        try:
+            yield
+        except (RunError, InputError, OSError) as error:
+            if self.on_end is None:
+                raise
+            with suppress(type(error)):
+                run.fail(error)
+            self.on_end(run)
+
+    @contextmanager
+    def checkpoints_on_out_of_memory(self) -> Iterator[None]:
+        """Within the context running out of GPU memory, say at the first image of another size, leaves checkpoints."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            for run in self.runs:
+                if run.has_unsaved_steps:
+                    with self.isolated(run):
+                        run.save_checkpoint()
+            raise
+
+
+def _single_step(resolved: ResolvedTraining, trainings: Sequence[LoRATraining]) -> StepEngine:
+    (training,) = trainings
+    base_is_prior = resolved.prior.kind == "prediction"
+    return build_single_step(training, resolved.memory, resolved.compile, resolved.cache, base_is_prior)
