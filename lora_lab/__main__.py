@@ -18,6 +18,8 @@ from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config, packed_launcher, stopping
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.grid import searches
+from lora_lab.launch.help import help_text
+from lora_lab.launch.inputs import check_inputs
 from lora_lab.launch.job import at_home, exit_codes, job, prepare_process, report, sentence, settled, told
 from lora_lab.launch.resume import quoted, resumed
 from lora_lab.runs import as_typed
@@ -45,7 +47,7 @@ def _exit_code(argv: list[str]) -> int:
             return 0
         given = command_line.arguments(argv)
         if given.help:
-            print(command_line.help_text(), end="")
+            print(help_text(), end="")
             return 0
         overrides, sweep = resumed(given.overrides, given.multirun)
         multirun = given.multirun or sweep is not None
@@ -54,7 +56,7 @@ def _exit_code(argv: list[str]) -> int:
             runs = command_line.check(overrides, multirun)
             if not (given.cfg or given.info):
                 for run in runs:
-                    command_line.refuse_missing(run)
+                    check_inputs(run)
         flags = [a for a in argv if a.startswith("-") or a in (given.cfg, given.package, given.info)]
         if given.cfg == "job" and not given.resolve:
             flags.append("--resolve")  # values, not where they come from

@@ -193,10 +193,13 @@ def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stag
     ("overrides", "words"),
     [
         (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be created", "epsilon"]),
-        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be created", "relative_step=True"]),
-        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "say true"]),
+        (
+            ["optimizer=adafactor", "optimizer.relative_step=true"],
+            ["Adafactor cannot be created", "relative_step=True"],
+        ),
+        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "set true"]),
         (["optimizer=schedule_free", "stage.ema_decay=0.9"], ["stage.ema_decay", "average of its own"]),
-        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "say true"]),
+        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "set true"]),
         (["model.base=nowhere.safetensors"], ["model.base=nowhere.safetensors"]),
         (["model.base=demo:tiny-sdlx"], ["model.base=demo:tiny-sdlx", "tiny-sdxl"]),
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),

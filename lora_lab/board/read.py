@@ -15,10 +15,9 @@ from lora_lab.board.curves import read_metrics
 from lora_lab.errors import InputError
 from lora_lab.images.scan import natural_key, pictures
 from lora_lab.launch import command_line, config
+from lora_lab.settings.decides import shown_on_page
 
 STAGES = ("train", "pipeline")  # whose runs can be compared
-# What tells runs apart without being a setting that one would choose.
-NOT_SETTINGS = re.compile(r"name|resume|lora|device|cache|stage|tracker(\..*)?|hydra.*")
 DRAWN = re.compile(r"p(\d+)-s(\d+)\.png")
 
 
@@ -166,7 +165,7 @@ def _swept(runs: list[Run]) -> dict[str, list[Any]]:
     swept = {}
     for key in named:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
-        if len(values) > 1 and not NOT_SETTINGS.fullmatch(key):
+        if len(values) > 1 and shown_on_page(key):
             swept[key] = sorted(values) if all(_finite(v) for v in values) else values
     return swept
 

@@ -22,61 +22,12 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from lora_lab import track
-from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.captions.captioner import check_captioner
-from lora_lab.captions.refiner import check_refiner
 from lora_lab.errors import InputError
 from lora_lab.launch import config, grid
 from lora_lab.launch.keys import keys_of, nearest, unknown_key
 from lora_lab.settings import schema
 
-HELP = """\
-lora_lab teaches SDXL one character from 10 to 50 pictures, then turns photos into that character.
-
-  python -m lora_lab                                                         everything, on the bundled demo
-  python -m lora_lab stage=check dataset=folder dataset.root=data/TOFU       what training would refuse, and why
-  python -m lora_lab stage=train experiment=sdxl dataset.root=data/TOFU lr=1e-4
-  python -m lora_lab stage=img2img model=sdxl lora=HANA_TOFU stage.photo=me.jpg
-  python -m lora_lab -m stage=train rank=4,16 lr=1e-3,3e-4                   a sweep: one run for each combination
-
-Groups (GROUP=OPTION; the options are files in conf/GROUP, the default is marked *)
-{groups}
-
-Knobs (KEY=VALUE, with the defaults of the demo)
-{knobs}
-
-Flags
-  --cfg job             show the whole configuration: every other key, and what it is set to
-  -m                    sweep over values with commas between them
-"""
-KNOBS = ("trigger", "name", "lr", "rank", "steps", "batch_size", "seed", "lora", "resume", "device")
-STAGE_KNOBS = {"train": ("validate_every", "checkpoint_every"), "img2img": ("photo", "prompt", "strength", "seeds")}
 KINDS = {"integer": "a whole number", "float": "a number", "boolean": "true or false", "bool": "true or false"}
-
-
-def help_text() -> str:
-    main = (config.CONF / "config.yaml").read_text(encoding="utf-8")
-    recipes = {f.stem for home in (config.HOME, Path.cwd()) for f in (home / "experiments").glob("*.yaml")}
-    options = {g.name: [f.stem for f in g.glob("*.yaml")] for g in sorted(config.CONF.iterdir()) if g.is_dir()}
-    groups = []
-    for group, names in (options | {"experiment": recipes}).items():
-        default = re.search(rf"^  - {group}: (\S+)", main, re.M)[1].strip('"')
-        marked = (f"{name}*" if name == default else name for name in sorted(names))
-        groups.append(f"  {group:<12} {'  '.join(marked)}")
-    tiny = (config.CONF / "model" / "tiny.yaml").read_text(encoding="utf-8")
-    knobs = [_knob(main + tiny, key) for key in KNOBS]
-    for stage, keys in STAGE_KNOBS.items():
-        text = (config.CONF / "stage" / f"{stage}.yaml").read_text(encoding="utf-8")
-        text = re.sub(r"\$\{model\.(\w+)\}", lambda found: re.search(rf"^  {found[1]}: (\S+)", tiny, re.M)[1], text)
-        knobs += [_knob(text, key, "stage.", f"({stage}) ") for key in keys]
-    return HELP.format(groups="\n".join(groups), knobs="\n".join(knobs))
-
-
-def _knob(text: str, key: str, group: str = "", note: str = "") -> str:
-    """A line of the help from a line of YAML: its key, value and comment."""
-    value, meaning = re.search(rf"^{key}: (\S+) *# (.*)$", text, re.M).groups()
-    return f"  {group + key + '=' + value.replace('???', '...'):<27} {note}{meaning}"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -135,7 +86,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, OSError):
         return f"{cause.filename}: {cause.strerror}; choose another run folder with hydra.run.dir="
     if isinstance(cause, MissingMandatoryValue):
-        return f"{_key(cause)} is missing: say {_key(cause)}=..."
+        return f"{_key(cause)} is missing: set {_key(cause)}=..."
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and not isinstance(cause, InterpolationKeyError):
         known = hydra_keys(overrides) if _key(cause).startswith("hydra.") else known_keys(overrides)
         return prefix + unknown_key(_key(cause), known, schema.KEYS_OF_STAGES)
@@ -182,8 +133,8 @@ def hydra_keys(overrides: Sequence[str]) -> list[str]:
 
 def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
     group, _, option = error.missing_cfg_file.rpartition("/")
-    if group == "experiment" and option in config.unreadable_recipes:
-        return config.unreadable_recipes[option]
+    if group == "experiment" and (reason := config.unreadable_recipe(option)):
+        return reason
     if group.startswith("hydra/") and option in grid.INSTALL:
         return f"{group}={option} is not installed: {grid.INSTALL[option]}"
     choices = sorted(error.options or ())
@@ -213,11 +164,11 @@ def check(overrides: list[str], multirun: bool) -> list[schema.Config]:
             _refuse_additions(override, overrides)
             _refuse_no_option(override)
         if not multirun:
-            return [config.typed(config.composed(overrides))]
+            return [config.resolve(overrides)]
         grid.refuse_swept_hydra(parsed)
         hydra = hydra_part(overrides)
         grid.refuse_none_at_once(hydra)
-        runs = [config.typed(config.composed(p)) for p in grid.points(grid.with_params(parsed, hydra))]
+        runs = [config.resolve(p) for p in grid.points(grid.with_params(parsed, hydra))]
         if grid.searches(hydra):
             grid.refuse_unscored(runs)
         return runs
@@ -228,54 +179,6 @@ def check(overrides: list[str], multirun: bool) -> list[schema.Config]:
 def hydra_part(overrides: list[str]) -> DictConfig:
     """Hydra's own part of a sweep's configuration: launcher, sweeper, folder."""
     return config.with_hydra(grid.points(grid.parse(overrides))[0]).hydra
-
-
-def refuse_missing(run: schema.Config) -> None:
-    """Raise InputError for a picture, folder, model or tracker that is not there. Stages do so too, but import torch
-    first."""
-    stage = run.stage
-    draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
-    if not isinstance(stage, (schema.Img2img, schema.Convert, schema.Compare)):
-        several = isinstance(stage, (schema.Check, schema.Train, schema.Evaluate))
-        for root in [f.root for f in run.dataset.folders] if several else [run.dataset.folder]:
-            locate_folder("dataset.root", root)
-    if isinstance(stage, schema.Compare):
-        for folder in stage.folders:
-            locate_folder("stage.folder", folder)
-    if draws:
-        photo = stage.photo if isinstance(stage, schema.Img2img) else stage.img2img.photo
-        for item in photo if isinstance(photo, list) else [photo]:
-            locate_folder("stage.photo", str(item))
-    if draws or isinstance(stage, (schema.Train, schema.Evaluate)):
-        locate_model("model.base", run.model.base)
-    if isinstance(stage, (schema.Train, schema.Pipeline, schema.Evaluate)):
-        _refuse_missing_judges(run)
-    trains = stage.train if isinstance(stage, schema.Pipeline) else stage
-    if isinstance(trains, schema.Train):
-        track.refuse_missing(run.tracker.kind)
-    if isinstance(trains, schema.Train) and trains.validation_root:
-        locate_folder("stage.validation_root", trains.validation_root)
-    if isinstance(stage, (schema.Check, schema.Train, schema.Pipeline)) and run.loss.masks == "folder":
-        locate_folder("loss.mask", run.loss.mask)
-    if isinstance(trains, schema.Train) and run.prior.root is not None:
-        locate_folder("prior.root", run.prior.root)
-    if isinstance(stage, (schema.Caption, schema.Pipeline)):
-        check_captioner(run.captioner)
-    if isinstance(stage, (schema.Refine, schema.Img2img, schema.Pipeline)):
-        check_refiner(run.refiner)
-
-
-def _refuse_missing_judges(run: schema.Config) -> None:
-    if run.model.judge is None:
-        return
-    locate_model("model.judge", run.model.judge)
-    if run.model.dino is not None:
-        locate_model("model.dino", run.model.dino)
-    if run.score.held_out is not None:
-        locate_folder("score.held_out", run.score.held_out)
-    if run.score.attributes:
-        check_captioner(run.captioner)
-        check_refiner(run.refiner)
 
 
 def _refuse_additions(override: Override, overrides: list[str]) -> None:
