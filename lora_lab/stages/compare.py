@@ -9,6 +9,7 @@ from lora_lab.board.read import read_sweep
 from lora_lab.board.verdict import verdict
 from lora_lab.console import say
 from lora_lab.errors import InputError
+from lora_lab.launch.grid import write_missing_points
 from lora_lab.runs import refuse_unwritable
 from lora_lab.settings.schema import Config
 
@@ -33,6 +34,8 @@ def compare(config: Config, folder: Path) -> CompareResult:
     folders = [locate_folder("stage.folder", name) for name in config.stage.folders]
     sweep = len(folders) == 1 and (folders[0] / "multirun.yaml").is_file()
     to = folders[0] if sweep else folder
+    for recorded in folders:
+        write_missing_points(recorded)
     found = read_sweep(folders)
     if not found.runs:
         raise InputError(f"no training runs in {', '.join(map(str, folders))}: name a sweep's folder, or run folders")
