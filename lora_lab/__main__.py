@@ -12,7 +12,7 @@ from lora_lab.launch import command_line, config
 from lora_lab.launch.explain import explain
 from lora_lab.launch.help import help_text
 from lora_lab.launch.inputs import check_inputs
-from lora_lab.launch.resume import resumed
+from lora_lab.launch.resume import expand_resume
 from lora_lab.launch.run_job import prepare_process, report, run_once
 from lora_lab.launch.sweep import run_sweep
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         if arguments.help:
             print(help_text(), end="")
             return 0
-        overrides, sweep = resumed(arguments.overrides, arguments.multirun)
+        overrides, sweep = expand_resume(arguments.overrides, arguments.multirun)
         arguments.overrides = overrides
         if arguments.hydra_help or arguments.shell_completion:
             command_line.show(arguments)

@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return metrics
 
 
-def smoothed(values: Sequence[float], halflife: float) -> list[float]:
+def running_mean(values: Sequence[float], halflife: float) -> list[float]:
     """Exponential running mean, m[t] = sum_i w^(t-i) x[i] / sum_i w^(t-i) with w = 2^(-1/halflife).
 
     `halflife` is the number of values after which a weight has halved. The division is Adam's correction of the bias
@@ -56,7 +56,7 @@ def loss_plot(metrics: list[dict[str, Any]], validation: list[dict[str, Any]], p
     axes.patch.set_visible(False)
     (raw,) = axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="loss")
     label = f"running mean, half-life {halflife} steps" if halflife > 1 else "running mean, half-life 1 step"
-    (mean,) = axes.plot(steps, smoothed(losses, halflife), color="#1f4e79", linewidth=2, label=label)
+    (mean,) = axes.plot(steps, running_mean(losses, halflife), color="#1f4e79", linewidth=2, label=label)
     (rate,) = rates.plot(steps, [line["lr"] for line in metrics], color="#b0703c", linewidth=0.8, label="learning rate")
     measured = []
     if validation:

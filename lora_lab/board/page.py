@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from lora_lab.board.curves import smoothed
+from lora_lab.board.curves import running_mean
 from lora_lab.board.read import Picture, Sweep, TrainedRun, final_loss, final_validation_loss
 from lora_lab.board.verdict import Verdict, axes, fault, label, words
 from lora_lab.errors import InputError
@@ -164,7 +164,7 @@ def page_data(sweep: Sweep, verdict: Verdict, training: list[str]) -> dict[str, 
 def run_data(run: TrainedRun, sweep: Sweep, prompts: list[str]) -> dict[str, Any]:
     """The part of `page_data` about one run."""
     steps = [step for step, _ in run.loss]
-    trend = smoothed([loss for _, loss in run.loss], max(1, len(steps) // 50))
+    trend = running_mean([loss for _, loss in run.loss], max(1, len(steps) // 50))
     stride = max(1, -(-len(steps) // CURVE_POINTS))
     return {
         "name": run.name,

@@ -114,11 +114,11 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
 
 def _missing_runs(folder: Path, runs: list[TrainedRun]) -> list[TrainedRun]:
     """The jobs in points.json of the sweep in `folder` that have no run yet."""
-    started = [{*run.overrides} for run in runs]
+    overrides_of_runs = [{*run.overrides} for run in runs]
     common = next((run.settings for run in runs if run.settings), {})  # for keys that no override sets
     missing = []
     for point in _read_points(folder):
-        if not any({*point["overrides"]} <= overrides for overrides in started):
+        if not any({*point["overrides"]} <= overrides for overrides in overrides_of_runs):
             folder_name, overrides = str(point["number"]), tuple(point["overrides"])
             settings = common | point["values"]
             missing.append(TrainedRun(f"({folder_name})", folder / folder_name, "missing", None, overrides, settings))
@@ -176,12 +176,12 @@ def _pictures(samples: Path, settings: dict[str, Any]) -> Iterable[Picture]:
 def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
     """The keys that overrides set and in which the runs differ, with their values in order."""
     keys = dict.fromkeys(o.partition("=")[0].lstrip("+") for run in runs for o in run.overrides)
-    swept = {}
+    values_by_key = {}
     for key in keys:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
         if len(values) > 1 and shown_on_page(key):
-            swept[key] = sorted(values) if all(_finite(v) for v in values) else values
-    return swept
+            values_by_key[key] = sorted(values) if all(_finite(v) for v in values) else values
+    return values_by_key
 
 
 def _training_images(runs: list[TrainedRun], count: int = 4) -> tuple[Path, ...]:

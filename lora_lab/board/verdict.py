@@ -61,19 +61,19 @@ def _reasons(
     if measure == "validation_loss":
         yield say("best_loss", run=label(best, sweep), value=f"{final_validation_loss(best):.4f}")
         return
-    score, before = best.scores[measure], best.scores_before.get(measure)
+    score, base_score = best.scores[measure], best.scores_before.get(measure)
     value, low, high = (f"{number:.2f}" for number in (score.value, score.low, score.high))
     interval = "best_score" if score.low < score.high else "best_score_alone"
     yield say(interval, run=label(best, sweep), value=value, low=low, high=high)
-    if before and before.value >= score.value:
-        yield say("no_better_than_base", value=f"{before.value:.2f}")
+    if base_score and base_score.value >= score.value:
+        yield say("no_better_than_base", value=f"{base_score.value:.2f}")
     if len(ties) == 1:
         yield say(
             "tie", run=label(sweep.runs[ties[0]], sweep), value=f"{sweep.runs[ties[0]].scores[measure].value:.2f}"
         )
     elif ties:
-        shown = " / ".join(label(sweep.runs[i], sweep) for i in ties[:3]) + (" …" if len(ties) > 3 else "")
-        yield say("ties", runs=shown, number=len(ties))
+        format_value = " / ".join(label(sweep.runs[i], sweep) for i in ties[:3]) + (" …" if len(ties) > 3 else "")
+        yield say("ties", runs=format_value, number=len(ties))
     elif len(ranking) > 1:
         yield say("clear")
 
@@ -82,21 +82,21 @@ def fault(run: TrainedRun, best: TrainedRun, measure: str | None) -> str | None:
     """Why a run has less than half of the best run's score; None if it has more, or was not measured.
 
     `broken`: its prompt contrast is less than half of the base model's. `little`: it learned too little."""
-    contrast, before = run.scores.get("contrast"), run.scores_before.get("contrast")
-    if measure not in run.scores or not contrast or not before:
+    contrast, base_contrast = run.scores.get("contrast"), run.scores_before.get("contrast")
+    if measure not in run.scores or not contrast or not base_contrast:
         return None
     if run.scores[measure].value >= best.scores[measure].value / 2:
         return None
-    return "broken" if contrast.value < before.value / 2 else "little"
+    return "broken" if contrast.value < base_contrast.value / 2 else "little"
 
 
 def label(run: TrainedRun, sweep: Sweep) -> str:
     """The values of the run for the swept keys: `lr 0.001, rank 16`; without such keys its name."""
-    values = [f"{key} {shown(run.settings.get(key))}" for key in sweep.swept]
+    values = [f"{key} {format_value(run.settings.get(key))}" for key in sweep.swept]
     return ", ".join(values) or run.name
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """`value` as text; a float as one types it, 1e-5 instead of 1e-05."""
     if not isinstance(value, float):
         return str(value)

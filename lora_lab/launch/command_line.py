@@ -130,10 +130,10 @@ def _refuse_additions(override: Override, overrides: list[str]) -> None:
     key, text = override.key_or_group, override.input_line
     if not (override.is_add() or override.is_force_add() or override.is_delete()) or key.startswith("hydra"):
         return
-    known = known_keys(overrides)
-    if key in known or key == "experiment":
+    keys = known_keys(overrides)
+    if key in keys or key == "experiment":
         raise InputError(f"{text}: {key} is part of every run, leave out the {text[: -len(text.lstrip('+~'))]}")
-    raise InputError(f"{text}: {unknown_key(key, known, schema.KEYS_OF_STAGES).partition(': ')[2]}")
+    raise InputError(f"{text}: {unknown_key(key, keys, schema.KEYS_OF_STAGES).partition(': ')[2]}")
 
 
 def _refuse_no_option(override: Override) -> None:

@@ -37,8 +37,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, MissingMandatoryValue):
         return f"{_key(cause)} is missing: set {_key(cause)}=..."
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and not isinstance(cause, InterpolationKeyError):
-        known = hydra_keys(overrides) if _key(cause).startswith("hydra.") else known_keys(overrides)
-        return prefix + unknown_key(_key(cause), known, schema.KEYS_OF_STAGES)
+        keys = hydra_keys(overrides) if _key(cause).startswith("hydra.") else known_keys(overrides)
+        return prefix + unknown_key(_key(cause), keys, schema.KEYS_OF_STAGES)
     if isinstance(cause, ValidationError):
         return prefix + _wrong_value(_key(cause), _first_line(cause))
     ambiguous = re.match("Ambiguous value for argument '(.*)'", str(cause))
@@ -51,10 +51,10 @@ def _chain(error: BaseException) -> list[BaseException]:
     """`error` and the errors that it was raised from, down to the first of OmegaConf or of the system."""
     chain = [error]
     while not isinstance(chain[-1], (OmegaConfBaseException, OSError)):
-        before = chain[-1].__cause__ or chain[-1].__context__
-        if before is None:
+        origin = chain[-1].__cause__ or chain[-1].__context__
+        if origin is None:
             break
-        chain.append(before)
+        chain.append(origin)
     return chain
 
 

@@ -50,7 +50,7 @@ def points(parsed: Sequence[Override]) -> list[list[str]]:
     """Points that together have every swept value: about as many as there are values, not their product.
 
     Of a range and of an interval only both ends are taken. Each point is its list of overrides."""
-    fixed, swept = [], []
+    fixed, sweeps = [], []
     for override in parsed:
         if not override.is_sweep_override():
             fixed.append(override.input_line)
@@ -63,9 +63,9 @@ def points(parsed: Sequence[Override]) -> list[list[str]]:
             values = [override.value().start, override.value().end]
         else:  # a glob, which is expanded by Hydra
             continue
-        swept.append([f"{override.key_or_group}={value}" for value in values])
-    first = [values[0] for values in swept]
-    others = [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(swept) for value in values[1:]]
+        sweeps.append([f"{override.key_or_group}={value}" for value in values])
+    first = [values[0] for values in sweeps]
+    others = [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(sweeps) for value in values[1:]]
     return [[*fixed, *point] for point in [first, *others]]
 
 
@@ -76,14 +76,14 @@ def with_params(parsed: Sequence[Override], hydra: DictConfig) -> list[Override]
     params = (hydra.sweeper.get("params") or {}).items()
     params = parse([f"{key}={values}" for key, values in params])
     replaced = {override.key_or_group for override in parsed}
-    swept = [*(override for override in params if override.key_or_group not in replaced), *parsed]
+    overrides = [*(override for override in params if override.key_or_group not in replaced), *parsed]
     optuna = searches(hydra)
-    for override in swept:
+    for override in overrides:
         if override.value_type == ValueType.INTERVAL_SWEEP and not optuna:
             raise InputError(f"{override.input_line}: an interval needs a sweeper that chooses, hydra/sweeper=optuna")
     if optuna and getattr(hydra.sweeper.direction, "name", hydra.sweeper.direction) != "maximize":
         raise InputError("hydra/sweeper=optuna: a higher score is better, set hydra.sweeper.direction=maximize")
-    return swept
+    return overrides
 
 
 def searches(hydra: DictConfig) -> bool:
@@ -126,9 +126,8 @@ def all_points(hydra: Mapping[str, Any], loader: ConfigLoader | None = None) -> 
     params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
     values = {}  # as in Hydra's BasicSweeper: of a key that is set twice the last value counts
     for override in OverridesParser.create(loader).parse_overrides([*params, *hydra["overrides"]["task"]]):
-        swept = override.is_sweep_override()
-        texts = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
-        values[override.get_key_element()] = list(texts)
+        is_swept, key = override.is_sweep_override(), override.get_key_element()
+        values[key] = list(override.sweep_string_iterator()) if is_swept else [override.get_value_element_as_str()]
     return [[f"{key}={v}" for key, v in zip(values, point, strict=True)] for point in product(*values.values())]
 
 

@@ -85,13 +85,14 @@ def launch(
     GPU). Raises KeyboardInterrupt if Ctrl-C stopped some."""
     quiet_libraries()
     setup_globals()
-    returned = {number: sweep.run(number, overrides, _prepare_job) for number, overrides in jobs}
-    points = [each.return_value for each in returned.values() if isinstance(each.return_value, Point)]
+    job_returns = {number: sweep.run(number, overrides, _prepare_job) for number, overrides in jobs}
+    points = [job.return_value for job in job_returns.values() if isinstance(job.return_value, Point)]
     if points:
         _train(sweep, points, max_jobs, worker_count)
     for point in points:
-        returned[point.number].return_value = sweeps.score_of(read_result(point.folder)) if point.is_done() else None
-    return list(returned.values())
+        score = sweeps.score_of(read_result(point.folder)) if point.is_done() else None
+        job_returns[point.number].return_value = score
+    return list(job_returns.values())
 
 
 def _train(sweep: SweepContext, points: Sequence[Point], max_jobs: int | None, worker_count: int | None) -> None:
@@ -229,7 +230,7 @@ def _train_together(points: Sequence[Point], sweep: Path) -> None:
     try:
         with ExitStack() as locks:
             for point in points:
-                locks.enter_context(sweeps.locked(point.folder))
+                locks.enter_context(sweeps.job_lock(point.folder))
                 if point.config.resume:
                     resume_in(point.config, point.folder)
                 sweeps.record_start(point.folder, point.number, point.overrides)

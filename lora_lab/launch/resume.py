@@ -14,7 +14,7 @@ from lora_lab.launch.grid import name_of
 from lora_lab.runs import SWEEP_RECORD
 
 
-def resumed(overrides: list[str], multirun: bool) -> tuple[list[str], Path | None]:
+def expand_resume(overrides: list[str], multirun: bool) -> tuple[list[str], Path | None]:
     """The command line that `resume=FOLDER` stands for, and the folder if it is that of a sweep.
 
     It has the overrides that started the run or the sweep, then the new ones. `latest` is the newest run or sweep below
@@ -33,11 +33,11 @@ def resumed(overrides: list[str], multirun: bool) -> tuple[list[str], Path | Non
     record = folder / ".hydra" / "overrides.yaml"
     if not name or not record.is_file():
         raise InputError(f"resume={name}: name a run folder, one with {Path(*record.parts[-2:])} in it")
-    kept = [o for o in _read_yaml(record) if name_of(o) not in values and name_of(o) != "resume"]
-    return [*kept, *new, f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}"], None
+    recorded = [o for o in _read_yaml(record) if name_of(o) not in values and name_of(o) != "resume"]
+    return [*recorded, *new, f"resume={quote_path(folder)}", f"hydra.run.dir={quote_path(folder)}"], None
 
 
-def quoted(folder: Path) -> str:
+def quote_path(folder: Path) -> str:
     """`folder` in the quotes that Hydra's grammar requires for spaces, brackets and commas."""
     return QuotedString(str(folder), quote=Quote.single).with_quotes()
 
@@ -45,21 +45,21 @@ def quoted(folder: Path) -> str:
 def _resumed_sweep(folder: Path, new: list[str]) -> list[str]:
     """The command line of the sweep in `folder`, then the overrides `new`, which must not change its points."""
     record = _read_yaml(folder / SWEEP_RECORD)["hydra"]["overrides"]
-    before = [*record["hydra"], *record["task"]]
+    recorded = [*record["hydra"], *record["task"]]
     names = {name_of(o) for o in new}
-    hydra = hydra_part(before)
-    swept = grid.with_params(grid.parse(before), hydra)
-    _refuse_other_points(folder, swept, new)
+    hydra = hydra_part(recorded)
+    points = grid.with_params(grid.parse(recorded), hydra)
+    _refuse_other_points(folder, points, new)
     _refuse_unrepeatable(folder, hydra, new)
     dropped = names | {"resume", "hydra.sweep.dir", "hydra.mode"}
-    kept = [o for o in before if name_of(o) not in dropped]
+    recorded = [o for o in recorded if name_of(o) not in dropped]
     if "hydra/launcher" in names:  # the keys of the earlier launcher do not apply to the new one
-        kept = [o for o in kept if not name_of(o).startswith("hydra.launcher.")]
-    return [*kept, *new]
+        recorded = [o for o in recorded if not name_of(o).startswith("hydra.launcher.")]
+    return [*recorded, *new]
 
 
-def _refuse_other_points(folder: Path, swept: Sequence[Override], new: list[str]) -> None:
-    swept_keys = {o.key_or_group for o in swept if o.is_sweep_override()}
+def _refuse_other_points(folder: Path, overrides: Sequence[Override], new: list[str]) -> None:
+    swept_keys = {o.key_or_group for o in overrides if o.is_sweep_override()}
     for override in grid.parse(new):
         key = override.key_or_group
         sets_sweeper = key.startswith(("hydra.sweeper", "hydra/sweeper")) and key != "hydra.sweeper.n_trials"

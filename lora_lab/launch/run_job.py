@@ -71,8 +71,8 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
     with config.hydra_loader() as loader:
         callbacks = Callbacks(composition)
         callbacks.on_run_start(config=composition, config_name="config")
-        returned = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
-        callbacks.on_run_end(config=composition, config_name="config", job_return=returned)
+        job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
+        callbacks.on_run_end(config=composition, config_name="config", job_return=job_return)
     return max(exit_codes, default=0)
 
 
@@ -93,8 +93,9 @@ class SweepTask:
     def run(self, cfg: DictConfig) -> float | None:
         """Run the job; returns its score, or None if it has none or failed.
 
-        No Exception leaves this function, because Hydra would print it in its own words, and only that of the first
-        job. Optuna takes a trial that returned None as failed and continues; a NaN would end the search."""
+        An error is reported and written down here, because Hydra would print it in its own words, and only that of the
+        first job. Optuna takes a trial that returned None as failed and continues; a NaN would end the search. Raises
+        KeyboardInterrupt in the process of the command, which ends the sweep."""
         hydra = HydraConfig.get()
         sweep = Path(hydra.sweep.dir)
         if self.in_worker:
@@ -115,12 +116,12 @@ class SweepTask:
     def _run(self, cfg: DictConfig, hydra: DictConfig, sweep: Path) -> float | None:
         folder, number, overrides = Path(hydra.runtime.output_dir), hydra.job.num, list(hydra.overrides.task)
         try:
-            started = sweeps.recorded_overrides(folder, number)
+            recorded = sweeps.recorded_overrides(folder, number)
             if result := sweeps.finished_result(folder, number, overrides):
                 say(f"{folder} is done")
                 return sweeps.score_of(result)
-            if started and grid.searches(hydra):
-                if started != sorted(overrides):
+            if recorded and grid.searches(hydra):
+                if recorded != sorted(overrides):
                     raise InputError(f"{folder} has another trial: the search cannot be repeated, start a new one")
                 if (folder / "failed.json").is_file():  # the sampler chose the next points knowing that it failed
                     return None
@@ -129,8 +130,8 @@ class SweepTask:
             return None
         try:
             settings = job_settings(config.typed(cfg), sweep)
-            with sweeps.locked(folder):
-                if started:
+            with sweeps.job_lock(folder):
+                if recorded:
                     resume_in(settings, folder)
                 sweeps.record_start(folder, number, overrides)
                 score = run_stage(settings, folder)

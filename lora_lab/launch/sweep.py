@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lab.board.hook import attach_page, rewrite_page
 from lora_lab.launch import config, grid
 from lora_lab.launch import sweep_folder as sweeps
-from lora_lab.launch.resume import quoted
+from lora_lab.launch.resume import quote_path
 from lora_lab.launch.run_job import SweepTask, job_settings, sentence
 from lora_lab.launch.stopping import stop_jobs_on_signal
 from lora_lab.runs import STOP_FILE, display_path
@@ -24,18 +24,18 @@ from lora_lab.settings import schema
 LOCAL_LAUNCHERS = (".BasicLauncher", ".PackedLauncher")  # they run jobs in this process, or handle signals themselves
 
 
-def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed: Path | None) -> int:
-    """Run all jobs into a new folder, or into that of the sweep that is `resumed`; returns the exit code.
+def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed_folder: Path | None) -> int:
+    """Run all jobs into a new folder, or into `resumed_folder`, that of an earlier sweep; returns the exit code.
 
     `composition` is Hydra's, without what is swept; `runs` are some of the points. Raises InputError for a folder that
     cannot be used."""
     hydra = composition.hydra
-    typed = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
-    named = any(grid.name_of(override) == "hydra.sweep.dir" for override in typed)
-    if resumed:
-        sweeps.refuse_running(resumed)
+    overrides = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+    user_named = any(grid.name_of(override) == "hydra.sweep.dir" for override in overrides)
+    if resumed_folder:
+        sweeps.refuse_running(resumed_folder)
     # Absolute, because jobs may run in other working directories.
-    sweep = (resumed or sweeps.create_folder(Path(hydra.sweep.dir), named)).absolute()
+    sweep = (resumed_folder or sweeps.create_folder(Path(hydra.sweep.dir), user_named)).absolute()
     _set_folder(hydra, sweep)
     record = OmegaConf.to_container(hydra, resolve=False)  # iterating a ListConfig would resolve ${...} in overrides
     task, stop_file = SweepTask(), sweep / STOP_FILE
@@ -53,7 +53,7 @@ def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed: Path 
         return _report_abort(sweep, hydra, error)
     finally:
         stop_file.unlink(missing_ok=True)
-        sweeps.remove_if_unused(sweep, named or resumed is not None)
+        sweeps.remove_if_unused(sweep, user_named or resumed_folder is not None)
     exit_codes = [*_report_failures(sweep), *task.exit_codes]
     _show_page(sweep, runs)
     return worst(exit_codes)
@@ -67,8 +67,8 @@ def worst(exit_codes: list[int]) -> int:
 def _set_folder(hydra: DictConfig, sweep: Path) -> None:
     """Make `sweep` the folder of the sweep, also for the jobs, which are composed from the recorded overrides."""
     overrides = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
-    kept = [override for override in overrides if grid.name_of(override) != "hydra.sweep.dir"]
-    hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={quoted(sweep)}"]
+    others = [override for override in overrides if grid.name_of(override) != "hydra.sweep.dir"]
+    hydra.overrides.hydra = [*others, f"hydra.sweep.dir={quote_path(sweep)}"]
     hydra.sweep.dir = str(sweep)
 
 
@@ -104,8 +104,8 @@ def _report_failures(sweep: Path) -> list[int]:
 def _show_page(sweep: Path, runs: list[schema.Config]) -> None:
     if page := rewrite_page(sweep):
         print(f"\ncompare the runs: {display_path(page)}", flush=True)
-        if tracked := [run for run in runs if run.tracker.kind == "wandb"]:
-            attach_page(sweep, job_settings(tracked[0], sweep).tracker)
+        if wandb_runs := [run for run in runs if run.tracker.kind == "wandb"]:
+            attach_page(sweep, job_settings(wandb_runs[0], sweep).tracker)
 
 
 def _how_to_resume(sweep: Path) -> str:

@@ -105,7 +105,7 @@ def _process() -> dict[str, Any]:
 
 
 @contextmanager
-def locked(job: Path) -> Iterator[None]:
+def job_lock(job: Path) -> Iterator[None]:
     """Lock the folder `job` against other processes; the system releases the lock when this process dies.
 
     Raises InputError if it stays locked for a minute."""

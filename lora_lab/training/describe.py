@@ -56,33 +56,35 @@ def _base_lines(training: ResolvedTraining) -> dict[str, str]:
 
 
 def _option_lines(training: ResolvedTraining) -> dict[str, str]:
-    settings, config = training.settings, training.config
-    lines: dict[str, str] = {}
-    if training.start_lora:
-        lines["starts"] = f"from {training.start_lora}"
-    if training.prior.kind != "none":
-        lines["prior"] = _describe_prior(training)
-    if training.loss.mask != "none":
-        lines["masks"] = f"{training.loss.mask}; the loss outside the mask has weight {training.loss.unmasked_weight:g}"
-    if settings.validation_loss_every:
-        lines["its loss"] = _describe_validation_loss(training)
-    if settings.ema_decay:
-        lines["saved"] = f"a moving average of the weights with decay {settings.ema_decay:g}"
-    if training.lr != config.lr:
-        optimizer = config.optimizer["_target_"].rpartition(".")[2]
-        lines["optimizer"] = f"{optimizer} with its own lr, {training.lr:g}; lr={config.lr:g} is not used"
-    if training.device.type == "cuda":
-        lines["memory"] = describe_memory(training.size, torch.cuda.mem_get_info(training.device)[0] / 2**20)
-    if training.dataset.random_crop:
-        lines["crops"] = f"{sum(map(len, training.images.crops))} of {len(training.files.samples)} images"
-    if training.dataset.shuffle_captions:
-        orders = {order for captions in training.files.texts for variants in captions for order in variants}
-        lines["captions"] = f"{len(orders)} orders"
-    if training.text.learns:
-        lines["text"] = describe_text(config)
-    if training.resume_from:
-        lines["resumes"] = f"from {training.resume_from}"
-    return lines
+    """The lines of what is not the default, each only where it applies."""
+    settings, loss, images = training.settings, training.loss, training.images
+    orders = {order for captions in training.files.texts for variants in captions for order in variants}
+    lines = {
+        "starts": training.start_lora and f"from {training.start_lora}",
+        "prior": training.prior.kind != "none" and _describe_prior(training),
+        "masks": loss.mask != "none" and f"{loss.mask}; the loss outside the mask has weight {loss.unmasked_weight:g}",
+        "its loss": settings.validation_loss_every and _describe_validation_loss(training),
+        "saved": settings.ema_decay and f"a moving average of the weights with decay {settings.ema_decay:g}",
+        "optimizer": _describe_lr(training),
+        "memory": training.device.type == "cuda" and _describe_memory(training),
+        "crops": training.dataset.random_crop and f"{sum(map(len, images.crops))} of {len(images.fitted)} images",
+        "captions": training.dataset.shuffle_captions and f"{len(orders)} orders",
+        "text": training.text.learns and describe_text(training.config),
+        "resumes": training.resume_from and f"from {training.resume_from}",
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+def _describe_lr(training: ResolvedTraining) -> str | None:
+    config = training.config
+    if training.lr == config.lr:
+        return None
+    optimizer = config.optimizer["_target_"].rpartition(".")[2]
+    return f"{optimizer} with its own lr, {training.lr:g}; lr={config.lr:g} is not used"
+
+
+def _describe_memory(training: ResolvedTraining) -> str:
+    return describe_memory(training.size, torch.cuda.mem_get_info(training.device)[0] / 2**20)
 
 
 def _describe_validation_loss(training: ResolvedTraining) -> str:

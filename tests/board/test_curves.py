@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_lab.board.curves import loss_plot, read_metrics, smoothed
+from lora_lab.board.curves import loss_plot, read_metrics, running_mean
 
 LINES = [{"step": step, "loss": 1 / step, "lr": 1e-4, "grad_norm": 0.5} for step in range(1, 41)]
 
@@ -30,17 +30,17 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
 
 
 def test_the_running_mean_starts_at_the_first_value_and_keeps_a_constant():
-    assert smoothed([3.0] * 20, halflife=5) == pytest.approx([3.0] * 20)
+    assert running_mean([3.0] * 20, halflife=5) == pytest.approx([3.0] * 20)
 
 
 def test_a_value_loses_half_its_weight_in_a_halflife():
     # 1 then 0 0: after two values at halflife 2 the first weighs 1/2, the newest 1.
     weights = [0.5, 0.5**0.5, 1.0]
-    assert smoothed([1.0, 0.0, 0.0], halflife=2)[-1] == pytest.approx(weights[0] / sum(weights))
+    assert running_mean([1.0, 0.0, 0.0], halflife=2)[-1] == pytest.approx(weights[0] / sum(weights))
 
 
 def test_a_nan_does_not_blank_the_rest_of_the_curve():
-    means = smoothed([math.nan, 2.0, math.inf, 2.0], halflife=1)
+    means = running_mean([math.nan, 2.0, math.inf, 2.0], halflife=1)
     assert math.isnan(means[0]) and means[1:] == pytest.approx([2.0, 2.0, 2.0])
 
 

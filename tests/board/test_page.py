@@ -15,7 +15,7 @@ from lora_lab.board.hook import rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
 from lora_lab.launch.inputs import check_inputs
-from lora_lab.launch.resume import resumed
+from lora_lab.launch.resume import expand_resume
 from lora_lab.stages import run
 
 HERE = Path(board.__file__).parent
@@ -141,7 +141,7 @@ def test_the_commands_of_a_run_are_accepted_by_the_program(sweep):
     config.register()
     for command in (*done.values(), missing["repeat"]):
         arguments = command_line.read_arguments(shlex.split(command)[3:])
-        assert command_line.check(resumed(arguments.overrides, arguments.multirun)[0], arguments.multirun)
+        assert command_line.check(expand_resume(arguments.overrides, arguments.multirun)[0], arguments.multirun)
 
 
 def test_stage_compare_writes_the_page_of_a_sweep_and_returns_the_winner(sweep, composed, capsys):

@@ -10,7 +10,7 @@ import yaml
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab.board.read import final_validation_loss, read_sweep
-from lora_lab.board.verdict import axes, fault, label, shown, verdict
+from lora_lab.board.verdict import axes, fault, format_value, label, verdict
 
 LRS = {"lr": [1e-5, 1e-3, 3e-2]}
 
@@ -222,6 +222,6 @@ def test_the_first_axes_show_what_was_swept(tmp_path, swept, expected):
 
 
 def test_numbers_are_written_as_one_types_them():
-    assert [shown(v) for v in (1e-5, 3e-4, 0.03, 1e20, 16, True, "came")] == [
+    assert [format_value(v) for v in (1e-5, 3e-4, 0.03, 1e20, 16, True, "came")] == [
         "1e-5", "0.0003", "0.03", "1e20", "16", "True", "came",
     ]  # fmt: skip

@@ -62,7 +62,7 @@ def test_ctrl_c_lets_every_worker_write_its_checkpoints(work, children):
     assert not list(sweep.rglob("failed.json")) and not (sweep / "stop").exists()
 
 
-def test_the_jobs_of_a_killed_worker_have_failed_and_can_be_resumed(work):
+def test_the_jobs_of_a_killed_worker_have_failed_and_can_be_expand_resume(work):
     sweep = work / "sweep"
     started = start(work, *SHORT, NO_JUDGE, "lr=1e-3,1e-2", "batch_size=1,2", *TWO)
     wait_for(started, checkpoint(sweep / "0", 3))

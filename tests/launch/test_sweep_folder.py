@@ -8,7 +8,7 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch.grid import all_points
-from lora_lab.launch.sweep_folder import create_folder, locked, score_of
+from lora_lab.launch.sweep_folder import create_folder, job_lock, score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
 
@@ -63,7 +63,7 @@ def test_a_sweep_is_not_resumed_while_one_of_its_jobs_runs(type_in, tmp_path):
     caption(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     assert type_in(*SWEEP)[0] == 2
-    with locked(tmp_path / "sweep" / "0"):
+    with job_lock(tmp_path / "sweep" / "0"):
         code, out, err = type_in("resume=sweep")
     assert (code, out) == (2, "") and f"sweep/0: its job still runs, process {os.getpid()} on " in err
 

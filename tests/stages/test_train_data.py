@@ -58,7 +58,7 @@ def test_random_crops_are_encoded_as_they_are_told(tmp_path):
     crop = (f"dataset.root={root}", f"loss.mask={masks}", "dataset.random_crop=true", "dataset.flip=true")
     plan, data, pipe = encoded(*crop, "dataset.crops=3")
     assert [len(example.crops) for example in data.examples] == [3, 3, 1]
-    for example, cuts in zip(data.examples, plan.crops, strict=True):
+    for example, cuts in zip(data.examples, plan.images.crops, strict=True):
         scaled_width = cuts[-1].crop_top_left[1] + cuts[-1].picture.width
         for cut, (upright, mirrored) in zip(cuts, example.crops, strict=True):
             top, left = cut.crop_top_left
@@ -71,16 +71,14 @@ def test_random_crops_are_encoded_as_they_are_told(tmp_path):
             assert torch.equal(upright.mask, latent_mask(cut.mask, *upright.latents.shape[1:]))
             assert torch.allclose(mirrored.mask, upright.mask.flip(-1))
     assert not torch.equal(data.examples[0].crops[0][0].mask, data.examples[0].crops[1][0].mask)
-    assert [len(cuts) for cuts in resolved(*crop).images.crops] == [4, 4, 1], (
-        "dataset.crops is 4 if nothing else is said"
-    )
+    assert [len(cuts) for cuts in resolved(*crop).images.crops] == [4, 4, 1], "dataset.crops is 4 by default"
 
 
 def test_random_crops_change_what_is_learnt_where_there_is_room_for_them(tmp_path, capsys):
     root = f"dataset.root={wide_pictures(tmp_path / 'wide')}"
     train("centre", root, "steps=3")
     train("random", root, "steps=3", "dataset.random_crop=true", "name=random")
-    assert "9 of 3 pictures" in capsys.readouterr().out
+    assert "9 of 3 images" in capsys.readouterr().out
     centre, random = lora("centre"), load_file("random/lora/random.safetensors")
     assert any(not torch.equal(centre[key], random[key]) for key in centre)
 

@@ -211,7 +211,7 @@ def test_the_priors_batch_is_its_own_and_seen_whole_under_the_names_of_the_class
     assert not torch.equal(prior.noise, mine.noise) and not torch.equal(prior.timesteps, mine.timesteps)
     assert torch.equal(mine.tokens[0], data.empty.tokens)
     assert not any(torch.equal(tokens, data.empty.tokens) for tokens in prior.tokens)
-    named = [sample.captions[0].replace("HANA_TOFU", "round thing") for sample in plan.samples]
+    named = [sample.captions[0].replace("HANA_TOFU", "round thing") for sample in plan.files.samples]
     embedded, _ = encoder.captions(named)
     for example, text in zip(of_class.data.examples, named, strict=True):
         assert "round thing" in text and torch.equal(example.texts[0][0].tokens, embedded[text].tokens)
