@@ -1,16 +1,19 @@
-"""The run folder: what is written there is whole, or it is not there."""
+"""The run folder: its files are written atomically, so that each is complete or absent."""
 
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import InputError
 
@@ -19,20 +22,23 @@ if TYPE_CHECKING:
 
 PACKAGES = ("lora_lab", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors",
             "hydra-core", "omegaconf", "wandb", "pillow", "numpy")  # fmt: skip
-WHOLE_HASH = 2**30  # bytes; of larger files the ends are hashed: reading 7 GB of SDXL would cost a minute
+FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: reading 7 GB of SDXL takes a minute
+SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
+RESOLVER = re.compile(r"\$\{(?=[^{}]*:)")  # the start of ${oc.env:HOME}, not that of ${trigger}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it: a reader or a crash never sees half a file.
+    """Let `write` fill a temporary file in the folder of `path`, then rename it; returns `path`.
 
-    The temporary name keeps the suffix, because writers (PIL, safetensors) choose the format by it."""
+    A reader never sees a partial file, also after a crash. The temporary name keeps the suffix, because writers (PIL,
+    safetensors) choose the format by it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600: other programs must be able to read a LoRA
+        temporary.chmod(0o666 & ~_umask())  # mkstemp creates 0600: other users' programs must be able to read a LoRA
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,25 +46,99 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
+    """Write `text` as UTF-8, atomically; returns `path`."""
     return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> Path:
+    """Write `value` as indented JSON, atomically; returns `path`."""
     return write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def save_picture(path: Path, picture: "Image.Image", notes: dict[str, object]) -> Path:
-    """Write a PNG with `notes` (prompt, seed, ...) as text chunks, so that a picture says how it was made."""
+def write_result(folder: Path, result: Any) -> Path:
+    """Write result.json, the fields of the dataclass `result`, into the run folder; returns the file."""
+    return write_json(folder / "result.json", asdict(result))
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The content of result.json, or None for a run that has not finished."""
+    file = folder / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that the run in `folder` is a job of, or None."""
+    return next((parent for parent in folder.parents[:3] if (parent / SWEEP_RECORD).is_file()), None)
+
+
+def stop_file_of(folder: Path) -> Path | None:
+    """The file that tells the run in `folder` to stop after its step, once it exists; None outside a sweep."""
+    sweep = sweep_of(folder)
+    return sweep / STOP_FILE if sweep else None
+
+
+def recorded_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The configuration and the overrides of the run in `folder`, as Hydra recorded them.
+
+    The configuration maps dotted keys to values, and each group to its option. Interpolations of other keys are
+    resolved; calls of resolvers (`${oc.env:HOME}`) stay text. Both are empty if the record is missing or damaged."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    files = [folder.absolute() / ".hydra" / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
+    try:
+        return _recorded_config(*((file, file.stat().st_mtime_ns) for file in files))
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError, KeyError, ValueError, AttributeError):
+        return {}, []
+
+
+@lru_cache(1000)  # keyed by modification time; the page of a sweep reads all records after every job, 40 ms each
+def _recorded_config(*files: tuple[Path, int]) -> tuple[dict[str, Any], list[str]]:
+    from omegaconf import OmegaConf
+
+    config, hydra, overrides = (_load_yaml(file) for file, _ in files)
+    settings = OmegaConf.to_container(OmegaConf.create(_escape_resolvers(config)), resolve=True)
+    choices = hydra["hydra"]["runtime"]["choices"]
+    options = {group: option for group, option in choices.items() if not group.startswith("hydra/")}
+    return dict(_dotted(settings)) | options, [str(override) for override in overrides]
+
+
+def _load_yaml(file: Path) -> Any:
+    import yaml
+
+    # The loader written in C is much faster: a sweep has a hundred files, and the Python one takes 30 ms for each.
+    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _escape_resolvers(node: Any) -> Any:
+    """A copy of `node` in which OmegaConf takes calls of resolvers as text."""
+    if isinstance(node, dict):
+        return {key: _escape_resolvers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escape_resolvers(value) for value in node]
+    return RESOLVER.sub(r"\\${", node) if isinstance(node, str) else node
+
+
+def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def save_picture(path: Path, picture: "Image.Image", metadata: dict[str, object]) -> Path:
+    """Write a PNG with `metadata` (prompt, seed, ...) as text chunks, atomically; returns `path`."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    for key, value in notes.items():
+    for key, value in metadata.items():
         chunks.add_itxt(key, str(value))
     return write_atomically(path, lambda file: picture.save(file, pnginfo=chunks))
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """File stems, with a number where two share one, so that nothing made of one overwrites another's."""
+    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other."""
     names: list[str] = []
     for path in paths:
         name, number = path.stem, 2
@@ -68,19 +148,20 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def as_typed(path: Path) -> Path:
-    """`path` as a person says it: seen from where they work, if it lies there."""
+def display_path(path: Path) -> Path:
+    """`path` relative to the working directory if it lies there, else `path` itself."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def hash_text(text: str) -> str:
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_files(*paths: Path) -> str:
-    """SHA-256 over names and contents of files and of all files in folders.
+    """SHA-256, in hexadecimal, over names and contents of `paths` and of all files below them.
 
-    Of a file above 1 GiB the size and the first and last MiB stand for the whole."""
+    Of a file above 1 GiB the size and the first and last MiB are hashed."""
     total = hashlib.sha256()
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -93,7 +174,7 @@ def hash_files(*paths: Path) -> str:
 def _hash_file(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as stream:
-        if size <= WHOLE_HASH:
+        if size <= FULL_HASH_LIMIT:
             return (
                 hashlib.file_digest(stream, "sha256").digest()
                 if sys.version_info >= (3, 11)
@@ -109,7 +190,7 @@ def _sha256(data: bytes) -> bytes:
 
 
 def write_manifest(folder: Path, device: object, hashes: dict[str, str]) -> Path:
-    """manifest.json: with what a run was made."""
+    """Write manifest.json: command, versions, device and hashes of the inputs of a run; returns the file."""
     return write_json(
         folder / "manifest.json",
         {
@@ -124,8 +205,10 @@ def write_manifest(folder: Path, device: object, hashes: dict[str, str]) -> Path
     )
 
 
-def refuse_unwritable(folder: Path, hint: str = "choose another with hydra.run.dir=") -> None:
-    """Raise InputError now rather than lose an hour's work at the first write."""
+def refuse_unwritable(folder: Path, hint: str = "set hydra.run.dir= to another folder") -> None:
+    """Check, before the work starts, that files can be written into `folder`, which is created if it is missing.
+
+    Raises InputError, whose sentence ends with `hint`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -134,10 +217,10 @@ def refuse_unwritable(folder: Path, hint: str = "choose another with hydra.run.d
         raise InputError(f"{folder}: cannot be written to ({error.strerror}), {hint}") from error
 
 
-def refuse_used(folder: Path, sign: str) -> None:
-    """Raise InputError if `sign`, which a run leaves, is in `folder`: a second run would write over the first."""
-    if (folder / sign).exists():
-        raise InputError(f"{folder} has a run already: name another folder with hydra.run.dir=, or say resume={folder}")
+def refuse_used(folder: Path, file: str) -> None:
+    """Raise InputError if `folder` has `file`, which every run leaves: a second run would overwrite the first."""
+    if (folder / file).exists():
+        raise InputError(f"{folder} has a run already: set hydra.run.dir= to another folder, or resume={folder}")
 
 
 def _describe(device: object) -> str:
@@ -156,17 +239,17 @@ def _version(name: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The revision of the checkout that this package lies in; None for an installed wheel."""
+    """The git revision of the checkout that contains this package; None for an installed wheel."""
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
         return None
     try:
-        asked = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
         )
     except OSError:
         return None
-    return asked.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def _umask() -> int:

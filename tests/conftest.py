@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture
 def composed():
-    """`composed("stage=train", "lr=1e-3")`: the configuration that the command line would give."""
+    """`composed("stage=train", "lr=1e-3")` returns the configuration of these overrides."""
     from lora_lab.launch.config import compose
 
     return compose
@@ -20,21 +20,24 @@ def composed():
 
 @pytest.fixture
 def exit_code_of(tmp_path, monkeypatch):
-    """Type arguments in an empty folder; returns the exit code."""
+    """A function that runs a command line in an empty folder and returns the exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from lora_lab.__main__ import _exit_code
+    from lora_lab.__main__ import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora_lab"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it: put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # restored afterwards, because the program sets it
     handlers, level = logging.root.handlers[:], logging.root.level
-    yield lambda *argv: _exit_code(list(argv))
-    logging.root.handlers[:], logging.root.level = handlers, level  # Hydra's log into a folder that goes
+    yield lambda *argv: main(list(argv))
+    logging.root.handlers[:], logging.root.level = (
+        handlers,
+        level,
+    )  # closes Hydra's log file
     GlobalHydra.instance().clear()
 
 
 @pytest.fixture
 def type_in(exit_code_of, capsys):
-    """Likewise; returns (exit code, stdout, stderr)."""
+    """As `exit_code_of`, but returns (exit code, stdout, stderr)."""
     return lambda *argv: (exit_code_of(*argv), *capsys.readouterr())

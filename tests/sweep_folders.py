@@ -23,10 +23,17 @@ def write_sweep(root: Path, swept: Mapping[str, list[Any]], missing: int = 0, **
     record = {"hydra": {"sweeper": {"_target_": SWEEPER, "params": None}, "overrides": {"task": task}}}
     (root / "multirun.yaml").write_text(yaml.safe_dump(record))
     points = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    (root / "points.json").write_text(json.dumps([write_point(*entry) for entry in enumerate(points)]))
     folders = [root / str(number) for number in range(len(points) - missing)]
     for folder, point in zip(folders, points, strict=False):
         write_run(folder, point, **run)
     return folders
+
+
+def write_point(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of points.json."""
+    overrides = ["stage=train", *(f"{key}={value}" for key, value in values.items())]
+    return {"number": number, "overrides": overrides, "values": {"stage": "train", **values}}
 
 
 def write_run(

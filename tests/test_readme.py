@@ -166,7 +166,7 @@ def test_every_command_of_the_other_pages_is_accepted(page, desk):
     config.register()
     for command in commands(page):
         words = [w for w in typed(command) if find_spec("ray") or not w.lstrip("+").startswith(RAY)]
-        given = command_line.arguments(words)
+        given = command_line.read_arguments(words)
         assert given.help or command_line.check(given.overrides, given.multirun), command
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -77,6 +78,41 @@ def test_the_installed_package_reads_its_own_configuration(installed, tmp_path):
     assert "steps: 299" in shown.stdout
     recipe = lora_lab(installed, tmp_path, "--cfg", "job", "stage=train", "experiment=smoke")
     assert recipe.returncode == 0 and "steps: 6" in recipe.stdout
+
+
+def test_the_wheel_has_the_packed_launcher(wheel, installed, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        plugin = [name for name in archive.namelist() if name.startswith("hydra_plugins/")]
+    assert plugin == ["hydra_plugins/lora_lab/__init__.py"], "a file hydra_plugins/__init__.py would hide other plugins"
+    sweep = lora_lab(
+        installed, tmp_path, "-m", "stage=check", "seed=0,1", "hydra/launcher=packed", "hydra.sweep.dir=sweep"
+    )
+    assert sweep.returncode == 0, sweep.stderr
+    assert "#0 trains alone, since only stage=train is packed" in sweep.stdout
+    assert (tmp_path / "sweep" / "1" / "result.json").is_file()
+
+
+def test_an_editable_install_finds_the_packed_launcher(tmp_path):
+    """With the path that an editable install adds, and without the rest of this environment's editable installs."""
+    build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"""
+import site
+site.addsitedir({str(tmp_path / "site")!r})
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+for launcher in Plugins.instance().discover(Launcher):
+    print(launcher.__module__, __import__(launcher.__module__, fromlist=["x"]).__file__)
+"""
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}  # read without its .pth files
+    found = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert f"hydra_plugins.lora_lab {CHECKOUT}/hydra_plugins/lora_lab/__init__.py\n" in found.stdout
+    assert "basic_launcher" in found.stdout
 
 
 def test_the_installed_package_checks_its_own_demo(installed, tmp_path):

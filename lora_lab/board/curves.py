@@ -1,4 +1,4 @@
-"""The loss curve of a run, from metrics.jsonl to loss.png."""
+"""The loss curve of a run: read metrics.jsonl, draw loss.png."""
 
 import json
 import math
@@ -10,21 +10,23 @@ from lora_lab.runs import write_atomically
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, one dict a step. A last line that was being written when the run died is left out."""
+    """The lines of metrics.jsonl, one dict for each step, without a last line that is incomplete because the run died.
+
+    Raises OSError if there is no such file, JSONDecodeError if another line is damaged."""
     *lines, last = path.read_text(encoding="utf-8").split("\n")
     metrics = [json.loads(line) for line in lines if line.strip()]
     try:
         return [*metrics, json.loads(last)]
-    except json.JSONDecodeError:  # torn, or empty because the file ends with a newline
+    except json.JSONDecodeError:  # incomplete, or empty because the file ends with a newline
         return metrics
 
 
-def smoothed(values: Sequence[float], halflife: float) -> list[float]:
+def running_mean(values: Sequence[float], halflife: float) -> list[float]:
     """Exponential running mean, m[t] = sum_i w^(t-i) x[i] / sum_i w^(t-i) with w = 2^(-1/halflife).
 
-    `halflife` (in values) is how long a value takes to lose half its weight. The division is Adam's correction of the
-    bias towards zero (Kingma & Ba 2015, section 3), so the curve starts at the first value. NaN and infinite values
-    weigh nothing: where there is no finite value yet, the mean is NaN."""
+    `halflife` is the number of values after which a weight has halved. The division is Adam's correction of the bias
+    towards zero (Kingma & Ba 2015, section 3), so the curve starts at the first value. NaN and infinite values have no
+    weight; before the first finite value the mean is NaN."""
     decay = 0.5 ** (1 / halflife)
     total = weight = 0.0
     means = []
@@ -37,24 +39,24 @@ def smoothed(values: Sequence[float], halflife: float) -> list[float]:
 
 
 def loss_plot(metrics: list[dict[str, Any]], validation: list[dict[str, Any]], path: Path) -> Path:
-    """Draw loss (each step and running mean), validation loss if there is one, and learning rate over the steps.
+    """Plot loss (of each step, and its running mean), validation loss if measured, and learning rate over the steps.
 
-    Without metrics the axes stay empty."""
+    Returns the PNG at `path`. Without metrics the axes are empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [line["step"] for line in metrics]
     losses = [line["loss"] for line in metrics]
-    halflife = max(1, len(losses) // 50)  # diffusion losses are mostly the noise of the timestep; the trend is slow
+    halflife = max(1, len(losses) // 50)  # the timestep dominates single losses, so the mean is over many steps
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")  # no pyplot: sweeps and threads share no state
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # not pyplot, which keeps global state
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     rates = axes.twinx()
-    axes.set_zorder(rates.get_zorder() + 1)  # the loss stands in front of the learning rate
+    axes.set_zorder(rates.get_zorder() + 1)  # draws the loss in front of the learning rate
     axes.patch.set_visible(False)
     (raw,) = axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="loss")
     label = f"running mean, half-life {halflife} steps" if halflife > 1 else "running mean, half-life 1 step"
-    (mean,) = axes.plot(steps, smoothed(losses, halflife), color="#1f4e79", linewidth=2, label=label)
+    (mean,) = axes.plot(steps, running_mean(losses, halflife), color="#1f4e79", linewidth=2, label=label)
     (rate,) = rates.plot(steps, [line["lr"] for line in metrics], color="#b0703c", linewidth=0.8, label="learning rate")
     measured = []
     if validation:
@@ -64,8 +66,8 @@ def loss_plot(metrics: list[dict[str, Any]], validation: list[dict[str, Any]], p
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_ylim(bottom=0)
-    for each in (axes, rates):
-        each.spines.top.set_visible(False)
+    for axis in (axes, rates):
+        axis.spines.top.set_visible(False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(handles=[raw, mean, *measured, rate], loc="outside upper left", ncols=4, frameon=False)
     return write_atomically(path, lambda file: FigureCanvasAgg(figure).print_png(file))

@@ -1,4 +1,4 @@
-"""A sweep, or several run folders, as its files tell it; nobody parses logs."""
+"""Read a sweep, or several run folders, from their files; logs are not parsed."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from lora_lab.base.locate import locate_folder
 from lora_lab.board.curves import read_metrics
 from lora_lab.errors import InputError
 from lora_lab.images.scan import natural_key, pictures
-from lora_lab.launch import command_line, config
+from lora_lab.runs import SWEEP_RECORD, recorded_config
 from lora_lab.settings.decides import shown_on_page
 
-STAGES = ("train", "pipeline")  # whose runs can be compared
-DRAWN = re.compile(r"p(\d+)-s(\d+)\.png")
+STAGES = ("train", "pipeline")  # the stages whose runs are compared
+IMAGE_NAME = re.compile(r"p(\d+)-s(\d+)\.png")
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreInterval:
+    """A score with the ends of its 95 % interval."""
+
     value: float
     low: float
     high: float
@@ -30,51 +32,57 @@ class Score:
 
 @dataclass(frozen=True)
 class Picture:
+    """A validation image of a run."""
+
     file: Path
-    step: int  # -1: drawn by the base without the LoRA
+    step: int  # -1: drawn by the base model without the LoRA
     prompt: str  # with the trigger
     seed: int
 
 
 @dataclass(frozen=True)
-class Run:
-    name: str  # its folder, as seen from what it is compared in
+class TrainedRun:
+    """A run of the comparison."""
+
+    name: str  # its folder, relative to the folder that is compared
     folder: Path
-    status: str  # done, failed, unfinished (running, or stopped), missing (not begun)
+    status: str  # done, failed, unfinished (running or stopped), missing (not started)
     error: str | None  # of a failed run, one sentence
     overrides: tuple[str, ...]
-    settings: dict[str, Any]  # every key of its configuration, dotted, and the option of every group
-    step: int  # how far it came
-    seconds: float | None
-    scores: dict[str, Score]
-    scores_before: dict[str, Score]  # of the base without the LoRA
-    loss: tuple[tuple[int, float], ...]
-    validation_loss: tuple[tuple[int, float], ...]
-    pictures: tuple[Picture, ...]
+    settings: dict[str, Any]  # dotted key -> value, and group -> option
+    step: int = 0  # the last step with a metric
+    seconds: float | None = None
+    scores: dict[str, ScoreInterval] = field(default_factory=dict)
+    scores_before: dict[str, ScoreInterval] = field(default_factory=dict)  # of the base model without the LoRA
+    loss: tuple[tuple[int, float], ...] = ()  # (step, loss)
+    validation_loss: tuple[tuple[int, float], ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sweep:
+    """The runs of a comparison page."""
+
     title: str
-    runs: tuple[Run, ...]
-    swept: dict[str, list[Any]]  # a setting in which runs differ -> its values, in order
-    training: tuple[Path, ...]  # a few pictures of what was to be learnt
+    runs: tuple[TrainedRun, ...]
+    swept: dict[str, list[Any]]  # a key in which runs differ -> its values, in order
+    training: tuple[Path, ...]  # a few of the training images
 
 
 def read_sweep(folders: Sequence[Path]) -> Sweep:
-    """All training runs in `folders`, which are sweeps, runs or hold some; there may be none."""
-    found = list({run.resolve(): run for folder in folders for run in run_folders(folder)}.values())
-    shared = os.path.commonpath([f.resolve().parent if f in found else f.resolve() for f in folders])
-    runs = [_run(folder, folder.resolve().relative_to(shared).as_posix()) for folder in found]
+    """All training runs below `folders`, each a sweep, a run or a parent of some; possibly none."""
+    run_paths = list({run.resolve(): run for folder in folders for run in run_folders(folder)}.values())
+    parent = os.path.commonpath([f.resolve().parent if f in run_paths else f.resolve() for f in folders])
+    runs = [_read_run(folder, folder.resolve().relative_to(parent).as_posix()) for folder in run_paths]
     runs = [run for run in runs if run.settings.get("stage", "train") in STAGES]
-    runs += [run for folder in folders for run in _missing(folder, runs)]
+    runs += [run for folder in folders for run in _missing_runs(folder, runs)]
     sweep = folders[0].resolve() if len(folders) == 1 else None
-    title = " ".join(sweep.parts[-2:]) if sweep and (sweep / "multirun.yaml").is_file() else (sweep or Path()).name
-    return Sweep(title, tuple(runs), _swept(runs), _training_pictures(runs))
+    title = " ".join(sweep.parts[-2:]) if sweep and (sweep / SWEEP_RECORD).is_file() else (sweep or Path()).name
+    return Sweep(title, tuple(runs), _swept_keys(runs), _training_images(runs))
 
 
 def run_folders(folder: Path, depth: int = 4) -> list[Path]:
-    """Run folders in `folder`, in natural order; what lies inside a run is not looked at."""
+    """The run folders in `folder`, in natural order; folders inside a run are skipped."""
     if (folder / ".hydra").is_dir():
         return [folder]
     if depth == 0 or not folder.is_dir():
@@ -83,15 +91,15 @@ def run_folders(folder: Path, depth: int = 4) -> list[Path]:
     return [run for f in inner for run in run_folders(f, depth - 1)]
 
 
-def _run(folder: Path, name: str) -> Run:
-    settings, overrides = config.recorded(folder)
-    result, failed = _json(folder / "result.json"), _json(folder / "failed.json")
+def _read_run(folder: Path, name: str) -> TrainedRun:
+    settings, overrides = recorded_config(folder)
+    result, failure = _read_dict(folder / "result.json"), _read_dict(folder / "failed.json")
     metrics, validation = _curve(folder / "metrics.jsonl"), _curve(folder / "validation.jsonl")
-    return Run(
+    return TrainedRun(
         name=name,
         folder=folder,
-        status="failed" if failed else "done" if result else "unfinished",
-        error=str(failed.get("error", "")) if failed else None,
+        status="failed" if failure else "done" if result else "unfinished",
+        error=str(failure.get("error", "")) if failure else None,
         overrides=tuple(overrides),
         settings=settings,
         step=metrics[-1][0] if metrics else 0,
@@ -104,21 +112,27 @@ def _run(folder: Path, name: str) -> Run:
     )
 
 
-def _missing(folder: Path, runs: list[Run]) -> list[Run]:
-    """The jobs that multirun.yaml plans and of which there is no folder yet."""
-    begun = [{*run.overrides} for run in runs]
+def _missing_runs(folder: Path, runs: list[TrainedRun]) -> list[TrainedRun]:
+    """The jobs in points.json of the sweep in `folder` that have no run yet."""
+    overrides_of_runs = [{*run.overrides} for run in runs]
+    common = next((run.settings for run in runs if run.settings), {})  # for keys that no override sets
     missing = []
-    for number, point in enumerate(command_line.planned(folder / "multirun.yaml")):
-        if not any({*point} <= overrides for overrides in begun):
-            settings = {o.partition("=")[0]: command_line.value_of(o) for o in point}
-            known = next((run.settings for run in runs if run.settings), {})  # of what no override speaks
-            nothing = Run(f"({number})", folder / str(number), "missing", None, tuple(point), known | settings,
-                          0, None, {}, {}, (), (), ())  # fmt: skip
-            missing.append(nothing)
+    for point in _read_points(folder):
+        if not any({*point["overrides"]} <= overrides for overrides in overrides_of_runs):
+            folder_name, overrides = str(point["number"]), tuple(point["overrides"])
+            settings = common | point["values"]
+            missing.append(TrainedRun(f"({folder_name})", folder / folder_name, "missing", None, overrides, settings))
     return [run for run in missing if run.settings.get("stage", "train") in STAGES]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_points(sweep: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads((sweep / "points.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no sweep, or one that searches
+        return []
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -126,12 +140,12 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _scores(given: object) -> dict[str, Score]:
+def _scores(content: object) -> dict[str, ScoreInterval]:
     scores = {}
-    for name, score in given.items() if isinstance(given, dict) else ():
+    for name, score in content.items() if isinstance(content, dict) else ():
         if isinstance(score, dict) and _finite(score.get("value")):
             low, high = (score[end] if _finite(score.get(end)) else score["value"] for end in ("low", "high"))
-            scores[name] = Score(score["value"], low, high)
+            scores[name] = ScoreInterval(score["value"], low, high)
     return scores
 
 
@@ -142,7 +156,7 @@ def _finite(value: object) -> bool:
 def _curve(path: Path) -> tuple[tuple[int, float], ...]:
     try:
         return tuple((line["step"], line["loss"]) for line in read_metrics(path) if _finite(line.get("loss")))
-    except (OSError, ValueError, KeyError):  # not there yet, or damaged: a run without a curve is still a run
+    except (OSError, ValueError, KeyError):  # missing or damaged: the run is shown without a curve
         return ()
 
 
@@ -152,43 +166,43 @@ def _pictures(samples: Path, settings: dict[str, Any]) -> Iterable[Picture]:
     for folder in (samples / "base", *sorted(samples.glob("step-*"))):
         step = -1 if folder.name == "base" else int(folder.name.removeprefix("step-"))
         for file in sorted(folder.glob("p*-s*.png"), key=lambda f: natural_key(f.name)):
-            named = DRAWN.fullmatch(file.name)
-            if named:
-                number, seed = map(int, named.groups())
+            match = IMAGE_NAME.fullmatch(file.name)
+            if match:
+                number, seed = map(int, match.groups())
                 text = prompts[number] if number < len(prompts) else f"p{number}"
                 yield Picture(file, step, text.replace("{trigger}", str(settings.get("trigger", ""))), seed)
 
 
-def _swept(runs: list[Run]) -> dict[str, list[Any]]:
-    """The settings that some command line names and in which the runs differ, with their values in order."""
-    named = dict.fromkeys(o.partition("=")[0].lstrip("+") for run in runs for o in run.overrides)
-    swept = {}
-    for key in named:
+def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
+    """The keys that overrides set and in which the runs differ, with their values in order."""
+    keys = dict.fromkeys(o.partition("=")[0].lstrip("+") for run in runs for o in run.overrides)
+    values_by_key = {}
+    for key in keys:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
         if len(values) > 1 and shown_on_page(key):
-            swept[key] = sorted(values) if all(_finite(v) for v in values) else values
-    return swept
+            values_by_key[key] = sorted(values) if all(_finite(v) for v in values) else values
+    return values_by_key
 
 
-def _training_pictures(runs: list[Run], number: int = 4) -> tuple[Path, ...]:
-    """A few of the pictures that the runs learnt from, if they are still there."""
+def _training_images(runs: list[TrainedRun], count: int = 4) -> tuple[Path, ...]:
+    """A few images of the dataset that the runs trained on, if it still exists."""
     settings = next((run.settings for run in runs if run.settings), {})
     root = settings.get("dataset.root")
     root = root[0] if isinstance(root, list) and root else root
     root = root.get("root") if isinstance(root, dict) else root
     try:
-        found = list(pictures(locate_folder("dataset.root", root if isinstance(root, str) else None)).values())
+        files = list(pictures(locate_folder("dataset.root", root if isinstance(root, str) else None)).values())
     except InputError:
         return ()
-    spread = [round(i * (len(found) - 1) / (number - 1)) for i in range(number)] if found else []
-    return tuple(found[i] for i in dict.fromkeys(spread))
+    evenly_spaced = [round(i * (len(files) - 1) / (count - 1)) for i in range(count)] if files else []
+    return tuple(files[i] for i in dict.fromkeys(evenly_spaced))
 
 
-def validation_loss(run: Run) -> float | None:
-    """Of the finished LoRA."""
+def final_validation_loss(run: TrainedRun) -> float | None:
+    """The last validation loss, which is that of the finished LoRA; None if none was measured."""
     return run.validation_loss[-1][1] if run.validation_loss else None
 
 
-def last_loss(run: Run) -> float | None:
-    """Mean of the last 50 steps, as result.json has it."""
+def final_loss(run: TrainedRun) -> float | None:
+    """The mean training loss of the last 50 steps, as in result.json; None without metrics."""
     return statistics.mean(loss for _, loss in run.loss[-50:]) if run.loss else None

@@ -3,16 +3,18 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lora_lab.base.encode import Encoder
-from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.captions.rules import Rules, refine
+from lora_lab.base.locate import locate_folder
+from lora_lab.captions.captioner import check_captioner
+from lora_lab.captions.refiner import Refiner, load_refiner, run_refiner
 from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, ImageEmbeddings, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Scale, Scores
@@ -22,18 +24,18 @@ from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
 from lora_lab.sampling.render import RenderSettings, render_base, render_with_lora
-from lora_lab.settings.schema import Captioner, Model, Refiner, Score
+from lora_lab.settings.schema import Model, Score
 
 MAX_REFERENCES = 64  # whose parts are compared one by one: of more, every second, third, ...
 
 
-def validate_embedders(model: Model, score: Score, captioner: Captioner) -> None:
+def validate_embedders(model: Model, score: Score, captioner: Mapping[str, Any]) -> None:
     """Raise InputError for a missing model that the scores need."""
     if model.judge is None:
         return
     locate_embedders(model)
     if score.attributes:
-        locate_model("captioner.base", captioner.base)
+        check_captioner(captioner)
 
 
 def held_out_pictures(model: Model, score: Score) -> list[Image.Image]:
@@ -95,8 +97,8 @@ class Scorer:
 
     prompts: ScorePrompts
     model: Model
-    captioner: Captioner
-    rules: Rules
+    captioner: Mapping[str, Any]  # its settings
+    refiner: Refiner
     trigger: str
     device: torch.device
     texts: Tensor  # (T, D) CLIP's embeddings of the prompts' texts
@@ -109,8 +111,8 @@ class Scorer:
         cls,
         prompts: ScorePrompts,
         model: Model,
-        captioner: Captioner,
-        refiner: Refiner,
+        captioner: Mapping[str, Any],
+        refiner: Mapping[str, Any],
         trigger: str,
         training: Sequence[Image.Image],
         held_out: Sequence[Image.Image],
@@ -119,13 +121,13 @@ class Scorer:
         """Embed what the LoRAs were trained on; they are compared with `held_out`, if there are any images in it.
 
         To be called before the base is loaded: an embedder that cannot be loaded then costs seconds, not a training.
-        Raises InputError for such an embedder."""
+        Raises InputError for such an embedder, and for wrong settings of the refiner."""
         embeddings = embed(model, [*training, *held_out], prompts.texts, device)
         return cls(
             prompts=prompts,
             model=model,
             captioner=captioner,
-            rules=Rules.from_config(**asdict(refiner)),
+            refiner=load_refiner(refiner),
             trigger=trigger,
             device=device,
             texts=embeddings.texts,
@@ -231,7 +233,7 @@ class Scorer:
         if not self.prompts.patterns:
             return [None] * len(pictures)
         captions = caption_images(self.captioner, pictures, self.device)
-        return [refine(text, self.trigger, self.rules) for text in captions]
+        return list(run_refiner(self.refiner, captions, self.trigger))
 
     def _attributes(self, captions: list[str | None]) -> Tensor:
         """The fraction of a prompt's attributes that the caption names (N,), nan where a prompt has none."""

@@ -1,19 +1,20 @@
-"""From conf/ and the command line to a checked Config. OmegaConf is used here and in command_line.py."""
+"""From conf/ and the command line to a checked Config."""
 
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
-from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, load
 
 try:
-    from yaml import CSafeLoader as SafeLoader  # a sweep has a hundred files, and Python takes 30 ms for one
+    from yaml import CSafeLoader as SafeLoader  # ten times as fast as the one in Python
 except ImportError:
     from yaml import SafeLoader
 
@@ -28,7 +29,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = HOME / "conf"
 
-OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/
+OPEN = ("captioner", "refiner", "adapter", "optimizer", "sampler")
 PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
 
 
@@ -77,37 +78,77 @@ def _read_recipe(file: Path) -> DictConfig:
 def compose(*overrides: str) -> Config:
     """The configuration that the command line would give, for notebooks: `compose("stage=train", "lr=1e-3")`."""
     register()
-    return resolve(overrides)
+    return resolve(with_hydra([*overrides]))
 
 
-def resolve(overrides: Sequence[str]) -> Config:
-    """The checked configuration of a command line. Raises InputError, which names the recipe that has the error."""
+def resolve(composition: DictConfig) -> Config:
+    """The checked configuration of what Hydra composed. Raises InputError, which names the recipe with the error."""
     try:
-        return typed(composed([*overrides]))
+        return typed(without_hydra(composition))
     except SettingError as error:
-        raise InputError(_place(error.key, overrides) + str(error)) from error
+        raise InputError(_place(error.key, composition) + str(error)) from error
 
 
-def with_hydra(overrides: list[str]) -> DictConfig:
-    """Hydra's composition with Hydra's own part: the launcher, the sweeper, the folders."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", overrides, return_hydra_config=True)
+@contextmanager
+def hydra_loader() -> Iterator[ConfigLoader]:
+    """Hydra's loader of conf/. Within the context it is Hydra's global one, which expands the glob() of a sweep."""
+    outer = GlobalHydra.instance().hydra  # of a sweep whose job has an error to explain, or of a notebook
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), job_name="lora_lab", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def with_hydra(overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+    """Hydra's composition with its own part: the launcher, the sweeper, the folders.
+
+    In the mode MULTIRUN it leaves out the overrides that are swept. Raises HydraException."""
+    with hydra_loader() as loader:
+        return loader.load_configuration("config", overrides, run_mode=mode)
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """Hydra's composition without Hydra's own part. Raises SettingError for an unknown key of an open group."""
-    cfg = with_hydra(overrides)
-    choices, search = cfg.hydra.runtime.choices, [o for o in overrides if o.startswith("hydra.searchpath")]
+    """Hydra's composition, without its own part. Raises SettingError for a key that no file in conf/ has."""
+    return without_hydra(with_hydra(overrides))
+
+
+def without_hydra(composition: DictConfig) -> DictConfig:
+    """A copy of `composition` without Hydra's part. Raises SettingError for a key that no file in conf/ has."""
+    cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
     with open_dict(cfg):
         del cfg["hydra"]
-    # Hydra refuses the unknown keys of overrides, but not those of recipes and of overrides that are groups.
-    merges = choices.get("experiment") or any("={" in override for override in overrides)
-    if merges and all(choices.get(group) for group in OPEN):
-        known = _keys_of_options((*(f"{group}={choices[group]}" for group in OPEN), *search))
-        for key in keys_of(OmegaConf.to_container(cfg)):
-            if key.partition(".")[0] in OPEN and key not in known and not key.startswith(PATTERNS):
-                raise SettingError(key, unknown_key(key, [*known], KEYS_OF_STAGES))
+    if all(choices.get(group) for group in OPEN):
+        _refuse_unknown_keys(cfg, composition)
     return cfg
+
+
+def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
+    """Raise SettingError for a key of the open groups that the files of their options do not have."""
+    choices, sources = composition.hydra.runtime.choices, composition.hydra.runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.schema == "file"]
+    keys = [key for key in keys_of(OmegaConf.to_container(cfg)) if key.partition(".")[0] in OPEN]
+    known = set().union(*(_keys_of_file(folders, group, choices[group]) for group in OPEN))
+    if all(key in known or key.startswith(PATTERNS) for key in keys):
+        return
+    # Only now, for it takes as long as the first: what Hydra composes of the options alone.
+    search = [override for override in composition.hydra.overrides.hydra if override.startswith("hydra.searchpath")]
+    options = with_hydra([*(f"{group}={choices[group]}" for group in OPEN), *search])
+    known = keys_of({key: value for key, value in OmegaConf.to_container(options).items() if key != "hydra"})
+    for key in keys:
+        if key not in known and not key.startswith(PATTERNS):
+            raise SettingError(key, unknown_key(key, known, KEYS_OF_STAGES))
+
+
+def _keys_of_file(folders: list[Path], group: str, option: str) -> set[str]:
+    """The keys of an option's file and of the options of its group that it extends."""
+    file = next((f for folder in folders if (f := folder / group / f"{option}.yaml").is_file()), None)
+    if file is None:
+        return set()
+    content = load(file.read_text(encoding="utf-8"), SafeLoader) or {}
+    bases = [entry.partition("@")[0] for entry in content.pop("defaults", []) if isinstance(entry, str)]
+    return set(keys_of({group: content})).union(*(_keys_of_file(folders, group, base) for base in bases))
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -120,47 +161,12 @@ def typed(cfg: DictConfig) -> Config:
     return config
 
 
-def _place(key: str, overrides: Sequence[str]) -> str:
-    """`in experiment/NAME.yaml: ` if `key` comes from the recipe of `overrides`, else nothing."""
-    values = {name.lstrip("+~"): value for name, _, value in (override.partition("=") for override in overrides)}
-    name = values.get("experiment")
-    if name is None or any(key == override or key.startswith(f"{override}.") for override in values):
+def _place(key: str, composition: DictConfig) -> str:
+    """`in experiment/NAME.yaml: ` if `key` comes from the recipe and not from an override, else nothing."""
+    name = composition.hydra.runtime.choices.get("experiment")
+    overrides = [override.partition("=")[0].lstrip("+~") for override in composition.hydra.overrides.task]
+    if name is None or any(key == override or key.startswith(f"{override}.") for override in overrides):
         return ""
     recipe = ConfigStore.instance().repo.get("experiment", {}).get(f"{name}.yaml")
-    has_key = recipe is not None and OmegaConf.select(recipe.node, key.partition("[")[0]) is not None
+    has_key = recipe is None or OmegaConf.select(recipe.node, key.partition("[")[0]) is not None
     return f"in experiment/{name}.yaml: " if has_key else ""
-
-
-def recorded(run: Path) -> tuple[dict[str, Any], list[str]]:
-    """Every key of a run, dotted, with the option of every group, and the overrides, as Hydra wrote them.
-
-    Empty for a run whose record is missing or incomplete."""
-    files = [run.absolute() / ".hydra" / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
-    try:
-        return _recorded(*((file, file.stat().st_mtime_ns) for file in files))
-    except (OSError, YAMLError, OmegaConfBaseException, TypeError, KeyError, ValueError, AttributeError):
-        return {}, []
-
-
-@lru_cache(1000)  # a sweep's page reads them again after every job: 40 ms a run
-def _recorded(*files: tuple[Path, int]) -> tuple[dict[str, Any], list[str]]:
-    """What the three files held at their modification times."""
-    config, hydra, overrides = (load(file.read_text(encoding="utf-8"), SafeLoader) for file, _ in files)
-    settings = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    choices = hydra["hydra"]["runtime"]["choices"]
-    options = {key: option for key, option in choices.items() if not key.startswith("hydra/")}
-    return dict(_dotted(settings)) | options, [str(override) for override in overrides]
-
-
-def _dotted(node: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-@cache
-def _keys_of_options(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return tuple(keys_of(OmegaConf.to_container(hydra_compose("config", list(overrides)))))

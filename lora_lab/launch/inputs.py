@@ -4,6 +4,8 @@ from typing import Any
 
 from lora_lab import track
 from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.captions.captioner import check_captioner
+from lora_lab.captions.refiner import check_refiner
 from lora_lab.settings.decides import fields_of
 from lora_lab.settings.schema import Config
 from lora_lab.settings.setting import location_of
@@ -22,6 +24,10 @@ def check_inputs(config: Config) -> None:
                 locate_folder(key, root)
         elif kinds[key] == "tracker":
             track.refuse_missing(value)
+        elif kinds[key] == "captioner":
+            check_captioner(value)
+        elif kinds[key] == "refiner":
+            check_refiner(value)
         elif kinds[key] == "mask" and config.loss.masks != "folder":
             continue
         elif value is not None:

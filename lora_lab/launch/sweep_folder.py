@@ -1,10 +1,11 @@
-"""A sweep's folder: claimed before the first job, and read by whoever wants to know how the jobs ended.
+"""The folder of a sweep: created before the first job, and the only way to learn how jobs in other processes ended.
 
 multirun.yaml     the command line
-stop              there while Ctrl-C ends it: jobs stop after their step, and none begins
-0/, 1/, ...       a run folder a job, which has besides
-    job.json      its overrides, so that going on knows whether what is there is its own
-    failed.json   the sentence, if it failed"""
+points.json       number, overrides and values of every job
+stop              exists while a sweep is being stopped: running jobs end after their step, no other job starts
+0/, 1/, ...       a run folder for each job, which also has
+    job.json      the job's overrides and process
+    failed.json   if it failed, the error in one sentence"""
 
 import json
 import os
@@ -13,43 +14,48 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from lora_lab.errors import InputError
-from lora_lab.runs import write_json
+from lora_lab.runs import STOP_FILE, SWEEP_RECORD, read_result, write_json
 
-RECORD, STOP, LOCK = "multirun.yaml", "stop", ".lock"
+POINTS, LOCK = "points.json", ".lock"
 
 
 @dataclass(frozen=True)
 class Failure:
+    """What failed.json says of a job."""
+
     folder: Path
     error: str
     exit_code: int
+    reported_here: bool  # the error is on this process's stderr already
 
 
-def claim(folder: Path, named: bool) -> Path:
-    """Make `folder`; a free one beside it where two sweeps begin in one second. One that the user `named` is used as it
-    is, unless it has a sweep. Raises InputError."""
-    if named and (folder / RECORD).exists():
-        raise InputError(f"{folder} has a sweep already: name another folder, or go on with resume={folder}")
+def create_folder(folder: Path, named: bool) -> Path:
+    """Create `folder` and return it, or one with a number behind its name if two sweeps start in the same second.
+
+    A folder that the user `named` may exist, unless it has a sweep. Raises InputError."""
+    if named and (folder / SWEEP_RECORD).exists():
+        raise InputError(f"{folder} has a sweep already: name another folder, or continue it with resume={folder}")
     for number in range(1000):
-        free = folder.with_name(f"{folder.name}-{number}") if number else folder
+        numbered = folder.with_name(f"{folder.name}-{number}") if number else folder
         try:
-            free.mkdir(parents=True, exist_ok=named)
-            return free
+            numbered.mkdir(parents=True, exist_ok=named)
+            return numbered
         except FileExistsError:
             if named:
-                raise InputError(f"{folder}: is no folder, name another with hydra.sweep.dir=") from None
+                raise InputError(f"{folder}: not a folder, set hydra.sweep.dir= to another one") from None
         except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; choose another with hydra.sweep.dir=") from error
-    raise InputError(f"{folder}: taken, name another folder with hydra.sweep.dir=")
+            raise InputError(f"{folder}: {error.strerror}; set hydra.sweep.dir= to another folder") from error
+    raise InputError(f"{folder}: exists, set hydra.sweep.dir= to another folder")
 
 
-def release(folder: Path, named: bool) -> None:
-    """Take away what `claim` made, if no job began there."""
-    if {file.name for file in folder.iterdir()} <= {RECORD, STOP}:
+def remove_if_unused(folder: Path, named: bool) -> None:
+    """Remove the sweep's own files from `folder`, and what `create_folder` created, if no job started."""
+    if {file.name for file in folder.iterdir()} <= {SWEEP_RECORD, POINTS, STOP_FILE}:
         for file in folder.iterdir():
             file.unlink()
         for empty in () if named else (folder, folder.parent, folder.parent.parent):
@@ -58,80 +64,96 @@ def release(folder: Path, named: bool) -> None:
 
 
 def write_record(folder: Path, hydra: Sequence[str], task: Sequence[str]) -> None:
-    """multirun.yaml as far as resume= reads it; Hydra's own sweeper writes the whole configuration over it."""
-    write_json(folder / RECORD, {"hydra": {"overrides": {"hydra": list(hydra), "task": list(task)}}})  # JSON is YAML
+    """Write multirun.yaml with what resume= reads of it; Hydra's sweeper replaces it by the whole configuration."""
+    write_json(
+        folder / SWEEP_RECORD, {"hydra": {"overrides": {"hydra": list(hydra), "task": list(task)}}}
+    )  # is YAML too
 
 
-def begun(job: Path, number: int) -> list[str] | None:
-    """The overrides, sorted, of what was begun in `job`; None if nothing was. Raises InputError if another's was."""
-    record = job / "job.json"
-    if not record.is_file():
+def recorded_overrides(job: Path, number: int) -> list[str] | None:
+    """The overrides, sorted, of the job that was started in the folder `job`; None if there was none.
+
+    Raises InputError if it was a job of another number."""
+    file = job / "job.json"
+    if not file.is_file():
         return None
-    known = json.loads(record.read_text(encoding="utf-8"))
-    if known["number"] != number:
-        raise InputError(f"{job} is the folder of job {known['number']}: hydra.sweep.subdir must tell the jobs apart")
-    return sorted(known["overrides"])
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["number"] != number:
+        raise InputError(f"{job} is the folder of job {record['number']}: hydra.sweep.subdir must tell the jobs apart")
+    return sorted(record["overrides"])
 
 
-def begin(job: Path, number: int, overrides: Sequence[str]) -> None:
-    """Say whose folder `job` is. A result that it had with other overrides is none any more, but kept; and what it
-    failed with before is tried again."""
-    if begun(job, number) not in (None, sorted(overrides)):
+def finished_result(job: Path, number: int, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """The result of the job in the folder `job` if it finished with these overrides.
+
+    Raises InputError if the folder has a job of another number."""
+    return read_result(job) if recorded_overrides(job, number) == sorted(overrides) else None
+
+
+def record_start(job: Path, number: int, overrides: Sequence[str]) -> None:
+    """Write job.json; an earlier failure is forgotten, and the result of other overrides becomes result.before.json."""
+    if recorded_overrides(job, number) not in (None, sorted(overrides)):
         for name in ("result", "failed"):
             with suppress(FileNotFoundError):
                 (job / f"{name}.json").replace(job / f"{name}.before.json")
     (job / "failed.json").unlink(missing_ok=True)
-    known = {"number": number, "overrides": list(overrides), "host": socket.gethostname(), "pid": os.getpid()}
-    write_json(job / "job.json", known)
+    write_json(job / "job.json", {"number": number, "overrides": list(overrides), **_process()})
+
+
+def _process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 @contextmanager
-def held(job: Path) -> Iterator[None]:
-    """Within the context no other process may work in `job`. The system lets go of it when this one is killed."""
+def job_lock(job: Path) -> Iterator[None]:
+    """Lock the folder `job` against other processes; the system releases the lock when this process dies.
+
+    Raises InputError if it stays locked for a minute."""
     try:
-        with FileLock(job / LOCK, timeout=60):  # a job that is queued again may still be ending
+        with FileLock(job / LOCK, timeout=60):  # a job that a cluster queues again may still be ending
             yield
     except Timeout:
-        raise InputError(f"{job}: another process works there, wait for it or end it") from None
+        raise InputError(f"{job}: another process works in this folder, wait for it or end it") from None
 
 
 def refuse_running(sweep: Path) -> None:
-    """Raise InputError if a job of `sweep` runs on though the sweep was killed: two would write into one folder."""
+    """Raise InputError if a job of `sweep` still runs though its command was killed: both would write into a folder."""
     for lock in sweep.rglob(LOCK):
         try:
             with FileLock(lock, timeout=0):
                 pass
         except Timeout:
-            job = json.loads((lock.parent / "job.json").read_text(encoding="utf-8"))
+            record = json.loads((lock.parent / "job.json").read_text(encoding="utf-8"))
             raise InputError(
-                f"{lock.parent}: its job still runs, process {job['pid']} on {job['host']}: wait for it or end it"
+                f"{lock.parent}: its job still runs, process {record['pid']} on {record['host']}: wait for it or end it"
             ) from None
 
 
 def write_failure(job: Path, error: str, exit_code: int) -> None:
-    write_json(job / "failed.json", {"error": error, "exit_code": exit_code})
+    """Write failed.json, with the process that reported the error."""
+    write_json(job / "failed.json", {"error": error, "exit_code": exit_code, **_process()})
 
 
 def failures(sweep: Path) -> list[Failure]:
-    """The jobs of `sweep` that failed, in their order."""
-    found = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in sweep.rglob("failed.json")]
-    jobs = [Failure(folder, said["error"], said.get("exit_code", 1)) for folder, said in found]
-    return sorted(jobs, key=lambda job: (len(job.folder.name), job.folder.name))
+    """The failed jobs of `sweep`, in the order of their folders."""
+    records = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in sweep.rglob("failed.json")]
+    failed = [
+        Failure(job, record["error"], record.get("exit_code", 1), record.items() >= _process().items())
+        for job, record in records
+    ]
+    return sorted(failed, key=lambda failure: (len(failure.folder.name), failure.folder.name))
 
 
-def result_of(job: Path) -> dict | None:
-    file = job / "result.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def score_of(result: dict) -> float | None:
-    """The one number of a run, the higher the better; None where nothing was measured."""
-    return result["scores"]["score"]["value"] if result.get("scores") else None
+def score_of(result: dict[str, Any] | None) -> float | None:
+    """The combined score of a result, which is better the higher it is; None if there is none."""
+    return result["scores"]["score"]["value"] if result and result.get("scores") else None
 
 
 def has_jobs(sweep: Path) -> bool:
+    """Whether any job of the sweep was started."""
     return any(sweep.rglob("job.json"))
 
 
-def scored(sweep: Path) -> bool:
-    return any(score_of(result_of(file.parent)) is not None for file in sweep.rglob("result.json"))
+def has_scores(sweep: Path) -> bool:
+    """Whether any job of the sweep has a score."""
+    return any(score_of(read_result(file.parent)) is not None for file in sweep.rglob("result.json"))

@@ -1,6 +1,6 @@
-"""Work in fresh processes, one at a time on each GPU, which is all it sees: what it takes of that ends with it.
+"""Run tasks in new processes, one at a time on each GPU; all memory of a task is freed when its process ends.
 
-Imports nothing heavy: a process has its GPU before it imports torch."""
+Imports nothing heavy: a process must be given its GPU before it imports torch."""
 
 import os
 import signal
@@ -15,80 +15,83 @@ from typing import TypeVar
 
 from hydra.core.utils import env_override
 
-from lora_lab.launch.stopping import stopping_jobs
+from lora_lab.launch.stopping import stop_jobs_on_signal
 
 T = TypeVar("T")
-LOOK_SECONDS = 1.0  # between two looks at processes whose end is not told, for children of theirs that still run
-GRACE = 5.0  # seconds to close a tracker in, where a second Ctrl-C stops at once
+POLL_SECONDS = 1.0  # between two checks of processes whose end is not signalled, because their children still run
+GRACE_SECONDS = 5.0  # to close a tracker after the second Ctrl-C
 
-Task = Callable[[], None]  # a partial of a module's function, which goes to another process
+Task = Callable[[], None]  # a partial of a module's function, which can be pickled
 
 
-def places(wanted: int | None, devices: set[str]) -> list[str | None]:
-    """A place for each of the `wanted` workers, None means one for each GPU: the GPU as CUDA_VISIBLE_DEVICES names it.
+def places(count: int | None, devices: set[str]) -> list[str | None]:
+    """The place of each of `count` workers (None: one for each GPU): a GPU as CUDA_VISIBLE_DEVICES names it.
 
-    The place is None on a CPU, and where `devices` of the configuration name a GPU."""
+    It is None on a CPU, and if one of the configured `devices` names a GPU."""
     gpus = visible_gpus() if devices <= {"auto", "cuda"} else []
-    here = gpus or [None]
-    return [here[i % len(here)] for i in range(wanted or len(here))]
+    available = gpus or [None]
+    return [available[i % len(available)] for i in range(count or len(available))]
 
 
 def visible_gpus() -> list[str]:
-    """By number or, where this process was given some, by the names that it was given. Takes nothing of them."""
+    """The GPUs of this process: their names in CUDA_VISIBLE_DEVICES, or their numbers if it is not set.
+
+    Allocates no GPU memory."""
     import torch
 
-    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name.strip() for name in given.split(",")][:count] if given else [str(i) for i in range(count)]
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in names.split(",")][:count] if names else [str(i) for i in range(count)]
 
 
-def elsewhere(function: Callable[..., T], *arguments: object) -> T:
-    """What `function` says in a process that ends: one that has looked at a GPU keeps some of its memory."""
+def run_in_process(function: Callable[..., T], *arguments: object) -> T:
+    """What `function` returns in a new process: a process that asks a GPU for its free memory keeps some of it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
-def spread(
+def run_tasks(
     tasks: Sequence[Task],
     places: Sequence[str | None],
-    begins: Callable[[int, str | None], None],
-    ended: Callable[[int, int], None],
-    stop: Path,
+    on_start: Callable[[int, str | None], None],
+    on_end: Callable[[int, int], None],
+    stop_file: Path,
 ) -> None:
-    """Do `tasks`, in their order, each in a process of its own at the next place that is free.
+    """Run `tasks`, in their order, each in a new process at the next free place.
 
-    `begins(number, place)` and `ended(number, exit code)` are called here. Once there is a file `stop` none begins. The
-    first Ctrl-C makes it, waits for those that run, and raises KeyboardInterrupt; a second one stops at once."""
+    `on_start(number, place)` and `on_end(number, exit code)` are called in this process. Once `stop_file` exists, no
+    task is started. The first Ctrl-C creates it, waits for the running tasks, and raises KeyboardInterrupt; the second
+    one ends them at once."""
     waiting, free = list(range(len(tasks))), list(places)
     running: dict[BaseProcess, tuple[int, str | None]] = {}
-    with stopping_jobs(stop):
+    with stop_jobs_on_signal(stop_file):
         try:
             while True:
-                while waiting and free and not stop.exists():
+                while waiting and free and not stop_file.exists():
                     number, place = waiting.pop(0), free.pop(0)
-                    begins(number, place)
-                    process = get_context("spawn").Process(target=_work, args=(tasks[number],))
-                    with _seeing(place):
+                    on_start(number, place)
+                    process = get_context("spawn").Process(target=_run_task, args=(tasks[number],))
+                    with _visible(place):
                         process.start()
                     running[process] = number, place
                 if not running:
                     return
-                wait([process.sentinel for process in running], LOOK_SECONDS)
+                wait([process.sentinel for process in running], POLL_SECONDS)
                 for process in [process for process in running if process.exitcode is not None]:
                     number, place = running.pop(process)
                     free.append(place)
-                    ended(number, process.exitcode)
+                    on_end(number, process.exitcode)
         finally:
             _end(list(running))
 
 
-def _seeing(place: str | None) -> AbstractContextManager[None]:
-    """What begins within the context sees that GPU alone: set before it begins, for torch looks once."""
+def _visible(place: str | None) -> AbstractContextManager[None]:
+    """Within the context new processes see only the GPU `place`. Set before they start, because torch reads it once."""
     return nullcontext() if place is None else env_override({"CUDA_VISIBLE_DEVICES": place})
 
 
-def _work(task: Task) -> None:
+def _run_task(task: Task) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):  # how far it came stands in its files
+    with suppress(KeyboardInterrupt):  # the files of the jobs show how far they came
         task()
 
 
@@ -96,6 +99,6 @@ def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join(GRACE)
+        process.join(GRACE_SECONDS)
         process.kill()
         process.join()

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import Discriminator, Tag, ValidationError
 
 from lora_lab.errors import InputError
-from lora_lab.settings.captions import Captioner, Refiner, Rule
 from lora_lab.settings.dataset import Dataset, Folder, Prior
 from lora_lab.settings.model import Memory, Model, Sampler
 from lora_lab.settings.refusal import refusals
 from lora_lab.settings.reporting import Score, Tracker
-from lora_lab.settings.setting import Section, open_group, section, setting
+from lora_lab.settings.setting import Location, Section, open_group, section, setting
 from lora_lab.settings.stages import (
     STAGES,
     Caption,
@@ -29,9 +28,9 @@ from lora_lab.settings.stages import (
 from lora_lab.settings.training import Loss, OptimizerTraits, Schedule, Text
 
 __all__ = [
-    "KEYS_OF_STAGES", "STAGES", "Caption", "Captioner", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate",
+    "KEYS_OF_STAGES", "STAGES", "Caption", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate",
     "Folder", "Img2img", "Loss", "Memory", "Model", "OptimizerTraits", "Packed", "Pipeline", "Prior", "Refine",
-    "Refiner", "Rule", "Sampler", "Schedule", "Score", "Stage", "Text", "Tracker", "Train", "build_config",
+    "Sampler", "Schedule", "Score", "Stage", "Text", "Tracker", "Train", "build_config",
 ]  # fmt: skip
 
 PER_JOB_OF_ADAPTER = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
@@ -53,8 +52,13 @@ class Config(Section):
     stage: AnyStage
     model: Model
     dataset: Dataset
-    captioner: Captioner
-    refiner: Refiner
+    # Training compares the captions themselves, by their hash; the refined caption of a photo is a prompt of img2img.
+    captioner: Annotated[dict[str, Any], Location("captioner")] = open_group(
+        "the captioner", decides=("weights", "request"), hashed_as="captions", decide_nothing=("name",)
+    )
+    refiner: Annotated[dict[str, Any], Location("refiner")] = open_group(
+        "the refiner", decides=("weights", "request"), hashed_as="captions"
+    )
     adapter: dict[str, Any] = open_group("peft's adapter", decides="weights", per_job=PER_JOB_OF_ADAPTER)
     text: Text
     optimizer: dict[str, Any] = open_group(
@@ -150,8 +154,8 @@ class Config(Section):
         """The keys that name what scoring needs; [] where nothing is scored."""
         if self.model.judge is None:
             return []
-        reader = ["captioner.base"] if self.score.attributes else []  # it reads the drawn images back
-        return ["model.judge", "model.dino", "score.held_out", *reader]
+        readers = ["captioner", "refiner"] if self.score.attributes else []  # they read the drawn images back
+        return ["model.judge", "model.dino", "score.held_out", *readers]
 
 
 @dataclass

@@ -34,9 +34,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Location:
-    """Marks a text that names something which must exist: see `lora_lab.launch.inputs`."""
+    """Marks a setting that names something which must exist: see `lora_lab.launch.inputs`."""
 
-    kind: Literal["folder", "dataset", "mask", "model", "tracker"]
+    kind: Literal["folder", "dataset", "mask", "model", "tracker", "captioner", "refiner"]
 
 
 FolderPath = Annotated[str, Location("folder")]

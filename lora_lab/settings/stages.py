@@ -35,6 +35,8 @@ class Stage(Section):
 
 @section
 class Check(Stage):
+    several_folders: ClassVar[bool] = True
+
     kind: Literal["check"] = _kind("check")
 
     def inputs(self, config: "Config") -> list[str]:
@@ -52,12 +54,15 @@ class Caption(Stage):
     )
 
     def inputs(self, config: "Config") -> list[str]:
-        return ["dataset.root", "captioner.base"]
+        return ["dataset.root", "captioner"]
 
 
 @section
 class Refine(Stage):
     kind: Literal["refine"] = _kind("refine")
+
+    def inputs(self, config: "Config") -> list[str]:
+        return ["dataset.root", "refiner"]
 
 
 @section
@@ -201,7 +206,7 @@ class Img2img(Stage):
             raise InputError("stage.seeds=[]: name at least one seed")
 
     def inputs(self, config: "Config", name: str = "stage") -> list[str]:
-        return [f"{name}.photo", "model.base"]
+        return [f"{name}.photo", "model.base", *([] if self.prompt else ["captioner", "refiner"])]
 
 
 @section
@@ -247,7 +252,7 @@ class Pipeline(Stage):
 
     def inputs(self, config: "Config") -> list[str]:
         photo = self.img2img.inputs(config, "stage.img2img")
-        return [*photo, *self.train.inputs(config, "stage.train"), "captioner.base"]
+        return [*photo, *self.train.inputs(config, "stage.train"), "captioner", "refiner"]
 
 
 STAGES: dict[str, type[Stage]] = {

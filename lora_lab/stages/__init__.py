@@ -1,12 +1,11 @@
 """One module a stage: a function from the configuration and a folder to a frozen result. No stage imports another's."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
 from lora_lab.console import quiet_libraries
-from lora_lab.runs import refuse_unwritable, write_json
+from lora_lab.runs import refuse_unwritable, write_result
 from lora_lab.settings.schema import STAGES, Config
 
 NAMES = {schema: name for name, schema in STAGES.items()}
@@ -17,7 +16,7 @@ def run(config: Config, folder: Path) -> object:
     quiet_libraries()
     refuse_unwritable(folder)
     result = stage(NAMES[type(config.stage)])(config, folder)
-    write_json(folder / "result.json", asdict(result))
+    write_result(folder, result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""W&B, trackio, TensorBoard or nothing, behind three functions: numbers, images, a table."""
+"""Experiment trackers (W&B, trackio, TensorBoard, none) behind three functions: numbers, images, table."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from lora_lab.errors import InputError
 from lora_lab.track import tensorboard, trackio, wandb
-from lora_lab.track.base import NOTHING, Track
+from lora_lab.track.base import NO_TRACK, Track
 
 KINDS = ("wandb", "trackio", "tensorboard", "off")
-EXTRAS = ("trackio", "tensorboard")  # the package and the extra that brings it are called as the kind
+EXTRAS = ("trackio", "tensorboard")  # optional; package and extra have the name of the kind
 
 
 def refuse_missing(kind: str) -> None:
-    """Raise InputError for an unknown kind, or one whose package is not installed."""
+    """Raise InputError for an unknown kind of tracker, or one whose package is not installed."""
     if kind not in KINDS:
         raise InputError(f"tracker.kind={kind}: kind is one of {', '.join(KINDS)}")
     if kind in EXTRAS and find_spec(kind) is None:
@@ -35,20 +35,20 @@ def tracking(
     tags: Sequence[str] = (),
     resume: bool = False,
 ) -> Iterator[Track]:
-    """Track the run in `folder` until the block ends; an exception in the block marks the run as failed.
+    """Track the run in `folder` within the context; an exception in it marks the run as failed.
 
-    `project` and `group` are W&B's and trackio's, `mode` and `tags` W&B's alone. With `resume` the run that `folder`
-    belongs to goes on. Raises InputError for an unknown kind, a missing package, or `mode="online"` without an API
-    key."""
+    `config` is shown with the run. W&B and trackio use `project` and `group`, W&B alone `mode` and `tags`. With
+    `resume` the tracked run of `folder` is continued. Raises InputError for an unknown kind, a missing package, or
+    `mode="online"` without an API key."""
     refuse_missing(kind)
     if kind == "wandb":
         names = {"name": name, "project": project, "group": group, "tags": list(tags)}
-        tracker = wandb.tracked(folder.resolve(), config, mode, resume, names)
+        tracker = wandb.open_track(folder.resolve(), config, mode, resume, names)
     elif kind == "trackio":
-        tracker = trackio.tracked(folder, name, config, resume, project=project, group=group)
+        tracker = trackio.open_track(folder, name, config, resume, project=project, group=group)
     elif kind == "tensorboard":
-        tracker = tensorboard.tracked(folder, {"name": name, **config}, resume)
+        tracker = tensorboard.open_track(folder, {"name": name, **config}, resume)
     else:
-        tracker = nullcontext(NOTHING)
+        tracker = nullcontext(NO_TRACK)
     with tracker as track:
         yield track

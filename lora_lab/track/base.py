@@ -1,4 +1,4 @@
-"""What a tracker is to a training: three functions, and none of them costs it anything when they fail."""
+"""The interface of trackers: three functions whose errors never end a training."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,34 +16,35 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Track:
-    """Where a run's numbers and images go. No function ever raises: a tracker must not cost a training."""
+    """The open track of a run. None of its functions raises an exception."""
 
     numbers: Callable[[int, Mapping[str, float]], None]  # step, {"train/loss": 0.1}
-    images: Callable[[int, Pictures], None]  # step, {"validation/<prompt id>": (picture, caption)}
-    table: Callable[[int, Rows], None]  # step, rows of one set of columns, pictures among them; not TensorBoard's
+    images: Callable[[int, Pictures], None]  # step, {"validation/<prompt id>": (image, caption)}
+    table: Callable[[int, Rows], None]  # step, rows with the same columns, some of them images; TensorBoard has none
 
 
-NOTHING = Track(lambda step, values: None, lambda step, pictures: None, lambda step, rows: None)
+NO_TRACK = Track(lambda step, values: None, lambda step, pictures: None, lambda step, rows: None)
 
 
-def forgiving(numbers: Callable[..., None], images: Callable[..., None], table: Callable[..., None]) -> Track:
-    """Functions that may raise, as a Track: of all their failures the first is a warning."""
+def log_errors(numbers: Callable[..., None], images: Callable[..., None], table: Callable[..., None]) -> Track:
+    """A Track of functions that may raise: their first error is logged as a warning, later ones are dropped."""
     warned = False
 
-    def forgive(function: Callable[..., None]) -> Callable[..., None]:
+    def catch_errors(function: Callable[..., None]) -> Callable[..., None]:
         def call(step: int, values: Mapping[str, Any]) -> None:
             nonlocal warned
             try:
                 function(step, values)
-            except Exception as error:  # whatever a tracker may raise: a full disk, a dead process, a closed socket
+            except Exception as error:  # trackers raise anything: a full disk, a dead process, a closed socket
                 if not warned:
-                    log.warning("tracking failed at step %d, the run goes on: %s", step, line(error))
+                    log.warning("tracking failed at step %d, the run continues: %s", step, first_line(error))
                 warned = True
 
         return call
 
-    return Track(forgive(numbers), forgive(images), forgive(table))
+    return Track(catch_errors(numbers), catch_errors(images), catch_errors(table))
 
 
-def line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of the message of `error`, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Pictures and tables in the words of W&B, which trackio has too."""
+"""Images and tables as objects of W&B, or of trackio, whose classes have the same names."""
 
 from types import ModuleType
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 from lora_lab.track.base import Pictures, Rows
 
 
-def pictures_of(library: ModuleType, pictures: Pictures) -> dict[str, Any]:
+def images_of(library: ModuleType, pictures: Pictures) -> dict[str, Any]:
+    """`pictures` as the library's images with captions."""
     return {key: library.Image(picture, caption=caption) for key, (picture, caption) in pictures.items()}
 
 
 def table_of(library: ModuleType, rows: Rows) -> Any:
-    """Rows of one set of columns; what is a picture is shown as one."""
+    """`rows`, which have the same columns, as the library's table; cells may be images."""
     from PIL.Image import Image
 
     columns = list(rows[0])

@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_lab.track.base import Pictures, Track, forgiving, line
+from lora_lab.track.base import Pictures, Track, first_line, log_errors
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def tracked(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[Track]:
-    """Track a run into `folder`/tensorboard."""
+def open_track(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[Track]:
+    """Within the context write event files into the folder tensorboard of the run folder."""
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
     writers: list[SummaryWriter] = []
 
     def writer(step: int) -> SummaryWriter:
-        if not writers:  # opened at the first step: a resumed run hides what the killed one wrote from that step on
+        if not writers:  # opened at the first step: from that one on a resumed run hides what the killed one wrote
             writers.append(SummaryWriter(folder / "tensorboard", purge_step=step if resume else None))
             text = json.dumps(config, ensure_ascii=False, indent=2, default=str)
             writers[0].add_text("config", f"```json\n{text}\n```", step)
@@ -35,13 +35,13 @@ def tracked(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[T
         for key, (picture, caption) in pictures.items():
             writer(step).add_image(key, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
             writer(step).add_text(f"{key}/caption", caption, step)
-        writer(step).flush()  # two minutes otherwise: too long for a person who waits for a picture
+        writer(step).flush()  # otherwise images appear two minutes later
 
     try:
-        yield forgiving(numbers, images, lambda step, rows: None)
+        yield log_errors(numbers, images, lambda step, rows: None)
     finally:
-        for opened in writers:
+        for summary_writer in writers:
             try:
-                opened.close()
+                summary_writer.close()
             except Exception as error:
-                log.warning("tracking could not be closed: %s", line(error))
+                log.warning("tracking could not be closed: %s", first_line(error))

@@ -1,4 +1,4 @@
-"""trackio: a database of all runs on this computer, and a dashboard for it. Nothing leaves the computer."""
+"""trackio: a database and a dashboard of all runs on this computer. Nothing is sent to other computers."""
 
 import io
 import logging
@@ -11,85 +11,85 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.console import say
-from lora_lab.runs import as_typed, refuse_unwritable, write_text
-from lora_lab.track.base import NOTHING, Pictures, Rows, Track, forgiving, line
-from lora_lab.track.media import pictures_of, table_of
+from lora_lab.runs import display_path, refuse_unwritable, write_text
+from lora_lab.track.base import NO_TRACK, Pictures, Rows, Track, first_line, log_errors
+from lora_lab.track.media import images_of, table_of
 
 if TYPE_CHECKING:
     import trackio
 
 log = logging.getLogger(__name__)
 
-ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # where trackio would send a run to
+REMOTE_VARIABLES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # make trackio send runs to another computer
 
 
 @contextmanager
-def tracked(
+def open_track(
     folder: Path, name: str, config: Mapping[str, Any], resume: bool, *, project: str | None, group: str | None
 ) -> Iterator[Track]:
-    """Track the run in `folder`, which keeps under what name it is known."""
-    # trackio reads it once, at its import: all runs of a process are in one place, which is what its dashboard shows.
-    place = Path(os.environ.setdefault("TRACKIO_DIR", str(Path("trackio").absolute())))
+    """Within the context track the run in `folder`, where its name in trackio is kept."""
+    # trackio reads the variable once, when it is imported. So all runs of a process are in one database, which is what
+    # its dashboard shows.
+    database = Path(os.environ.setdefault("TRACKIO_DIR", str(Path("trackio").absolute())))
     project = project or "lora_lab"
-    record = folder / "trackio_run"  # trackio finds a run by its name: two of one name would be one
-    known = record.read_text(encoding="utf-8").strip() if resume and record.is_file() else None
-    name = known or f"{name}, {'-'.join(folder.absolute().parts[-3:])}"
+    record = folder / "trackio_run"  # trackio identifies a run by its name: two runs of one name would be merged
+    resumed = record.read_text(encoding="utf-8").strip() if resume and record.is_file() else None
+    name = resumed or f"{name}, {'-'.join(folder.absolute().parts[-3:])}"
     names = {"project": project, "name": name, "group": group}
-    run = _open_run(place, config=dict(config), resume="allow" if known else "never", **names)
+    run = _open_run(database, config=dict(config), resume="allow" if resumed else "never", **names)
     if run is None:
-        yield NOTHING
+        yield NO_TRACK
         return
     write_text(record, name + "\n")
     show = shlex.join(["trackio", "show", "--project", project])
-    say(f"tracking; to look at it: TRACKIO_DIR={shlex.quote(str(as_typed(place)))} {show}")
+    say(f"tracking; to show it: TRACKIO_DIR={shlex.quote(str(display_path(database)))} {show}")
     try:
-        yield forgiving(lambda step, values: run.log(dict(values), step), _image_logger(run), _table_logger(run))
+        yield log_errors(lambda step, values: run.log(dict(values), step), _image_logger(run), _table_logger(run))
     finally:
         _close_run(run)
 
 
-def _open_run(place: Path, **arguments: Any) -> "trackio.Run | None":
+def _open_run(database: Path, **arguments: Any) -> "trackio.Run | None":
     try:
-        refuse_unwritable(place, "name another with TRACKIO_DIR")  # trackio itself would warn at every step
+        refuse_unwritable(database, "set TRACKIO_DIR to another folder")  # else trackio warns at every step
         import trackio
 
-        with _at_home():
-            # In a context of its own: trackio ends the run that is open in this one, and several train at a time.
+        with _local_and_silent():
+            # In a context of its own, because trackio ends the run that is open in this one, and a pack has several.
             return copy_context().run(trackio.init, embed=False, auto_log_cpu=False, auto_log_gpu=False, **arguments)
     except Exception as error:
-        log.warning("tracking could not be started, the run goes on without it: %s", line(error))
+        log.warning("tracking could not be started, the run continues without it: %s", first_line(error))
         return None
 
 
 def _close_run(run: "trackio.Run") -> None:
     try:
-        with redirect_stdout(io.StringIO()):  # it says that it uploads, though it does not
+        with redirect_stdout(io.StringIO()):  # it prints that it uploads, although it does not
             run.finish()
     except Exception as error:
-        log.warning("tracking could not be closed: %s", line(error))
+        log.warning("tracking could not be closed: %s", first_line(error))
 
 
 @contextmanager
-def _at_home() -> Iterator[None]:
-    """Within the context trackio says nothing, neither asks the Hugging Face hub who one is nor heeds the environment
-    where it says to send runs away."""
+def _local_and_silent() -> Iterator[None]:
+    """Within the context trackio prints nothing, does not contact the Hugging Face hub, and sends runs nowhere."""
     from huggingface_hub import constants
 
-    offline, elsewhere = constants.HF_HUB_OFFLINE, {name: os.environ.pop(name, None) for name in ELSEWHERE}
+    offline, remote = constants.HF_HUB_OFFLINE, {name: os.environ.pop(name, None) for name in REMOTE_VARIABLES}
     constants.HF_HUB_OFFLINE = True
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
         constants.HF_HUB_OFFLINE = offline
-        os.environ |= {name: value for name, value in elsewhere.items() if value is not None}
+        os.environ |= {name: value for name, value in remote.items() if value is not None}
 
 
 def _image_logger(run: "trackio.Run") -> Callable[[int, Pictures], None]:
     import trackio
 
     def images(step: int, pictures: Pictures) -> None:
-        run.log(pictures_of(trackio, pictures), step)
+        run.log(images_of(trackio, pictures), step)
 
     return images
 

@@ -13,9 +13,8 @@ from torch.nn.functional import interpolate
 from lora_lab.base.encode import Encoder
 from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.console import say
-from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
-from lora_lab.images.dataset import Sample, apply_caption_affixes
+from lora_lab.images.dataset import Sample, apply_caption_affixes, require_trigger
 from lora_lab.images.masks import Masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.settings.schema import Dataset
@@ -217,12 +216,8 @@ def count_buckets(pictures: list[Fitted]) -> dict[tuple[int, int], int]:
 
 
 def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
-    """Raise InputError where no caption has the trigger: nothing would be learnt about it."""
-    if not any(trigger in text for captions in texts for orders in captions for text in orders):
-        raise InputError(
-            f"no caption of the {len(texts)} pictures has the trigger {trigger}: "
-            f"run stage=refine to insert it, or set trigger= to the one that they have"
-        )
+    """Raise InputError if none of the texts that images are trained with has the trigger."""
+    require_trigger([[text for orders in image_texts for text in orders] for image_texts in texts], trigger)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -28,7 +28,6 @@ from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used,
 from lora_lab.sampling.render import RenderSettings, render_settings
 from lora_lab.settings.decides import training_fingerprint
 from lora_lab.settings.schema import (
-    Captioner,
     Config,
     Dataset,
     Loss,
@@ -36,7 +35,6 @@ from lora_lab.settings.schema import (
     Model,
     OptimizerTraits,
     Prior,
-    Refiner,
     Schedule,
     Score,
     Text,
@@ -101,8 +99,8 @@ class ResolvedTraining:
     schedule: Schedule
     render: RenderSettings
     score: Score
-    captioner: Captioner
-    refiner: Refiner
+    captioner: dict[str, Any]  # settings
+    refiner: dict[str, Any]  # settings
     memory: Memory
     tracker: Tracker
     files: TrainingFiles

@@ -64,7 +64,7 @@ def train_runs(
 
 def train_steps(group: "RunGroup") -> None:
     """Do the steps that the runs of `group` have left, or fewer where Ctrl-C asks for the end."""
-    with stop_on_signal() as stop_requested, group.progress_bar() as progress:
+    with stop_on_signal(group.runs[0].resolved.folder) as stop_requested, group.progress_bar() as progress:
         for step in group.steps():
             trainings = group.start_step(step)
             batches = [group.context.batches(training, step) for training in trainings]

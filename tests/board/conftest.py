@@ -1,4 +1,4 @@
-"""A real Chromium, for the tests that use the page as a person does."""
+"""A real Chromium for the tests that use the page."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def chromium():
-    """Debian's `chromium`, or whatever of its kind is on the PATH; the tests are left out where there is none."""
+    """Debian's `chromium` or another Chromium on the PATH; without one the tests are skipped."""
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:

@@ -1,4 +1,4 @@
-"""The page in a real Chromium, opened from the disk, used by mouse, by keyboard and on a phone."""
+"""The page in a real Chromium, opened as a file, used by mouse, by keyboard and on a phone."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab.board.hook import rewrite_page
-from lora_lab.board.page import shared
+from lora_lab.board.page import files_to_share
 
 pytestmark = pytest.mark.slow
 
@@ -32,17 +32,17 @@ def page_of_a_sweep(tmp_path_factory):
 
 @contextmanager
 def opened(browser, file: Path, **context):
-    """The page in a fresh browser. It may neither report an error nor ask anybody but the disk."""
+    """The page in a new browser context. It may neither report an error nor request anything but files."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, "locale": "en-GB"} | context)
-    page, wrong = context.new_page(), []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("requestfailed", lambda request: wrong.append(f"missing: {request.url}"))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("requestfailed", lambda request: errors.append(f"missing: {request.url}"))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or errors.append(request.url))
     page.goto(file.as_uri())
     yield page
     page.wait_for_timeout(50)
     context.close()
-    assert wrong == []
+    assert errors == []
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def wait_for_focus(page, place: str) -> None:
     page.wait_for_function(f"document.activeElement.dataset.at == '{place}'")
 
 
-def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
+def test_the_first_screen_names_and_shows_the_best_run(page):
     assert texts(page, "h1") == ["lr 0.001 rank 16"]
     why = "lr 0.001, rank 16 has the highest score: 0.68 (0.62 to 0.73)."
     assert texts(page, "#sentence") == [f"{why} lr 0.001, rank 4 (0.64) lies within that interval: a tie."]
@@ -83,12 +83,12 @@ def test_the_first_screen_says_who_won_and_why_and_shows_it(page):
     page.wait_for_function("[...document.images].slice(0, 8).every(img => img.complete && img.naturalWidth > 0)")
 
 
-def test_a_setting_shows_what_is_best_with_each_of_its_values(page):
-    assert texts(page, ".card:first-child .bar") == ["1e-5 learnt little 0.21", "0.001 0.68", "0.03 broke 0.10"]
+def test_a_setting_shows_the_best_score_for_each_of_its_values(page):
+    assert texts(page, ".card:first-child .bar") == ["1e-5 undertrained 0.21", "0.001 0.68", "0.03 broken 0.10"]
     assert texts(page, ".card .bar.best") == ["0.001 0.68", "16 0.68"]
 
 
-def test_the_matrix_begins_with_what_was_swept(page):
+def test_the_matrix_first_shows_the_swept_keys(page):
     assert texts(page, "#matrix thead th") == ["Without LoRA", "lr 1e-5", "lr 0.001", "lr 0.03"]
     assert texts(page, "#matrix tbody th") == ["rank 4", "rank 16"]
     assert sources(page) == ["0/p0-s0", *(f"{run}/000004-p0-s0" for run in (0, 2, 4, 1, 3, 5))]
@@ -135,7 +135,7 @@ def test_the_size_of_pictures_can_be_chosen(page):
     assert at(page, 0, 1).bounding_box()["width"] == 64  # it was wanted so
 
 
-def test_a_picture_grows_and_its_neighbours_are_an_arrow_away(page):
+def test_an_image_is_enlarged_and_arrow_keys_show_its_neighbours(page):
     at(page, 0, 1).click()
     picture, title = page.locator("#zoom-picture"), page.locator("#zoom-title")
     assert title.inner_text() == "lr 1e-5, rank 4"
@@ -156,7 +156,7 @@ def test_two_pictures_are_compared_with_a_slider(page):
     for column in (1, 2):
         at(page, 0, column).hover()
         page.locator("td").filter(has=at(page, 0, column)).locator(".tick").click()
-    assert texts(page, "#marked-text") == ["Two pictures are chosen."]
+    assert texts(page, "#marked-text") == ["Two images are selected."]
     page.click("#marked-compare")
     assert [page.get_attribute(i, "src") for i in ("#over", "#under")] == [f"page/{r}/000004-p0-s0.png" for r in (0, 2)]
     assert texts(page, ".sides p") == ["lr 1e-5, rank 4", "lr 0.001, rank 4"]
@@ -222,9 +222,9 @@ def test_the_table_sorts_by_every_column(page):
 def test_a_run_opens_with_its_pictures_and_commands(page):
     page.click('[data-run="3"] .open')
     assert page.locator('[data-run="3"] .open').get_attribute("aria-expanded") == "true"
-    said = texts(page, ".details code")
-    assert said[1] == "python -m lora_lab stage=train lr=0.001 rank=16"
-    assert [command.split()[3].partition("=")[0] for command in said] == ["stage", "stage", "resume"]
+    commands = texts(page, ".details code")
+    assert commands[1] == "python -m lora_lab stage=train lr=0.001 rank=16"
+    assert [command.split()[3].partition("=")[0] for command in commands] == ["stage", "stage", "resume"]
     assert sources(page, ".details img") == ["3/000004-p0-s0", "3/000004-p1-s0"]
     page.click('[data-run="5"] .open')
     assert "the loss of step 3 is nan, at 04.png: lower lr" in page.locator(".details").last.inner_text()
@@ -238,7 +238,7 @@ def test_a_command_is_copied(chromium, page_of_a_sweep):
         assert copied == page.inner_text("#commands code") and copied.startswith("python -m lora_lab stage=img2img ")
 
 
-def test_losses_are_drawn_and_named(page):
+def test_losses_are_plotted_with_a_legend(page):
     assert page.locator("#training-chart canvas").is_visible() and page.locator("#validation-chart canvas").is_visible()
     assert texts(page, "#legend li")[0] == "lr 0.001, rank 16 ★" and len(texts(page, "#legend li")) == 6
     inked = """canvas => { const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
@@ -246,12 +246,12 @@ def test_losses_are_drawn_and_named(page):
     assert page.locator("#training-chart canvas").evaluate(inked) > 20
 
 
-def test_korean_is_the_browsers_choice_or_the_readers_and_is_remembered(chromium, page_of_a_sweep):
+def test_korean_is_chosen_by_the_browser_or_the_reader_and_remembered(chromium, page_of_a_sweep):
     with opened(chromium, page_of_a_sweep, locale="ko-KR") as page:
         assert texts(page, "#eyebrow") == ["가장 좋은 설정"] and "동점" in page.inner_text("#sentence")
         assert page.get_attribute("html", "lang") == "ko"
         shown = page.inner_text("body")
-        for english in ("Pictures", "Rows", "Without", "Copy", "Size", "done", "failed", "best", "Loss", "last"):
+        for english in ("Images", "Rows", "Without", "Copy", "Size", "done", "failed", "best", "Loss", "last"):
             assert english not in shown, english
         page.click("#language")
         assert texts(page, "#eyebrow") == ["The best run"]
@@ -275,12 +275,12 @@ def test_a_phone_needs_no_scrolling_sideways(chromium, page_of_a_sweep, locale):
         assert page.locator("#marked").is_visible() and page.evaluate(width) == 360
 
 
-def test_dark_is_dark(chromium, page_of_a_sweep):
+def test_the_dark_scheme_is_used(chromium, page_of_a_sweep):
     with opened(chromium, page_of_a_sweep, color_scheme="dark") as page:
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 20, 22)"
 
 
-def test_a_copy_elsewhere_has_all_its_pictures(chromium, page_of_a_sweep, tmp_path):
+def test_a_copied_page_has_all_its_images(chromium, page_of_a_sweep, tmp_path):
     copy(page_of_a_sweep, tmp_path)
     copytree(page_of_a_sweep.parent / "page", tmp_path / "page")
     with opened(chromium, tmp_path / "index.html") as page:
@@ -289,7 +289,7 @@ def test_a_copy_elsewhere_has_all_its_pictures(chromium, page_of_a_sweep, tmp_pa
         assert len(sources(page)) == 7
 
 
-def test_what_is_not_there_is_called_that(chromium, tmp_path):
+def test_failed_unfinished_and_missing_runs_are_labelled(chromium, tmp_path):
     folders = write_sweep(tmp_path / "sweep", {"lr": [1e-5, 1e-4, 1e-3]}, missing=1)
     fail(folders[0], "out of memory: say memory=low")
     for picture in (tmp_path / "sweep/0/samples").rglob("*.png"):
@@ -299,7 +299,8 @@ def test_what_is_not_there_is_called_that(chromium, tmp_path):
         picture.unlink()
     with opened(chromium, rewrite_page(tmp_path / "sweep")) as page:
         assert texts(page, "#counts") == ["3 runs · 1 failed · 1 not finished · 1 not started"]
-        assert texts(page, "#eyebrow") == ["No winner yet"] and texts(page, "#sentence") == ["No run is done yet."]
+        assert texts(page, "#eyebrow") == ["No best run yet"]
+        assert texts(page, "#sentence") == ["No run has finished yet."]
         cells = texts(page, "#matrix .empty")
         assert cells == ["failed out of memory: say memory=low", "not finished step 4 of 4", "not started"]
 
@@ -311,7 +312,7 @@ def test_runs_that_end_at_different_steps_are_compared_at_their_last(chromium, t
         assert texts(page, "#step-value") == ["last"]
         assert sources(page)[2:] == ["0/000004-p0-s0", "0/000004-p1-s0", "1/000006-p0-s0", "1/000006-p1-s0"]
         page.keyboard.press("[")
-        assert texts(page, "#matrix .empty") == ["no picture", "no picture"]  # the shorter run has no step 6
+        assert texts(page, "#matrix .empty") == ["no image", "no image"]  # the shorter run has no step 6
 
 
 def test_one_run_alone_is_shown_by_its_steps(chromium, tmp_path):
@@ -321,7 +322,7 @@ def test_one_run_alone_is_shown_by_its_steps(chromium, tmp_path):
         assert not page.locator("#effects").is_visible()
 
 
-def test_a_hundred_runs_with_a_thousand_pictures_stay_light(chromium, tmp_path):
+def test_a_hundred_runs_with_a_thousand_images_load_quickly(chromium, tmp_path):
     swept = {"lr": [n * 1e-4 for n in range(1, 11)], "rank": list(range(1, 11))}
     prompts = [f"A {{trigger}} number {n}" for n in range(10)]
     folders = write_sweep(tmp_path / "sweep", swept, prompts=prompts, steps=(1000,), side=64)
@@ -346,8 +347,8 @@ def test_a_hundred_runs_with_a_thousand_pictures_stay_light(chromium, tmp_path):
         assert texts(page, "#legend li") == ["lr 0.001, rank 10 ★"]  # a hundred colours tell nothing apart
 
 
-def test_a_page_sent_without_its_large_pictures_shows_the_small_ones(chromium, page_of_a_sweep, tmp_path):
-    for name, file in shared(page_of_a_sweep.parent).items():
+def test_a_page_without_its_full_size_images_shows_the_thumbnails(chromium, page_of_a_sweep, tmp_path):
+    for name, file in files_to_share(page_of_a_sweep.parent).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         copy(file, tmp_path / name)
     page = chromium.new_page()

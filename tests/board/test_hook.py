@@ -1,4 +1,4 @@
-"""A real sweep on the tiny base: what every job leaves for the page, and what the page makes of it."""
+"""Real sweeps on the tiny base model: what their jobs write for the page, and what the page shows."""
 
 import json
 from pathlib import Path
@@ -29,10 +29,10 @@ def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
     tracked_by_wandb = [word for word in SWEEP if word != "tracker=off"] + ["tracker=wandb", "tracker.mode=offline"]
     assert run(*tracked_by_wandb, "lr=1e-3,1e20") == 1
     folder = the_sweep()
-    (comparison,) = folder.glob("wandb/offline-run-*")  # said once, after everything else
+    (comparison,) = folder.glob("wandb/offline-run-*")  # printed once, after everything else
     *_, page, tracked = capsys.readouterr().out.splitlines()
     assert page == f"compare the runs: {folder / 'index.html'}"
-    assert tracked.startswith("tracking offline (as asked)") and tracked.endswith(f"wandb sync {comparison}")
+    assert tracked.startswith("tracking offline (as configured)") and tracked.endswith(f"wandb sync {comparison}")
     good, bad = read_sweep([folder]).runs
     assert (good.status, bad.status) == ("done", "failed") and "not finite" in bad.error
     assert (good.settings["lr"], bad.settings["lr"], good.settings["rank"]) == (1e-3, 1e20, 2)
@@ -43,7 +43,7 @@ def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
     assert (folder / "page/0/000002-p0-s0.webp").is_file() and (folder / "comparison.png").is_file()
 
 
-def test_a_job_that_works_the_second_time_has_failed_no_more(run):
+def test_a_job_that_succeeds_later_is_no_longer_failed(run):
     folder = Path("multirun/day/time")
     (folder / "0").mkdir(parents=True)
     (folder / "0" / "failed.json").write_text('{"error": "the machine was switched off"}')
@@ -52,7 +52,7 @@ def test_a_job_that_works_the_second_time_has_failed_no_more(run):
     assert [r.status for r in read_sweep([folder]).runs] == ["done"]
 
 
-def test_ctrl_c_is_no_failure_and_the_page_shows_how_far_it_came(run, monkeypatch):
+def test_after_ctrl_c_a_run_is_unfinished_on_the_page_and_not_failed(run, monkeypatch):
     with monkeypatch.context() as once:
         interrupt_at(1, once)
         assert run(*SWEEP, "lr=1e-3,1e-4") == 1

@@ -1,4 +1,4 @@
-"""The folder that the page is: what is in it, what it survives, what it never does."""
+"""The folder of the page: its files, its errors, and what it never does."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from lora_lab.board.hook import rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
 from lora_lab.launch.inputs import check_inputs
-from lora_lab.launch.resume import resumed
+from lora_lab.launch.resume import expand_resume
 from lora_lab.stages import run
 
 HERE = Path(board.__file__).parent
@@ -42,7 +42,7 @@ def files(folder: Path) -> set[str]:
     return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_the_page_has_every_picture_whole_and_small(sweep):
+def test_the_page_has_every_image_and_its_thumbnail(sweep):
     page = rewrite_page(sweep)
     assert page == sweep / "index.html"
     expected = {f"{step}p{p}-s0" for step in ("", "000002-", "000004-") for p in (0, 1)}
@@ -57,13 +57,13 @@ def test_the_page_has_every_picture_whole_and_small(sweep):
     assert not [name for name in files(sweep) if "/." in name.replace("/.hydra/", "/")]  # nothing temporary is left
 
 
-def test_what_a_run_says_stays_text(sweep):
+def test_an_error_sentence_is_escaped(sweep):
     page = rewrite_page(sweep)
     assert data(page)["runs"][1]["error"] == "the loss is nan </script><b>"
     assert "nan </script><b>" not in page.read_text()
 
 
-def test_pictures_that_were_drawn_again_are_shown_again(sweep):
+def test_changed_images_are_updated(sweep):
     rewrite_page(sweep)
     source = sweep / "0/samples/step-000004/p0-s0.png"
     draw(source.with_name("new.png"), 300, colour="#070707")
@@ -74,14 +74,14 @@ def test_pictures_that_were_drawn_again_are_shown_again(sweep):
             assert abs(picture.convert("RGB").getpixel((9, 9))[0] - 7) < 3
 
 
-def test_a_damaged_picture_costs_only_itself(sweep):
+def test_a_damaged_image_is_left_out(sweep):
     source = sweep / "0/samples/step-000004/p0-s0.png"
     source.write_bytes(source.read_bytes()[:60])
     shown = data(rewrite_page(sweep))["runs"][0]["pictures"]
     assert "000004-p0-s0" not in [name for *_, name in shown] and len(shown) == 5
 
 
-def test_only_new_pictures_cost_anything(sweep):
+def test_unchanged_images_are_not_written_again(sweep):
     rewrite_page(sweep)
     before = {name: (sweep / "page" / name).stat().st_ino for name in files(sweep / "page")}
     rewrite_page(sweep)
@@ -98,21 +98,21 @@ def test_pictures_on_another_disk_are_copied(sweep, monkeypatch):
     assert whole.read_bytes() == source.read_bytes() and not whole.samefile(source)
 
 
-def test_a_page_of_somebody_else_is_left_alone(sweep, capsys):
+def test_a_page_of_another_program_is_not_overwritten(sweep, capsys):
     (sweep / "index.html").write_text("<h1>mine</h1>")
     assert rewrite_page(sweep) is None
     assert (sweep / "index.html").read_text() == "<h1>mine</h1>"
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "index.html is not a comparison page" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "index.html is not a comparison page" in output
 
 
-def test_a_page_that_cannot_be_written_costs_one_line(sweep, capsys):
+def test_a_page_that_cannot_be_written_is_reported_in_one_line(sweep, capsys):
     (sweep / "page").write_text("in the way")
     assert rewrite_page(sweep) is None
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        said.startswith("lora_lab: the comparison page of multirun/day/time could not be written")
-        and said.count("\n") == 1
+        output.startswith("lora_lab: the comparison page of multirun/day/time could not be written")
+        and output.count("\n") == 1
     )
 
 
@@ -140,20 +140,26 @@ def test_the_commands_of_a_run_are_accepted_by_the_program(sweep):
     assert set(missing) == {"repeat"} and "use" not in failed
     config.register()
     for command in (*done.values(), missing["repeat"]):
-        given = command_line.arguments(shlex.split(command)[3:])
-        assert command_line.check(resumed(given.overrides, given.multirun)[0], given.multirun)
+        arguments = command_line.read_arguments(shlex.split(command)[3:])
+        assert command_line.check(expand_resume(arguments.overrides, arguments.multirun)[0], arguments.multirun)
 
 
-def test_stage_compare_gives_a_sweep_its_page_and_scripts_the_winner(sweep, composed, capsys):
+def test_stage_compare_writes_the_page_of_a_sweep_and_returns_the_winner(sweep, composed, capsys):
     finish(sweep / "2", score=(0.45, 0.3, 0.6))
     result = run(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
     assert result.page == f"{sweep}/index.html" and Path(result.picture).is_file()
-    told = json.loads(Path("out/result.json").read_text())
-    assert told["winner"] == f"{sweep}/0" and told["ties"] == [f"{sweep}/2"]
-    assert told["ranking"] == [f"{sweep}/0", f"{sweep}/2"]
-    assert told["runs"] == {"done": 2, "failed": 1, "unfinished": 0, "missing": 1}
-    said = capsys.readouterr().out
-    assert "rank 4, lr 1e-5 has the highest score: 0.50 (0.40 to 0.60)" in said and result.page in said
+    result_file = json.loads(Path("out/result.json").read_text())
+    assert result_file["winner"] == f"{sweep}/0" and result_file["ties"] == [f"{sweep}/2"]
+    assert result_file["ranking"] == [f"{sweep}/0", f"{sweep}/2"]
+    assert result_file["runs"] == {"done": 2, "failed": 1, "unfinished": 0, "missing": 1}
+    output = capsys.readouterr().out
+    assert "rank 4, lr 1e-5 has the highest score: 0.50 (0.40 to 0.60)" in output and result.page in output
+
+
+def test_stage_compare_lists_the_missing_jobs_of_a_sweep_without_points(sweep, composed):
+    (sweep / "points.json").unlink()  # as older versions left it
+    result = run(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
+    assert result.runs == {"done": 1, "failed": 1, "unfinished": 1, "missing": 1}
 
 
 def test_stage_compare_puts_the_page_of_several_folders_into_its_own(sweep, composed):
@@ -198,7 +204,7 @@ def test_every_text_is_there_in_both_languages():
         assert set(re.findall(r"{\w+}", text["en"])) == set(re.findall(r"{\w+}", text["ko"])), key
 
 
-def test_text_stands_out_from_what_is_behind_it():
+def test_text_has_enough_contrast():
     css = (HERE / "page.css").read_text()
     light, dark = (dict(re.findall(r"--([\w-]+):\s*(#\w{6});", part)) for part in css.split("prefers-color-scheme", 1))
     for colours in (light, dark):

@@ -1,4 +1,4 @@
-"""What a person types: in-process, because each start of Python would cost more than the test."""
+"""The command line, run in this process because starting Python takes longer than most of these tests."""
 
 import json
 import subprocess
@@ -11,17 +11,17 @@ from lora_lab.errors import InputError, RunError
 from lora_lab.launch import command_line
 
 
-def refused(answer, *words):
+def refused(answer, *parts):
     code, out, err = answer
     assert code == 2
     assert err.startswith("lora_lab: ") and err.count("\n") == 1, "one sentence and no traceback"
     assert out == ""
-    for word in words:
-        assert word in err
+    for part in parts:
+        assert part in err
 
 
 @pytest.mark.parametrize(
-    ("typed", "words"),
+    ("arguments", "parts"),
     [
         # keys
         ("lrr=1", ["lrr: no such key, did you mean lr?"]),
@@ -127,7 +127,10 @@ def refused(answer, *words):
         ("resume=nowhere", ["resume=nowhere: name a run folder, one with .hydra/overrides.yaml in it"]),
         ("resume=", ["resume=: name a run folder"]),
         ("resume=latest", ["no run under outputs/ or multirun/ has a checkpoint"]),
-        ("hydra.run.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another run folder"]),
+        (
+            "hydra.run.dir=/dev/null/x stage=convert",
+            ["/dev/null/x: Not a directory; set hydra.run.dir="],
+        ),
         ("stage=train loss.mask=nowhere", ["loss.mask=nowhere: there is no such file or folder"]),
         ("stage=check loss.mask=nowhere", ["loss.mask=nowhere"]),
         # sweeps
@@ -144,11 +147,14 @@ def refused(answer, *words):
         ("-m hydra/launcher=joblib,basic", ["hydra/launcher has one value for the whole sweep"]),
         ("-m hydra/launcher=joblib rank=4,x", ["rank=x: not a whole number"]),
         ("-m lr=interval(1e-4,1e-3)", ["lr=interval(1e-4,1e-3): an interval needs", "hydra/sweeper=optuna"]),
-        ("-m hydra/sweeper=optuna stage=train lr=1e-4,1e-3", ["say hydra.sweeper.direction=maximize"]),
+        ("-m hydra/sweeper=optuna stage=train lr=1e-4,1e-3", ["set hydra.sweeper.direction=maximize"]),
         ("-m stage=train experiment=optuna model=tiny dataset=tofu lr=interval(0,1)", ["lr=0.0: lr must be above 0"]),
         ("-m stage=train experiment=optuna model=tiny dataset=tofu model.judge=null", ["model.judge=null", "a score"]),
-        ("-m stage=check experiment=optuna model=tiny dataset=tofu", ["which only training gives"]),
-        ("-m hydra.sweep.dir=/dev/null/x stage=convert", ["/dev/null/x: Not a directory; choose another"]),
+        ("-m stage=check experiment=optuna model=tiny dataset=tofu", ["which only training computes"]),
+        (
+            "-m hydra.sweep.dir=/dev/null/x stage=convert",
+            ["/dev/null/x: Not a directory; set hydra.sweep.dir="],
+        ),
         ("rank=4,8", ["rank=4,8: several values are a sweep and need -m"]),
         # flags
         ("--foo", ["unrecognized arguments: --foo"]),
@@ -158,13 +164,13 @@ def refused(answer, *words):
         ("--resolve", ["--resolve"]),
     ],
 )
-def test_what_is_wrong_is_answered_in_one_sentence_and_leaves_nothing_behind(type_in, tmp_path, typed, words):
-    refused(type_in(*typed.split(" ")), *words)
+def test_a_wrong_command_line_is_refused_in_one_sentence_and_writes_nothing(type_in, tmp_path, arguments, parts):
+    refused(type_in(*arguments.split(" ")), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words"),
+    ("recipe", "parts"),
     [
         ("lrr: 1", ["in experiment/mine.yaml: lrr: no such key, did you mean lr?"]),
         ("optimizer: {lrr: 1}", ["in experiment/mine.yaml: optimizer.lrr", "did you mean optimizer.lr?"]),
@@ -178,14 +184,14 @@ def test_what_is_wrong_is_answered_in_one_sentence_and_leaves_nothing_behind(typ
         ("- rank", ["mine.yaml cannot be read"]),
     ],
 )
-def test_a_typo_inside_a_recipe_is_told_with_the_recipe(type_in, tmp_path, recipe, words):
+def test_an_error_in_a_recipe_names_the_recipe(type_in, tmp_path, recipe, parts):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(recipe)
-    refused(type_in("stage=train", "experiment=mine"), *words)
+    refused(type_in("stage=train", "experiment=mine"), *parts)
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_broken_recipe_is_in_nobodys_way_but_its_own(type_in, tmp_path):
+def test_a_broken_recipe_affects_no_other_command(type_in, tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "broken.yaml").write_text("rank: [")
     code, out, _ = type_in("--cfg", "job", "rank=7")
@@ -203,17 +209,17 @@ def test_help_fits_on_a_screen_and_its_examples_compose(type_in, tmp_path):
     examples = [line.split("python -m lora_lab")[1].split("   ")[0].split() for line in lines if "python -m" in line]
     assert len(examples) == 5
     for example in examples:
-        overrides = [word for word in example if word != "-m"]
+        overrides = [part for part in example if part != "-m"]
         assert command_line.check(overrides, "-m" in example)
 
 
-def test_cfg_job_shows_what_was_typed_and_makes_no_folder(type_in, tmp_path):
+def test_cfg_job_shows_the_overrides_and_writes_nothing(type_in, tmp_path):
     code, out, _ = type_in("--cfg", "job", "stage=train", "experiment=sdxl", "lr=3e-4")
     assert code == 0 and "lr: 0.0003" in out and "snr_gamma: 5.0" in out and "hydra:" not in out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_version_is_the_programs_own(type_in):
+def test_version_is_that_of_lora_lab(type_in):
     assert type_in("--version") == (0, f"lora_lab {lora_lab.__version__}\n", "")
 
 
@@ -223,7 +229,7 @@ def captions_in(folder, **texts):
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def test_a_run_that_is_done_exits_with_0_and_leaves_its_result(type_in, tmp_path):
+def test_a_finished_run_exits_with_0_and_writes_its_result(type_in, tmp_path):
     captions_in(tmp_path / "두부 (1), 흰", a="A HANA_TOFU")
     code, _, err = type_in("stage=convert", "dataset=folder", "dataset.root=두부 (1), 흰", "stage.form=csv")
     assert (code, err) == (0, "")
@@ -232,7 +238,7 @@ def test_a_run_that_is_done_exits_with_0_and_leaves_its_result(type_in, tmp_path
     assert json.loads(result.read_text())["captions"] == 1
 
 
-def test_what_a_stage_refuses_leaves_no_empty_run_folder(type_in, tmp_path):
+def test_a_run_that_its_stage_refuses_leaves_no_folder(type_in, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(type_in("stage=convert", "dataset=folder", "dataset.root=empty"), "no captions in empty")
     assert [f.name for f in tmp_path.iterdir()] == ["empty"]
@@ -240,7 +246,7 @@ def test_what_a_stage_refuses_leaves_no_empty_run_folder(type_in, tmp_path):
     assert (tmp_path / "mine").is_dir(), "a folder that the user named is the user's"
 
 
-def test_one_refused_job_does_not_end_the_sweep_but_its_exit_code_is_kept(type_in, tmp_path):
+def test_a_refused_job_does_not_end_the_sweep_but_decides_its_exit_code(type_in, tmp_path):
     captions_in(tmp_path / "full", a="A HANA_TOFU")
     (tmp_path / "empty").mkdir()
     code, _, err = type_in("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv")
@@ -250,7 +256,7 @@ def test_one_refused_job_does_not_end_the_sweep_but_its_exit_code_is_kept(type_i
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "words"),
+    ("error", "code", "parts"),
     [
         (InputError("lora is missing"), 2, "lora_lab: lora is missing\n"),
         (RunError("the loss is nan"), 1, "lora_lab: the loss is nan\n"),
@@ -258,33 +264,33 @@ def test_one_refused_job_does_not_end_the_sweep_but_its_exit_code_is_kept(type_i
         (KeyboardInterrupt(), 1, "lora_lab: stopped\n"),
     ],
 )
-def test_an_error_in_a_run_is_one_sentence_with_its_exit_code(type_in, monkeypatch, error, code, words):
+def test_an_error_in_a_run_is_one_sentence_and_decides_the_exit_code(type_in, monkeypatch, error, code, parts):
     def fail(config, folder):
-        raise error from FileNotFoundError("what a library said, which nobody needs to read")
+        raise error from FileNotFoundError("the message of a library")
 
     monkeypatch.setattr("lora_lab.stages.run", fail)
     got, _, err = type_in("stage=check")
-    assert (got, err.lstrip("\n")) == (code, words)
+    assert (got, err.lstrip("\n")) == (code, parts)
 
 
-def test_a_fault_of_the_program_shows_its_traceback_and_exits_with_1(type_in, monkeypatch):
+def test_an_unexpected_error_shows_its_traceback_and_exits_with_1(type_in, monkeypatch):
     monkeypatch.setattr("lora_lab.stages.run", lambda config, folder: {}["gone"])
     code, _, err = type_in("stage=check")
     assert code == 1 and "Traceback" in err and "KeyError: 'gone'" in err and "Error executing job" not in err
 
 
-def test_a_wrong_command_line_is_answered_without_torch():
+def test_a_wrong_command_line_is_refused_without_importing_torch():
     code = (
-        "import sys; from lora_lab.__main__ import _exit_code as type_in; "
-        "codes = [type_in(['lrr=1']), type_in(['stage=train', 'dataset.root=nowhere']), type_in(['--cfg', 'job'])]; "
+        "import sys; from lora_lab.__main__ import main; "
+        "codes = [main(['lrr=1']), main(['stage=train', 'dataset.root=nowhere']), main(['--cfg', 'job'])]; "
         "heavy = {'torch', 'diffusers', 'transformers', 'wandb', 'matplotlib', 'scipy'} & set(sys.modules); "
         "sys.exit(f'{codes} {heavy}' if heavy or codes != [2, 2, 0] else 0)"
     )
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert asked.returncode == 0, asked.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_module_runs_as_typed(tmp_path):
+def test_the_module_runs_as_a_command(tmp_path):
     def run(*argv):
         return subprocess.run(
             [sys.executable, "-m", "lora_lab", *argv], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8"
@@ -296,7 +302,7 @@ def test_the_module_runs_as_typed(tmp_path):
     assert right.returncode == 0 and "lr: 0.0001" in right.stdout
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(type_in, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(type_in, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     answer = type_in("stage=train", "tracker=trackio")
     refused(answer, 'tracker=trackio needs a package: pip install "lora_lab[trackio]"')
@@ -312,7 +318,7 @@ def test_the_jobs_of_a_sweep_are_one_group_for_the_tracker(type_in, monkeypatch)
     assert groups[-1] is None
 
 
-def test_cfg_job_shows_values_not_where_they_come_from(type_in):
+def test_cfg_job_shows_values_instead_of_interpolations(type_in):
     code, out, _ = type_in("--cfg", "job", "lr=3e-4", "rank=7")
     assert code == 0 and "lr: 0.0003" in out and "r: 7" in out
     assert "${" not in out.replace("{trigger}", "")

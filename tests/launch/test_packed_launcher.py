@@ -1,4 +1,4 @@
-"""hydra/launcher=packed: what every job leaves is what it leaves alone."""
+"""hydra/launcher=packed: every job writes what it writes when it is trained alone."""
 
 import json
 import weakref
@@ -30,7 +30,7 @@ SWEEP = (
 
 @pytest.fixture
 def run(exit_code_of):
-    """Type arguments beside six pictures."""
+    """Run a command line in a folder with six images."""
     pictures = Path("six")
     pictures.mkdir()
     for i in range(6):
@@ -64,7 +64,7 @@ def assert_same(packed: Path, alone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_job_of_a_packed_sweep_leaves_what_it_leaves_alone(run, capsys):
+def test_every_job_of_a_pack_writes_what_it_writes_alone(run, capsys):
     points = ("rank=2,5", "lr=1e-3,3e-3", "steps=3,6", "stage.checkpoint_every=3")
     assert run(*SWEEP, *points, "hydra/launcher=packed", "hydra.sweep.dir=packed") == 0
     assert "8 jobs on one base" in capsys.readouterr().out
@@ -74,18 +74,18 @@ def test_every_job_of_a_packed_sweep_leaves_what_it_leaves_alone(run, capsys):
     assert (Path("packed") / "index.html").is_file() and not Path("models").exists()
 
 
-def test_a_packed_sweep_is_a_command_and_a_job_that_fails_leaves_the_others(run, capsys):
+def test_a_failed_job_of_a_packed_sweep_leaves_the_others_running(run, capsys):
     how = ("steps=2", "stage.validation_loss_every=0", "hydra/launcher=packed", "hydra.sweep.dir=packed")
     assert run(*SWEEP, "lr=1e-3,1e20", *how) == 1
     assert "lower lr" in json.loads(Path("packed/1/failed.json").read_text())["error"]
     assert Path("packed/0/result.json").is_file() and not Path("packed/1/result.json").exists()
-    said = capsys.readouterr()
-    assert "2 jobs on one base" in said.out and "compare the runs: packed/index.html" in said.out
-    assert "lr=1e+20" in said.err and "lower lr" in said.err
+    output = capsys.readouterr()
+    assert "2 jobs on one base" in output.out and "compare the runs: packed/index.html" in output.out
+    assert "lr=1e+20" in output.err and "lower lr" in output.err
 
 
 @pytest.mark.slow
-def test_what_others_learn_beside_a_job_that_fails_is_what_they_learn_alone(run):
+def test_a_failed_job_does_not_change_what_the_others_learn(run):
     packed = ("hydra/launcher=packed", "hydra.sweep.dir=packed", "steps=4")
     assert run(*SWEEP, "lr=1e-3,1e20,3e-3", *packed) == 1
     assert run(*SWEEP[1:], "lr=3e-3", "steps=4", "publish=false", "hydra.run.dir=alone") == 0
@@ -93,12 +93,12 @@ def test_what_others_learn_beside_a_job_that_fails_is_what_they_learn_alone(run)
 
 
 @pytest.mark.slow
-def test_a_stopped_pack_goes_on_and_what_was_done_is_not_done_again(run, monkeypatch, capsys):
+def test_a_stopped_pack_resumes_without_repeating_finished_jobs(run, monkeypatch, capsys):
     points = ("lr=1e-3,3e-3", "steps=2,6", "schedule=cosine", "hydra/launcher=packed")
     with monkeypatch.context() as once:
         interrupt_at(4, once)
         assert run(*SWEEP, *points, "hydra.sweep.dir=cut") == 1
-    assert "go on with: python -m lora_lab resume=cut" in capsys.readouterr().err
+    assert "resume with: python -m lora_lab resume=cut" in capsys.readouterr().err
     done = {job: (Path("cut") / job / "result.json").stat().st_mtime_ns for job in "02"}
     assert not list(Path("cut").glob("[13]/result.json"))
     assert [path.name for path in Path("cut").glob("[13]/checkpoints/*")] == 2 * ["step-000004"]
@@ -119,11 +119,11 @@ def test_a_stopped_pack_goes_on_and_what_was_done_is_not_done_again(run, monkeyp
         ("prior=prediction", "prior"), ("stage.start_from=x", "file"), ("stage=check", "stage=train"),
     ],
 )  # fmt: skip
-def test_what_cannot_share_its_steps_says_why(how, why):
+def test_a_job_that_cannot_be_packed_has_a_reason(how, why):
     assert why in alone(compose("stage=train", *how.split()))
 
 
-def test_jobs_share_their_steps_where_only_a_job_s_own_differs():
+def test_jobs_are_packed_if_they_differ_only_in_keys_of_a_job():
     points = ["rank=4", "lr=1e-5 rank=8", "optimizer=adamw8bit", "schedule=cosine", "seed=3", "steps=7",
               "batch_size=2", "loss=huber", "targets=ff", "adapter=dora", "name=other tracker=off", "adapter=rslora",
               "trigger=X"]  # fmt: skip
@@ -141,7 +141,7 @@ def plain() -> Config:
     return compose("stage=train", "steps=10")
 
 
-def test_workers_have_equal_parts_of_what_there_is_to_do(plain):
+def test_groups_give_every_worker_an_equal_share_of_the_steps(plain):
     rates = [replace(plain, lr=lr) for lr in range(1, 9)]
     others = [replace(config, batch_size=2) for config in rates]
     assert shared(rates, workers=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -153,13 +153,13 @@ def test_workers_have_equal_parts_of_what_there_is_to_do(plain):
     assert shared(long, workers=2) == [[0], [1, 2, 3]], "steps are what takes time"
 
 
-def test_the_beginning_of_another_job_stays_with_it_and_takes_no_room(plain):
+def test_a_job_that_is_the_start_of_a_longer_one_stays_in_its_group(plain):
     configs = [replace(plain, lr=lr, steps=steps) for steps in (5, 10) for lr in (1, 2)]
     assert shared(configs, workers=2) == [[0, 2], [1, 3]]
     assert shared(configs, most=2) == [[0, 1, 2, 3]]
 
 
-def test_why_a_job_trains_alone_is_its_own_doing(plain):
+def test_only_a_job_that_cannot_be_packed_has_a_reason_to_train_alone(plain):
     dora = replace(plain, adapter=plain.adapter | {"use_dora": True})
     configs = [plain, replace(plain, lr=2), dora, replace(plain, batch_size=2)]
     assert [group.why for group in groups(configs, 1)] == [
@@ -171,14 +171,14 @@ def snapshots(configs) -> list[list[int]]:
     return group_snapshots([snapshot_key(config) for config in configs], [config.steps for config in configs])
 
 
-def test_fewer_steps_are_the_beginning_of_more_where_the_schedule_does_not_know_their_number():
+def test_shorter_jobs_are_snapshots_if_their_schedule_does_not_depend_on_the_steps():
     points = ["steps=5", "steps=10", "steps=10 lr=1", "steps=5 lr=1", "steps=5 schedule=cosine",
               "steps=10 schedule=cosine", "steps=3 rank=8", "steps=5 seed=1"]  # fmt: skip
     configs = [compose("stage=train", *point.split()) for point in points]
     assert snapshots(configs) == [[1, 0], [2, 3], [4], [5], [6], [7]]
 
 
-def test_a_job_is_the_beginning_of_another_from_the_step_on_where_both_stand(plain, tmp_path):
+def test_resumed_jobs_are_snapshots_if_they_stand_at_the_same_step(plain, tmp_path):
     configs = [replace(plain, steps=steps, resume=str(tmp_path / str(steps))) for steps in (5, 10, 20, 40)]
     for config, step in zip(configs[:3], (3, 3, 4), strict=True):
         checkpoint = Path(config.resume, "checkpoints", f"step-{step:06d}")
@@ -188,7 +188,7 @@ def test_a_job_is_the_beginning_of_another_from_the_step_on_where_both_stand(pla
 
 
 @pytest.mark.slow
-def test_of_pictures_of_several_sizes_each_seed_is_a_pack(run):
+def test_with_images_of_several_sizes_each_seed_has_a_pack(run):
     from PIL import Image
 
     wide = Image.open("six/00.png").convert("RGB").resize((192, 96))
@@ -235,7 +235,7 @@ class Limited:
 
 
 @pytest.mark.slow
-def test_a_pack_that_does_not_fit_goes_on_in_halves_from_its_checkpoints(run, monkeypatch, capsys):
+def test_a_pack_that_is_out_of_memory_is_halved_and_resumes_from_its_checkpoints(run, monkeypatch, capsys):
     """Also where the memory ends in the update, when some jobs are ahead of others."""
     points, update = ("lr=1e-3,3e-3", "steps=2,4", "stage.keep_checkpoints=1"), LoRATraining.clip_and_update
     assert run(*SWEEP, *points, "hydra.sweep.dir=basic") == 0
@@ -259,7 +259,7 @@ def test_a_pack_that_does_not_fit_goes_on_in_halves_from_its_checkpoints(run, mo
 
 
 @pytest.mark.slow
-def test_a_job_that_does_not_fit_alone_fails_as_it_does_alone_and_the_others_are_done(run, monkeypatch):
+def test_a_job_that_is_out_of_memory_alone_fails_and_the_others_finish(run, monkeypatch):
     gpu = SmallGPU(lambda engine, loras, steps: loras > 1 or engine.stack.params[0].shape[0] == 5, monkeypatch)
     assert run(*SWEEP, "rank=2,5", "steps=2", "hydra/launcher=packed", "hydra.sweep.dir=packed") == 1
     assert run(*SWEEP[1:], "steps=2", "publish=false", "hydra.run.dir=alone") == 0

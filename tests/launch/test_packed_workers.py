@@ -1,4 +1,4 @@
-"""hydra/launcher=packed in several processes, as several GPUs have it: here two on a CPU."""
+"""hydra/launcher=packed with several worker processes, as on several GPUs; here two on a CPU."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def test_two_workers_leave_what_one_process_leaves_and_every_line_says_whose_it_is(work):
+def test_two_workers_write_what_one_process_writes_and_label_every_line(work):
     code, _, err = ended(start(work, *SHORT, NO_JUDGE, *KINDS, *ONE))
     assert code == 1 and err.count("lr=1e+30") == 2
     (work / "sweep").rename(work / "one")
@@ -39,7 +39,7 @@ def test_two_workers_leave_what_one_process_leaves_and_every_line_says_whose_it_
     for job in "23":
         assert "step 2 is nan" in json.loads((work / "sweep" / job / "failed.json").read_text())["error"]
         assert "step 2 is nan" in err.split(f"sweep/{job}: ")[1].splitlines()[0]
-    plan, spoken = (part.splitlines() for part in out.split("workers, the next for whoever is free:"))
+    plan, spoken = (part.splitlines() for part in out.split("workers, which take the next one when they are free:"))
     assert plan == ["3 groups for 2 "] and spoken[1].strip() == "#0,2 train together"
     assert spoken[2].strip() == "#1 trains alone, since its adapter is no LoRA"
     *lines, _, page = (line for line in spoken[4:] if "HYDRA" not in line)
@@ -54,15 +54,15 @@ def test_ctrl_c_lets_every_worker_write_its_checkpoints(work, children):
     started = start(work, *SHORT, NO_JUDGE, "lr=1e-3,1e-2,1e-4", "steps=3000", *TWO, "hydra.launcher.max_jobs=1")
     both = [checkpoint(sweep / job, 3) for job in "01"]
     code, _, err = interrupt(started, signal.SIGINT, *both, children=children)
-    assert code == 1 and "lora_lab: stopped; go on with: python -m lora_lab resume=sweep\n" in err
+    assert code == 1 and "lora_lab: stopped; resume with: python -m lora_lab resume=sweep\n" in err
     assert "Traceback" not in err
     for job in "01":
         assert checkpoint(sweep / job, last_step(sweep / job)).is_dir(), "the last step is in a checkpoint"
-    assert len(list(sweep.glob("*/job.json"))) == 2, "no other is begun"
+    assert len(list(sweep.glob("*/job.json"))) == 2, "no other job is started"
     assert not list(sweep.rglob("failed.json")) and not (sweep / "stop").exists()
 
 
-def test_of_a_worker_that_is_killed_the_jobs_have_failed_and_go_on(work):
+def test_the_jobs_of_a_killed_worker_have_failed_and_can_be_expand_resume(work):
     sweep = work / "sweep"
     started = start(work, *SHORT, NO_JUDGE, "lr=1e-3,1e-2", "batch_size=1,2", *TWO)
     wait_for(started, checkpoint(sweep / "0", 3))

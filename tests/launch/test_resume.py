@@ -1,4 +1,4 @@
-"""`resume=`: which command line it stands for. What training makes of it is in stages/test_train_resume.py."""
+"""`resume=`: the command line that it stands for. How training resumes is in stages/test_train_resume.py."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
-from lora_lab.launch.resume import resumed
+from lora_lab.launch.resume import expand_resume
 from lora_lab.launch.sweep_folder import write_record
 
 
@@ -34,46 +34,54 @@ def sweep(tmp_path, monkeypatch):
     return folder.relative_to(tmp_path)
 
 
-def test_a_run_is_taken_up_by_its_overrides_and_the_new_ones_win(runs):
+def test_a_run_is_resumed_with_its_overrides_and_new_ones_replace_them(runs):
     older, newer = runs
     expected = ["stage=train", "name=a", "steps=200", f"resume='{older}'", f"hydra.run.dir='{older}'"], None
-    assert resumed([f"resume={older}", "steps=200"], False) == expected
-    assert resumed(["resume=latest", "steps=200"], False) == expected
-    assert resumed(["resume=null", "steps=200"], False) == (["resume=null", "steps=200"], None)
-    (run,) = command_line.check(resumed([f"resume={newer}"], False)[0], False)
+    assert expand_resume([f"resume={older}", "steps=200"], False) == expected
+    assert expand_resume(["resume=latest", "steps=200"], False) == expected
+    assert expand_resume(["resume=null", "steps=200"], False) == (["resume=null", "steps=200"], None)
+    (run,) = command_line.check(expand_resume([f"resume={newer}"], False)[0], False).runs
     assert run.resume == str(newer) and run.steps == 100
 
 
-def test_a_sweep_is_taken_up_by_its_own_command_line(sweep):
+def test_a_sweep_is_resumed_with_its_command_line(sweep):
     expected = ["hydra/launcher=basic", "stage=train", "lr=1e-3,1e-4", "steps=100"], sweep
-    assert resumed([f"resume={sweep}"], False) == expected
-    assert resumed([f"resume={sweep}"], True) == expected, "-m may be said and need not"
-    more, _ = resumed([f"resume={sweep}", "steps=200"], False)
+    assert expand_resume([f"resume={sweep}"], False) == expected
+    assert expand_resume([f"resume={sweep}"], True) == expected, "-m is optional"
+    more, _ = expand_resume([f"resume={sweep}", "steps=200"], False)
     assert more == ["hydra/launcher=basic", "stage=train", "lr=1e-3,1e-4", "steps=200"]
 
 
-def test_another_launcher_takes_nothing_of_the_first_ones_settings(sweep):
+def test_another_launcher_drops_the_keys_of_the_first_one(sweep):
     write_record(sweep, ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["stage=train", "lr=1e-3,1e-4"])
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    assert resumed([f"resume={sweep}", "hydra/launcher=basic"], False)[0] == [
+    assert expand_resume([f"resume={sweep}", "hydra/launcher=basic"], False)[0] == [
         "stage=train",
         "lr=1e-3,1e-4",
         "hydra/launcher=basic",
     ]
 
 
+def test_interpolations_in_recorded_overrides_stay_as_they_were_typed(runs, sweep):
+    older, _ = runs
+    (older / ".hydra" / "overrides.yaml").write_text("- stage=train\n- name='${trigger}-r${rank}'\n")
+    assert expand_resume([f"resume={older}"], False)[0][:2] == ["stage=train", "name='${trigger}-r${rank}'"]
+    write_record(sweep, [], ["stage=train", "rank=2,4", "name='${trigger}-r${rank}'"])
+    assert expand_resume([f"resume={sweep}"], False)[0] == ["stage=train", "rank=2,4", "name='${trigger}-r${rank}'"]
+
+
 @pytest.mark.parametrize("new", ["lr=1e-5", "rank=4,8", "hydra/sweeper=basic"])
-def test_a_sweep_keeps_its_points(sweep, new):
-    with pytest.raises(InputError, match=r"a sweep over lr; other points are a sweep of their own"):
-        resumed([f"resume={sweep}", new], False)
+def test_a_resumed_sweep_refuses_other_points(sweep, new):
+    with pytest.raises(InputError, match=r"a sweep over lr; other points need a sweep of their own"):
+        expand_resume([f"resume={sweep}", new], False)
 
 
 def test_latest_is_the_newest_run_or_sweep(runs, sweep):
     older, _ = runs
     os.utime(sweep / "multirun.yaml", (1, 1))
-    assert resumed(["resume=latest"], False)[1] is None, "the run is newer"
+    assert expand_resume(["resume=latest"], False)[1] is None, "the run is newer"
     checkpoint = sweep / "1" / "checkpoints" / "step-000050"
     checkpoint.mkdir(parents=True)
     later = (older / "checkpoints" / "step-000100").stat().st_mtime + 10
     os.utime(checkpoint, (later, later))
-    assert resumed(["resume=latest"], False)[1] == sweep, "one of its jobs is newer still"
+    assert expand_resume(["resume=latest"], False)[1] == sweep, "one of its jobs is newer still"

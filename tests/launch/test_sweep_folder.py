@@ -1,4 +1,4 @@
-"""What a sweep's jobs leave behind and what becomes of it: with stage=convert, which takes no time."""
+"""The files of a sweep's jobs and what resume= does with them, with stage=convert, which takes no time."""
 
 import json
 import os
@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from lora_lab.errors import InputError
-from lora_lab.launch.sweep_folder import claim, held, score_of
+from lora_lab.launch.grid import all_points
+from lora_lab.launch.sweep_folder import create_folder, job_lock, score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
 
@@ -18,13 +19,13 @@ def caption(folder):
 
 
 @pytest.mark.slow
-def test_a_failed_job_says_so_until_it_succeeds_and_finished_ones_are_not_done_again(type_in, tmp_path):
+def test_a_resumed_sweep_repeats_failed_jobs_and_skips_finished_ones(type_in, tmp_path):
     caption(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     code, _, err = type_in(*SWEEP)
     failed, done = tmp_path / "sweep/0/failed.json", tmp_path / "sweep/1/result.json"
     assert code == 2 and json.loads(failed.read_text())["error"].startswith("no captions in empty")
-    assert err.count("\n") == 1, "it is told once"
+    assert err.count("\n") == 1, "it is reported once"
     before = done.stat()
     code, _, err = type_in("resume=sweep")
     assert code == 2 and "no captions in empty" in err and failed.is_file()
@@ -36,7 +37,7 @@ def test_a_failed_job_says_so_until_it_succeeds_and_finished_ones_are_not_done_a
 
 
 @pytest.mark.slow
-def test_what_was_finished_with_other_settings_is_done_again_and_its_result_kept(type_in, tmp_path):
+def test_a_finished_job_is_repeated_with_new_settings_and_its_old_result_is_kept(type_in, tmp_path):
     caption(tmp_path / "full")
     caption(tmp_path / "empty")
     assert type_in(*SWEEP)[0] == 0
@@ -49,25 +50,25 @@ def test_what_was_finished_with_other_settings_is_done_again_and_its_result_kept
     assert "is done" in type_in("resume=sweep", "stage.form=txt")[1]
 
 
-def test_a_folder_that_has_a_sweep_is_not_written_over(type_in, tmp_path):
+def test_a_folder_that_has_a_sweep_is_not_overwritten(type_in, tmp_path):
     caption(tmp_path / "full")
     caption(tmp_path / "empty")
     assert type_in(*SWEEP)[0] == 0
     code, out, err = type_in(*SWEEP)
     assert code == 2 and out == ""
-    assert err == "lora_lab: sweep has a sweep already: name another folder, or go on with resume=sweep\n"
+    assert err == "lora_lab: sweep has a sweep already: name another folder, or continue it with resume=sweep\n"
 
 
-def test_a_sweep_is_not_taken_up_while_a_job_of_it_still_runs(type_in, tmp_path):
+def test_a_sweep_is_not_resumed_while_one_of_its_jobs_runs(type_in, tmp_path):
     caption(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     assert type_in(*SWEEP)[0] == 2
-    with held(tmp_path / "sweep" / "0"):
+    with job_lock(tmp_path / "sweep" / "0"):
         code, out, err = type_in("resume=sweep")
     assert (code, out) == (2, "") and f"sweep/0: its job still runs, process {os.getpid()} on " in err
 
 
-def test_two_jobs_of_one_folder_do_not_write_over_each_other(type_in, tmp_path):
+def test_a_job_does_not_overwrite_the_folder_of_another_job(type_in, tmp_path):
     caption(tmp_path / "full")
     caption(tmp_path / "empty")
     code, _, err = type_in(*SWEEP, "hydra.sweep.subdir=one")
@@ -75,23 +76,23 @@ def test_two_jobs_of_one_folder_do_not_write_over_each_other(type_in, tmp_path):
     assert (tmp_path / "sweep/one/result.json").is_file() and not (tmp_path / "sweep/one/failed.json").exists()
 
 
-def test_sweeps_that_begin_in_one_second_get_folders_of_their_own(tmp_path):
+def test_sweeps_that_start_in_the_same_second_get_different_folders(tmp_path):
     claimed, folder = [], tmp_path / "2026-01-01" / "12-00-00"
-    threads = [threading.Thread(target=lambda: claimed.append(claim(folder, named=False))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: claimed.append(create_folder(folder, named=False))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(claimed)) == 8 and all(f.is_dir() for f in claimed) and folder in claimed
     assert folder.with_name("12-00-00-1") in claimed
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         (tmp_path / "file").touch()
-        claim(tmp_path / "file", named=True)
+        create_folder(tmp_path / "file", named=True)
 
 
-def test_a_sweep_that_never_began_leaves_nothing(type_in, tmp_path):
+def test_a_sweep_without_a_started_job_leaves_no_folder(type_in, tmp_path):
     code, _, err = type_in("-m", "stage=check", "seed=0,1", "hydra.sweeper.max_batch_size=0")
-    assert code != 0 and "the sweep broke off" in err and "go on" not in err
+    assert code != 0 and "the sweep was aborted" in err and "resume=" not in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,5 +104,10 @@ def test_a_sweep_that_never_began_leaves_nothing(type_in, tmp_path):
         ({"captions": 1}, None),
     ],
 )
-def test_a_run_is_worth_its_combined_score_and_never_its_loss(result, score):
+def test_the_score_of_a_run_is_its_combined_score_and_never_its_loss(result, score):
     assert score_of(result) == score
+
+
+def test_a_sweep_that_searches_has_no_points_to_list():
+    hydra = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}}
+    assert all_points(hydra | {"overrides": {"task": ["lr=1e-3,1e-4"]}}) == []

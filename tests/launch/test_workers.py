@@ -1,4 +1,4 @@
-"""Processes that take turns on GPUs: with commands of the shell, which see what their process sees."""
+"""Tasks in processes that share GPUs; the tasks are shell commands, which inherit the environment of their process."""
 
 import os
 import signal
@@ -8,52 +8,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lab.launch.workers import elsewhere, places, spread
+from lora_lab.launch.workers import places, run_in_process, run_tasks
 
 
 @pytest.fixture
-def done(tmp_path):
-    """Do commands at places; returns what was told: (what, number, place or exit code)."""
+def run_commands(tmp_path):
+    """Run shell commands at places; returns the events: (event, number, place or exit code)."""
 
-    def do(commands, at, interrupt=False):
-        told = []
+    def run(commands, at, interrupt=False):
+        events = []
 
-        def begins(number, place):
-            told.append(("begins", number, place))
+        def on_start(number, place):
+            events.append(("start", number, place))
             if interrupt:
                 os.kill(os.getpid(), signal.SIGINT)
 
         tasks = [partial(os.system, f"cd {tmp_path} && {command}") for command in commands]
         try:
-            spread(tasks, at, begins, lambda number, code: told.append(("ended", number, code)), tmp_path / "stop")
+            run_tasks(tasks, at, on_start, lambda number, code: events.append(("end", number, code)), tmp_path / "stop")
         finally:
-            do.told = told
-        return told
+            run.events = events
+        return events
 
-    return do
+    return run
 
 
-def test_each_process_sees_its_gpu_alone_and_the_next_takes_the_one_that_is_free(done, tmp_path, monkeypatch):
+def test_each_process_sees_one_gpu_and_the_next_takes_the_first_free_one(run_commands, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-one,GPU-two")
-    waits = "until [ -e 2 ]; do sleep 0.05; done"  # the first takes so long that both others go to the second place
+    waits = "until [ -e 2 ]; do sleep 0.05; done"  # so the first task is the last to end
     tells = "printenv CUDA_VISIBLE_DEVICES >"
-    told = done([f"{waits}; {tells} 0", f"{tells} 1", f"{tells} 2"], ["GPU-one", "GPU-two"])
+    events = run_commands([f"{waits}; {tells} 0", f"{tells} 1", f"{tells} 2"], ["GPU-one", "GPU-two"])
     assert [(tmp_path / name).read_text() for name in "012"] == ["GPU-one\n", "GPU-two\n", "GPU-two\n"]
-    assert [line for line in told if line[0] == "begins"] == [
-        ("begins", 0, "GPU-one"), ("begins", 1, "GPU-two"), ("begins", 2, "GPU-two"),
+    assert [event for event in events if event[0] == "start"] == [
+        ("start", 0, "GPU-one"), ("start", 1, "GPU-two"), ("start", 2, "GPU-two"),
     ]  # fmt: skip
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-one,GPU-two"
 
 
-def test_a_process_that_is_killed_is_told_of_and_the_next_begins(done):
-    told = done(["kill -9 $PPID; sleep 9", "true"], [None])
-    assert told == [("begins", 0, None), ("ended", 0, -9), ("begins", 1, None), ("ended", 1, 0)]
+def test_a_killed_process_is_reported_and_the_next_one_starts(run_commands):
+    events = run_commands(["kill -9 $PPID; sleep 9", "true"], [None])
+    assert events == [("start", 0, None), ("end", 0, -9), ("start", 1, None), ("end", 1, 0)]
 
 
-def test_after_ctrl_c_none_begins_and_those_that_run_are_waited_for(done, tmp_path):
+def test_after_ctrl_c_running_tasks_finish_and_no_other_starts(run_commands, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        done(["sleep 0.5; touch whole", "touch never"], [None], interrupt=True)
-    assert [line[:2] for line in done.told] == [("begins", 0), ("ended", 0)]
+        run_commands(["sleep 0.5; touch whole", "touch never"], [None], interrupt=True)
+    assert [event[:2] for event in run_commands.events] == [("start", 0), ("end", 0)]
     assert (tmp_path / "whole").exists() and (tmp_path / "stop").exists() and not (tmp_path / "never").exists()
 
 
@@ -71,7 +71,7 @@ def test_after_ctrl_c_none_begins_and_those_that_run_are_waited_for(done, tmp_pa
         (None, 2, {"cpu"}, [None, None]),
     ],
 )
-def test_a_worker_for_each_gpu_that_may_be_used(given, wanted, devices, there, monkeypatch):
+def test_there_is_a_worker_for_each_visible_gpu(given, wanted, devices, there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given:
@@ -84,6 +84,6 @@ def test_without_a_gpu_there_is_one_place(monkeypatch):
     assert places(None, {"auto"}) == [None]
 
 
-def test_what_is_asked_elsewhere_is_answered_by_a_process_that_ends():
-    other = elsewhere(os.getpid)
+def test_run_in_process_uses_a_process_that_ends():
+    other = run_in_process(os.getpid)
     assert other != os.getpid() and not Path(f"/proc/{other}").exists()

@@ -124,6 +124,6 @@ def test_a_preempted_job_is_queued_again_and_goes_on_from_its_checkpoint(slurm, 
     code, out, err = ended(started)
     logs = "".join(log.read_text() for log in tmp_path.glob("sweep/.submitit/*/*_log.*"))
     assert code == 0, out + err + logs
-    assert "goes on" in logs
+    assert "resumes" in logs
     steps = [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
     assert steps == list(range(1, 61))

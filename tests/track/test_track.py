@@ -1,4 +1,4 @@
-"""Every W&B run here is a real one, made by a fresh interpreter with an empty home and no network."""
+"""Real W&B runs, each in a new interpreter with an empty home and no network."""
 
 import json
 import os
@@ -75,13 +75,13 @@ def run(root, script, **more):
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     root = tmp_path_factory.mktemp("story")
-    told = run(root, STORY)
-    told.root = root
-    told.synced = [str(root / "here" / line.rpartition("wandb sync ")[2]) for line in told.out.splitlines()]
-    return told
+    done = run(root, STORY)
+    done.root = root
+    done.synced = [str(root / "here" / line.rpartition("wandb sync ")[2]) for line in done.out.splitlines()]
+    return done
 
 
-def test_without_a_key_each_run_says_once_that_it_is_offline_and_what_to_type(story):
+def test_without_a_key_each_run_prints_once_that_it_is_offline_and_how_to_upload(story):
     assert story.err == ""
     lines = story.out.splitlines()
     assert len(lines) == 3
@@ -111,7 +111,7 @@ def test_a_table_has_a_row_for_every_picture_with_its_numbers(story):
     assert sorted(pixels) == [(0, 0, 255), (255, 0, 0)]
 
 
-def test_every_step_and_every_picture_stands_on_the_axis_of_global_step(story):
+def test_numbers_and_images_have_global_step_as_their_axis(story):
     records = inspect(story.synced[0])
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     losses = {row["global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
@@ -125,7 +125,7 @@ def test_every_step_and_every_picture_stands_on_the_axis_of_global_step(story):
     assert axes == dict.fromkeys(("train/*", "validation/*", "score/*"), "global_step")
 
 
-def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(story):
+def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(story):
     first, resumed, other = (inspect(path, "--summary") for path in story.synced)
     assert first["run_id"] == resumed["run_id"] != other["run_id"]
     assert resumed["summary"]["train/loss"] == 0.25 and other["summary"]["train/loss"] == 7
@@ -141,7 +141,7 @@ def test_wandb_writes_nothing_outside_the_run_folder(story):
     assert [path for path in files if story.folder not in path.parents] == []
 
 
-def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path):
+def test_there_is_no_prompt_for_a_key_at_a_terminal(tmp_path):
     parent, child = pty.openpty()
     env = isolated(tmp_path, TERM="xterm")
     process = subprocess.Popen(
@@ -152,9 +152,9 @@ def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path):
     finally:
         process.kill()
         os.close(child)
-    said = os.read(parent, 65536).decode()
+    output = os.read(parent, 65536).decode()
     os.close(parent)
-    assert said.startswith("tracking offline (no W&B API key)") and len(said.splitlines()) == 1
+    assert output.startswith("tracking offline (no W&B API key)") and len(output.splitlines()) == 1
 
 
 @pytest.mark.parametrize("place", ["environment", "netrc"])
@@ -167,27 +167,27 @@ def test_an_unreachable_server_delays_the_run_but_does_not_stop_it(tmp_path, pla
         netrc = tmp_path / "home" / ".netrc"
         netrc.write_text(f"machine 127.0.0.1:9\n  login user\n  password {'a' * 40}\n")
         netrc.chmod(0o600)
-    told = run(tmp_path, "track.wandb.INIT_SECONDS = 1" + USE, **more)
-    assert told.out.startswith("tracking offline (no connection: ") and len(told.out.splitlines()) == 1
-    path = str(tmp_path / "here" / told.out.strip().rpartition("wandb sync ")[2])
+    done = run(tmp_path, "track.wandb.INIT_SECONDS = 1" + USE, **more)
+    assert done.out.startswith("tracking offline (no connection: ") and len(done.out.splitlines()) == 1
+    path = str(tmp_path / "here" / done.out.strip().rpartition("wandb sync ")[2])
     assert inspect(path, "--summary")["summary"]["train/loss"] == 0.5
-    assert told.seconds < 20 and told.err == ""
+    assert done.seconds < 20 and done.err == ""
 
 
-def test_insisting_on_online_without_a_usable_key_is_refused_before_anything_is_written(tmp_path):
+def test_online_mode_without_a_usable_key_is_refused_before_anything_is_written(tmp_path):
     script = """
 try:
     with tracking(mode="online"): print("went on")
 except InputError as error:
     print(error)
 """
-    told = run(tmp_path, script)
-    assert told.out.startswith("tracker.mode=online: no W&B API key; type `wandb login`")
-    assert not list(told.folder.glob("wandb/*run*"))
+    done = run(tmp_path, script)
+    assert done.out.startswith("tracker.mode=online: no W&B API key; run `wandb login`")
+    assert not list(done.folder.glob("wandb/*run*"))
     assert "40" in run(tmp_path, script, WANDB_API_KEY="short").out
 
 
-def test_a_service_that_dies_costs_one_warning_and_neither_this_run_nor_the_next(tmp_path):
+def test_a_dead_service_is_one_warning_and_ends_neither_this_run_nor_the_next(tmp_path):
     script = """
 with tracking() as tracker:
     children = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
@@ -200,16 +200,16 @@ print("trained")
 with tracking() as tracker:
     tracker.numbers(1, {"train/loss": 0.75})
 """
-    told = run(tmp_path, script)
-    assert "trained" in told.out
-    assert told.err.count("tracking failed") == 1 and "Traceback" not in told.err
-    path = str(tmp_path / "here" / told.out.splitlines()[-1].rpartition("wandb sync ")[2])
+    done = run(tmp_path, script)
+    assert "trained" in done.out
+    assert done.err.count("tracking failed") == 1 and "Traceback" not in done.err
+    path = str(tmp_path / "here" / done.out.splitlines()[-1].rpartition("wandb sync ")[2])
     assert inspect(path, "--summary")["summary"]["train/loss"] == 0.75
 
 
 def test_disabled_wandb_stays_disabled(tmp_path):
-    told = run(tmp_path, USE, WANDB_MODE="disabled")
-    assert told.out == told.err == "" and not list(told.folder.glob("wandb/*run*"))
+    done = run(tmp_path, USE, WANDB_MODE="disabled")
+    assert done.out == done.err == "" and not list(done.folder.glob("wandb/*run*"))
 
 
 def test_importing_the_module_imports_no_tracker():
@@ -230,7 +230,7 @@ def test_tensorboard_shows_numbers_pictures_captions_and_the_config(tmp_path):
     assert b'"lr": 0.0001' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_a_resumed_tensorboard_run_draws_the_repeated_steps_once(tmp_path):
+def test_a_resumed_tensorboard_run_shows_the_repeated_steps_once(tmp_path):
     for resume, first in ((False, 1), (True, 3)):  # killed after 5, resumed from the checkpoint at 2
         with tracking("tensorboard", tmp_path, "tofu", {}, resume=resume) as tracker:
             for step in range(first, 6):

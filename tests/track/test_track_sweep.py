@@ -1,4 +1,4 @@
-"""A sweep tracked by W&B, offline, and then read back as a whole."""
+"""A sweep that W&B tracks offline, read back from its files."""
 
 import json
 import os
@@ -36,8 +36,8 @@ def sweep(tmp_path_factory):
     environment = isolated(root)
     work = root / "here"
     pictures(work)
-    code, _, said = ended(start(work, *SWEEP, **environment))
-    assert code == 0, said
+    code, _, output = ended(start(work, *SWEEP, **environment))
+    assert code == 0, output
     folder = work / "multirun" / "day" / "time"
     runs = [tracked(folder / "0"), tracked(folder / "1"), tracked(folder)]
     left = [*(root / "home").rglob("*wandb*"), *(root / "temporary").rglob("*")]
@@ -124,7 +124,7 @@ def pixels(file: Path) -> bytes:
     return Image.open(file).convert("RGB").tobytes()
 
 
-def test_the_comparison_is_one_artifact_that_is_the_page_without_its_large_pictures(sweep):
+def test_the_comparison_is_one_artifact_with_the_page_and_its_thumbnails(sweep):
     run = sweep.comparison
     (artifact,) = run.artifacts
     assert (artifact["type"], artifact["name"]) == ("comparison", "comparison-day-time")
@@ -145,8 +145,8 @@ def test_one_command_finds_every_run_of_the_sweep_and_nothing_lies_elsewhere(swe
     shell = ["sh", "-c", command, "sh", sweep.folder.relative_to(sweep.work).as_posix()]
     environment = isolated(sweep.root, PATH=f"{Path(WANDB).parent}{os.pathsep}{os.environ['PATH']}")
     done = subprocess.run(shell, cwd=sweep.work, env=environment, capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
-    assert "3 run(s)" in said and all(run.path.name in said for run in sweep.runs)
+    output = done.stdout + done.stderr
+    assert "3 run(s)" in output and all(run.path.name in output for run in sweep.runs)
     assert sweep.elsewhere == []
 
 
@@ -166,11 +166,11 @@ def tracker(**more) -> Tracker:
     return Tracker(**{"kind": "wandb", "project": "tofu", "mode": "offline", "group": "day/time", "tags": ["a"]} | more)
 
 
-def test_a_page_is_tracked_once_and_again_only_when_it_has_changed(page, capsys):
+def test_a_page_is_logged_again_only_if_it_has_changed(page, capsys):
     page.attach()
     (first,) = page.folder.glob("wandb/offline-run-*")
-    told = capsys.readouterr().out
-    assert told == f"tracking offline (as asked); to upload: wandb sync multirun/day/time/wandb/{first.name}\n"
+    printed = capsys.readouterr().out
+    assert printed == f"tracking offline (as configured); to upload: wandb sync multirun/day/time/wandb/{first.name}\n"
     rewrite_page(page.folder)
     page.attach()
     assert list(page.folder.glob("wandb/offline-run-*")) == [first] and capsys.readouterr().out == ""
@@ -185,16 +185,16 @@ def test_a_page_is_tracked_once_and_again_only_when_it_has_changed(page, capsys)
     assert len({artifact["digest"] for artifact in logged}) == 2
 
 
-def test_a_page_that_cannot_be_tracked_costs_one_line(page, capsys, caplog):
+def test_a_page_that_cannot_be_logged_is_reported_in_one_line(page, capsys, caplog):
     (page.folder / "comparison.png").unlink()
     page.attach()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith("lora_lab: the comparison page of multirun/day/time could not be tracked (")
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert output.startswith("lora_lab: the comparison page of multirun/day/time could not be tracked (")
     rewrite_page(page.folder)
     shutil.rmtree(page.folder / "wandb")
     (page.folder / "wandb").write_text("a file where the folder should be")
     page.attach()
     assert [record.message.partition(":")[0] for record in caplog.records if record.name.startswith("lora_lab")] == [
-        "tracking could not be started, the run goes on without it"
+        "tracking could not be started, the run continues without it"
     ]

@@ -1,4 +1,4 @@
-"""Real runs of trackio, each test in a process of its own: where its database lies is settled at its import."""
+"""Real runs of trackio, each test in a new process, because the database is chosen when trackio is imported."""
 
 import json
 import os
@@ -73,7 +73,7 @@ with ExitStack() as stack:
     jobs[0].table(2, [{"rank": 4, "picture": red, "subject": 0.5}, {"rank": 4, "picture": blue, "subject": None}])
 """)  # fmt: skip
     assert done.stderr == ""
-    assert done.stdout == 2 * "tracking; to look at it: TRACKIO_DIR=trackio trackio show --project tofu\n"
+    assert done.stdout == 2 * "tracking; to show it: TRACKIO_DIR=trackio trackio show --project tofu\n"
     one, other = (value for _, value in sorted(logged(tmp_path).items()))
     assert other == [(1, {"train/loss": 1}), (2, {"train/loss": 0.5})] == one[:2]
     (_, image), (_, table) = one[2:]
@@ -94,7 +94,7 @@ def colour(root: Path, image: dict) -> tuple:
     return Image.open(root / "trackio" / "media" / image["file_path"]).convert("RGB").getpixel((0, 0))
 
 
-def test_a_resumed_run_goes_on_in_its_own_though_it_is_called_otherwise_now(installed, tmp_path):
+def test_a_resumed_run_is_continued_even_if_its_name_has_changed(installed, tmp_path):
     run(tmp_path, """
 for job in ("one/0", "other/0"):
     with track(job) as tracker:
@@ -107,7 +107,7 @@ with track("one/0", "tofu rank 4 steps 900", resume=True) as tracker:
     assert sorted([step for step, _ in values] for values in logged(tmp_path).values()) == [[1], [1, 2]]
 
 
-def test_a_place_that_cannot_be_written_costs_one_warning(installed, tmp_path):
+def test_a_database_that_cannot_be_written_is_one_warning(installed, tmp_path):
     (tmp_path / "file").write_text("no folder")
     script = """
 with track("0") as tracker:
