@@ -117,7 +117,7 @@ print("trained")
 """
     done = run(tmp_path, script, TRACKIO_DIR=str(tmp_path / "file"))
     assert done.stdout == "trained\n"
-    assert done.stderr.count("\n") == 1 and "name another with TRACKIO_DIR" in done.stderr
+    assert done.stderr.count("\n") == 1 and "set TRACKIO_DIR to another folder" in done.stderr
 
 
 def test_a_missing_trackio_says_what_to_install(tmp_path, monkeypatch):
