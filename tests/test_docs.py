@@ -1,5 +1,6 @@
 """The pages point at things that exist, and name everything that does."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from lora_lab.settings.decides import values_of
 from lora_lab.settings.stages import STAGES
 
 HOME = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md")), HOME / "multirun" / "README.md"]
+ARCHITECTURE = HOME / "docs" / "architecture.md"
+PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").rglob("*.md")), HOME / "multirun" / "README.md"]
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
 # What a page calls by its place in the repository: `conf/optimizer`, `tests/stages/test_check.py`, ...
 PLACE = re.compile(r"`((?:lora_lab|conf|tests|docs|multirun)/[\w./-]+)`")
@@ -36,28 +38,72 @@ def test_what_a_page_points_at_is_there(page):
 
 
 def tree() -> set[str]:
-    """Every path that the tree of docs/architecture.md has below lora_lab/."""
-    text = (HOME / "docs" / "architecture.md").read_text(encoding="utf-8")
+    """Every path that the tree of docs/architecture.md has below lora_lab/, by two more spaces for each folder."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
     lines = re.search(r"^lora_lab/\n(.*?)^tests/", text, re.M | re.S)[1].splitlines()
-    paths, folder = set(), ""
+    paths, folders = set(), []
     for line in lines:
-        inner = line.startswith("    ")
-        names = re.findall(r"[\w./]+", re.split(r" {3,}", line.strip())[0])
-        if not inner and names[0].endswith("/"):
-            folder = names[0]
-        paths |= {(folder if inner else "") + name for name in names}
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        name, meaning = re.fullmatch(r" +([\w./]+)(?: {2,}(\S.*))?", line).groups()
+        assert depth <= len(folders) and (meaning or name.endswith("/")), line
+        folders = folders[:depth]
+        paths.add("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
     return paths
 
 
 def test_the_tree_of_the_architecture_is_the_tree_on_disk():
     package = Path(lora_lab.__file__).parent
     modules = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if p.name != "__init__.py"}
-    folders = {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    folders = {f"{p.parent.relative_to(package).as_posix()}/" for p in package.glob("*/**/__init__.py")}
     assert tree() == modules | folders
 
 
+def test_every_decision_is_in_the_table_of_decisions():
+    folder = HOME / "docs" / "decisions"
+    linked = set(LINK.findall((folder / "README.md").read_text(encoding="utf-8")))
+    assert {page.name for page in folder.glob("*.md")} - {"README.md"} <= linked
+
+
+def defined_names(source: str) -> set[str]:
+    """The functions and classes of a module, and the methods and fields of its classes as Class.name."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        for inner in node.body if isinstance(node, ast.ClassDef) else ():
+            names |= {f"{node.name}.{inner.name}"} if isinstance(inner, ast.FunctionDef) else set()
+    return names
+
+
+def test_the_architecture_names_functions_where_they_are_defined():
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    package = Path(lora_lab.__file__).parent
+    pairs = re.findall(r"`([\w.]+)`\s\(`([\w/]+\.py)`\)", text)
+    assert len(pairs) > 30
+    for name, file in pairs:
+        assert name in defined_names((package / file).read_text(encoding="utf-8")), f"{name} is not in {file}"
+
+
+def test_the_questions_of_the_architecture_name_files_that_define_the_answers():
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    package = Path(lora_lab.__file__).parent
+    rows = re.findall(r"^\| ([^|]*\?) \| ([^|]*) \| ([^|]*) \|$", text, re.M)
+    assert len(rows) > 20
+    everything = set().union(*(defined_names(p.read_text(encoding="utf-8")) for p in package.rglob("*.py")))
+    for question, files, names in rows:
+        paths = [package / file for file in re.findall(r"`([\w/]+\.py|\w+/)`", files)]
+        assert paths and all(path.exists() for path in paths), question
+        for name in re.findall(r"`([A-Za-z][\w.]*)`", names):
+            assert name in everything, f"{question} {name}"
+        sources = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+        first = re.search(r"`([A-Za-z][\w.]*)`", names)[1]
+        assert any(first in defined_names(source) for source in sources) or paths[0].is_dir(), question
+
+
 def test_the_tree_names_every_group_of_options():
-    text = (HOME / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = ARCHITECTURE.read_text(encoding="utf-8")
     shown = set(re.findall(r"(\w+)/", re.search(r"^conf/.*?^experiments/", text, re.M | re.S)[0]))
     assert {p.name for p in config.CONF.iterdir() if p.is_dir()} == shown - {"conf", "experiments"}
 
