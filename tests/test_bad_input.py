@@ -188,8 +188,8 @@ def test_masks_are_looked_for_before_a_model_loads(composed, here, nothing_loads
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be made", "epsilon"]),
-        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be made", "relative_step=True"]),
+        (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be created", "epsilon"]),
+        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be created", "relative_step=True"]),
         (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "say true"]),
         (["optimizer=schedule_free", "stage.ema_decay=0.9"], ["stage.ema_decay", "average of its own"]),
         (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "say true"]),
