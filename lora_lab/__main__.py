@@ -10,6 +10,8 @@ from lora_lab import __version__
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
 from lora_lab.launch.explain import explain
+from lora_lab.launch.help import help_text
+from lora_lab.launch.inputs import check_inputs
 from lora_lab.launch.resume import expand_resume
 from lora_lab.launch.run_job import prepare_process, report, run_once
 from lora_lab.launch.sweep import run_sweep
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
             return 0
         arguments = command_line.read_arguments(argv)
         if arguments.help:
-            print(command_line.help_text(), end="")
+            print(help_text(), end="")
             return 0
         overrides, sweep = expand_resume(arguments.overrides, arguments.multirun)
         arguments.overrides = overrides
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
             command_line.show(arguments)
             return 0
         for run in command.runs:
-            command_line.refuse_missing(run)
+            check_inputs(run)
         if command.is_sweep:
             return run_sweep(command.composition, command.runs, sweep)
         return run_once(command.composition, command.runs[0])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from unloadable import unloadable_models
 
 from lora_lab.captions.files import read_captions
 from lora_lab.demo import PHOTOS, TOFU
@@ -51,20 +52,9 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def nothing_loads(monkeypatch):
-    """Fail where a model is loaded."""
-
-    def load(*args, **kwargs):
-        pytest.fail("a model was loaded before the input was refused")
-
-    for place in (
-        "training.base_context.load_base",
-        "training.base_context.Evaluation",
-        "sampling.render.load_base",
-        "evaluation.embedders.load_captioner",
-        "stages.caption.load_captioner",
-    ):
-        monkeypatch.setattr(f"lora_lab.{place}", load)
+def unloadable(tmp_path_factory):
+    """Models whose loading is refused in a sentence of its own, so that any other sentence came before it."""
+    return unloadable_models(tmp_path_factory.mktemp("models"))
 
 
 def refused(composed, *overrides, folder=Path("run")):
@@ -74,6 +64,20 @@ def refused(composed, *overrides, folder=Path("run")):
     sentence = str(caught.value)
     assert "\n" not in sentence and len(sentence) < 400, sentence
     return sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["stage=train", "model.judge=null", "steps=1"], "model.base="),
+        (["stage=caption", "dataset=folder", "dataset.root=TOFU", "stage.mode=propose"], "captioner.base="),
+        (["stage=img2img", f"stage.photo='{PHOTO}'", "stage.lora_weight=0"], "captioner.base="),
+        (["stage=img2img", f"stage.photo='{PHOTO}'", "stage.lora_weight=0", "stage.prompt=a"], "model.base="),
+    ],
+)
+def test_a_damaged_model_is_named_where_nothing_else_is_wrong(composed, here, unloadable, overrides, key):
+    tofu(here / "TOFU")
+    assert key in refused(composed, *unloadable, *overrides)
 
 
 def damage_jpeg(folder):
@@ -121,24 +125,24 @@ def empty(folder):
         (empty, ["refine", "convert"], ["no captions in", "TOFU"]),
     ],
 )
-def test_a_spoilt_dataset_is_refused_by_name_and_left_as_it_is(composed, here, nothing_loads, spoil, stages, words):
+def test_a_damaged_dataset_is_refused_by_name_and_left_unchanged(composed, here, unloadable, spoil, stages, words):
     folder = tofu(here / "data" / "TOFU")
     spoil(folder)
     before = contents(folder)
     for stage in stages:
-        sentence = refused(composed, f"stage={stage}", "dataset=folder", "dataset.root=data/TOFU")
+        sentence = refused(composed, *unloadable, f"stage={stage}", "dataset=folder", "dataset.root=data/TOFU")
         for word in words:
             assert word in sentence, stage
         assert contents(folder) == before
 
 
 @pytest.mark.parametrize("spoil", [damage_jpeg, enlarge])
-def test_training_opens_every_picture_before_it_loads_the_base(composed, here, nothing_loads, spoil):
+def test_training_opens_every_picture_before_it_loads_the_base(composed, here, unloadable, spoil):
     folder = tofu(here / "TOFU")
     spoil(folder)
     new = next(path.name for path in folder.iterdir() if path.name in ("cut.jpg", "huge.png"))
     write_captions(folder, read_captions(folder) | {new: f"A {TRIGGER}"})
-    assert new in refused(composed, "stage=train", "dataset=folder", "dataset.root=TOFU")
+    assert new in refused(composed, *unloadable, "stage=train", "dataset=folder", "dataset.root=TOFU")
 
 
 def test_names_decomposed_on_disk_are_the_names_composed_in_the_captions(composed, here):
@@ -154,45 +158,48 @@ def test_names_decomposed_on_disk_are_the_names_composed_in_the_captions(compose
     assert [sample.name for sample in training.files.samples] == names
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused_before_the_work(composed, here, nothing_loads):
+def test_a_run_folder_that_cannot_be_made_is_refused_before_the_work(composed, here, unloadable):
     (here / "file").write_text("")
     for folder in (here / "file" / "run", Path("/proc/run")):
-        sentence = refused(composed, "stage=train", folder=folder)
+        sentence = refused(composed, *unloadable, "stage=train", folder=folder)
         assert str(folder) in sentence and "hydra.run.dir=" in sentence
 
 
-def test_captions_without_the_trigger_are_not_trained_on(composed, here, nothing_loads):
+def test_captions_without_the_trigger_are_not_trained_on(composed, here, unloadable):
     folder = tofu(here / "TOFU", say=lambda text: text.replace(TRIGGER, "tofu"))
-    sentence = refused(composed, "stage=train", "dataset=folder", "dataset.root=TOFU")
+    sentence = refused(composed, *unloadable, "stage=train", "dataset=folder", "dataset.root=TOFU")
     assert TRIGGER in sentence and "stage=refine" in sentence
     assert read_captions(folder)["00.png"].startswith("A tofu")
 
 
 @pytest.mark.parametrize("stage", ["train", "pipeline", "check"])
-def test_masks_are_looked_for_before_a_model_loads(composed, here, nothing_loads, stage):
+def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stage):
     folder, masks = tofu(here / "TOFU"), here / "masks"
-    asked = [f"stage={stage}", "dataset=folder", "dataset.root=TOFU"]
+    overrides = [*unloadable, f"stage={stage}", "dataset=folder", "dataset.root=TOFU"]
     masks.mkdir()
     for name in ("00.png", "01.png", "02.png"):
         Image.new("L", (128, 128), 255).save(masks / name)
     runs = (here / "runs" / str(number) for number in range(9))  # a pipeline leaves its copy of the pictures
-    assert "masks has no mask for 03.png" in refused(composed, *asked, "loss.mask=masks", folder=next(runs))
+    assert "masks has no mask for 03.png" in refused(composed, *overrides, "loss.mask=masks", folder=next(runs))
     Image.new("L", (64, 128), 255).save(masks / "03.png")
-    said = refused(composed, *asked, "loss.mask=masks", folder=next(runs))
-    assert "03.png is 64x128, but 03.png is 128x128" in said
+    sentence = refused(composed, *overrides, "loss.mask=masks", folder=next(runs))
+    assert "03.png is 64x128, but 03.png is 128x128" in sentence
     for name in ("00.png", "02.png"):
         Image.open(folder / name).convert("RGB").save(folder / name)
-    assert "00.png has no alpha channel" in refused(composed, *asked, "loss.mask=alpha", folder=next(runs))
+    assert "00.png has no alpha channel" in refused(composed, *overrides, "loss.mask=alpha", folder=next(runs))
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be created", "epsilon"]),
-        (["optimizer=adafactor", "optimizer.relative_step=true"], ["Adafactor cannot be created", "relative_step=True"]),
-        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "say true"]),
+        (
+            ["optimizer=adafactor", "optimizer.relative_step=true"],
+            ["Adafactor cannot be created", "relative_step=True"],
+        ),
+        (["optimizer.elementwise=null"], ["optimizer.elementwise=None", "set true"]),
         (["optimizer=schedule_free", "stage.ema_decay=0.9"], ["stage.ema_decay", "average of its own"]),
-        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "say true"]),
+        (["optimizer.elementwise=1"], ["optimizer.elementwise=1", "set true"]),
         (["model.base=nowhere.safetensors"], ["model.base=nowhere.safetensors"]),
         (["model.base=demo:tiny-sdlx"], ["model.base=demo:tiny-sdlx", "tiny-sdxl"]),
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),
@@ -201,29 +208,29 @@ def test_masks_are_looked_for_before_a_model_loads(composed, here, nothing_loads
         (["loss.zero_terminal_snr=true"], ["loss.zero_terminal_snr", "predicts epsilon"]),
     ],
 )
-def test_what_training_needs_is_looked_for_before_the_base_loads(composed, here, nothing_loads, overrides, words):
-    sentence = refused(composed, "stage=train", *overrides)
+def test_wrong_settings_of_training_are_refused_before_the_base_loads(composed, here, unloadable, overrides, words):
+    sentence = refused(composed, *unloadable, "stage=train", *overrides)
     for word in words:
         assert word in sentence
 
 
 @pytest.mark.parametrize("name", ["prodigy", "schedule_free", "came"])
-def test_an_optimizer_whose_package_is_missing_says_how_to_get_it(composed, here, nothing_loads, monkeypatch, name):
+def test_an_optimizer_whose_package_is_missing_says_how_to_get_it(composed, here, unloadable, monkeypatch, name):
     config = composed("stage=train", f"optimizer={name}")
     package = config.optimizer["_target_"].partition(".")[0]
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    sentence = refused(composed, "stage=train", f"optimizer={name}")
+    sentence = refused(composed, *unloadable, "stage=train", f"optimizer={name}")
     assert f"needs the package {package}" in sentence and 'pip install "lora_lab[optimizers]"' in sentence
 
 
 @pytest.mark.parametrize("stage", ["caption", "refine", "convert"])
-def test_the_bundled_pictures_are_never_written_to(composed, here, nothing_loads, stage):
+def test_the_bundled_pictures_are_never_written_to(composed, here, unloadable, stage):
     before = contents(TOFU)
     more = ["stage.mode=replace"] if stage == "caption" else []
     if stage == "refine":
         more = ["trigger=MINT"]
     try:
-        run(composed(f"stage={stage}", *more), here / "run")
+        run(composed(f"stage={stage}", *unloadable, *more), here / "run")
     except InputError as error:
         assert "bundled" in str(error)
     assert contents(TOFU) == before
@@ -254,19 +261,19 @@ def lora(file, trigger=TRIGGER, **tensors):
         (["lora=HANA_TOFU", "captioner.base=./nowhere"], ["captioner.base=./nowhere"]),
     ],
 )
-def test_img2img_is_refused_before_a_model_loads(composed, here, nothing_loads, overrides, words):
+def test_img2img_is_refused_before_a_model_loads(composed, here, unloadable, overrides, words):
     lora(here / "models" / "lora" / "HANA_TOFU.safetensors")
     lora(here / "mint.safetensors", trigger="MINT")
     (here / "text.safetensors").write_text("no tensors")
     (here / "empty.safetensors").write_bytes(b"")
     (here / "unfinished").mkdir()
     photo = [] if any(o.startswith("stage.photo") for o in overrides) else [f"stage.photo='{PHOTO}'"]
-    sentence = refused(composed, "stage=img2img", *photo, *overrides)
+    sentence = refused(composed, *unloadable, "stage=img2img", *photo, *overrides)
     for word in words:
         assert word in sentence
 
 
-def test_a_file_that_is_no_base_is_named(composed, here):
+def test_a_file_that_is_not_a_base_is_named(composed, here):
     (here / "base.safetensors").write_bytes(b"no tensors at all")
     tofu(here / "TOFU")
     sentence = refused(composed, "stage=train", "dataset=folder", "dataset.root=TOFU", "model.base=base.safetensors")
@@ -274,7 +281,7 @@ def test_a_file_that_is_no_base_is_named(composed, here):
 
 
 @pytest.mark.parametrize(("base", "words"), [("demo:tiny-clip", ["clip", "not BLIP"]), ("empty", ["empty"])])
-def test_a_folder_that_is_no_captioner_is_named_and_the_captions_stay(composed, here, base, words):
+def test_a_folder_without_a_captioner_is_named_and_captions_are_kept(composed, here, base, words):
     folder = tofu(here / "TOFU")
     (folder / "metadata.jsonl").unlink()
     (here / "empty").mkdir()

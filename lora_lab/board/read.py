@@ -15,10 +15,9 @@ from lora_lab.board.curves import read_metrics
 from lora_lab.errors import InputError
 from lora_lab.images.scan import natural_key, pictures
 from lora_lab.runs import SWEEP_RECORD, recorded_config
+from lora_lab.settings.decides import shown_on_page
 
 STAGES = ("train", "pipeline")  # the stages whose runs are compared
-# Keys whose values differ between runs without being a choice.
-NOT_SETTINGS = re.compile(r"name|resume|lora|device|cache|stage|tracker(\..*)?|hydra.*")
 IMAGE_NAME = re.compile(r"p(\d+)-s(\d+)\.png")
 
 
@@ -180,7 +179,7 @@ def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
     values_by_key = {}
     for key in keys:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
-        if len(values) > 1 and not NOT_SETTINGS.fullmatch(key):
+        if len(values) > 1 and shown_on_page(key):
             values_by_key[key] = sorted(values) if all(_finite(v) for v in values) else values
     return values_by_key
 

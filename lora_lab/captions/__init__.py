@@ -1,1 +1,1 @@
-"""Text: caption files, the captioner, and the rules that bring its captions to the character."""
+"""Captions: their files, captioners that write them, and refiners that put the trigger in."""

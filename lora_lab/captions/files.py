@@ -1,8 +1,8 @@
-"""Caption files in four forms: metadata.jsonl, metadata.csv, metadata.json and kohya's one .txt beside each picture.
+"""Caption files in four forms: metadata.jsonl, metadata.csv, metadata.json and kohya's one .txt beside each image.
 
-In memory captions are one plain dict, name -> text, in natural order. A name is the picture's path relative to the
-dataset folder, with "/" and in Unicode NFC; a text is one line. A picture without a caption is not in the dict.
-In .jsonl and .json a picture may have a list of texts, which read_caption_lists() alone takes.
+In memory, captions are one dict, name -> text, in natural order. A name is the image's path relative to the dataset
+folder, with "/" and in Unicode NFC; a text is one line. An image without a caption is not in the dict.
+In .jsonl and .json an image may have a list of texts, which only read_caption_lists() accepts.
 """
 
 import csv
@@ -20,26 +20,28 @@ FORMS = ("jsonl", "csv", "json", "txt")
 NAME_FIELDS = ("file_name", "image", "file")
 TEXT_FIELDS = ("text", "caption", "prompt")
 
-Texts = tuple[str, ...]  # of one picture
-Row = tuple[str, object, object]  # where it stands (for messages), name, text; not yet checked
+Texts = tuple[str, ...]  # the captions of one image
+Row = tuple[str, object, object]  # position in the file (for messages), name, text; not yet checked
 
 
 def read_captions(root: Path) -> dict[str, str]:
-    """The captions of a dataset folder, whatever form stands in it; {} if none does.
+    """Image name -> caption of a dataset folder, in any form; {} without caption files.
 
-    Raises InputError for a malformed file, for two forms that say different things, and for a picture with several."""
+    Raises InputError for a malformed file, two forms with different captions, and an image with several captions."""
     return _singles(read_caption_lists(root), root)
 
 
 def read_caption_lists(root: Path) -> dict[str, Texts]:
-    """`read_captions` where a picture may have several."""
-    forms = _standing(Path(root))
+    """Image name -> captions of a dataset folder; {} without caption files.
+
+    Raises InputError for a malformed file and for two forms with different captions."""
+    forms = _forms_in(Path(root))
     if not forms:
         return {}
     (form, captions), *others = forms.items()
-    for other, theirs in others:
-        if theirs != captions:
-            name = min((captions.items() ^ theirs.items()), key=lambda row: natural_key(row[0]))[0]
+    for other, other_captions in others:
+        if other_captions != captions:
+            name = min((captions.items() ^ other_captions.items()), key=lambda row: natural_key(row[0]))[0]
             raise InputError(
                 f"{_title(form)} and {_title(other)} in {root} differ (first at {name}): "
                 f"keep one of them, or make them one with stage=convert"
@@ -48,7 +50,9 @@ def read_caption_lists(root: Path) -> dict[str, Texts]:
 
 
 def read_caption_file(path: Path) -> dict[str, str]:
-    """The captions of one .jsonl, .csv or .json file, or of a folder of pictures with a .txt beside each."""
+    """Image name -> caption of one .jsonl, .csv or .json file, or of a folder of images with a .txt beside each.
+
+    Raises InputError for a missing or malformed file, and for an image with several captions."""
     return _singles(_read_file(Path(path)), path)
 
 
@@ -62,22 +66,22 @@ def _read_file(path: Path) -> dict[str, Texts]:
         raise InputError(f"no caption file {path}: check the path")
     rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".json": _json_rows}.get(path.suffix.lower())
     if rows is None:
-        raise InputError(f"{path} is no caption file: give a .jsonl, .csv or .json file, or a folder of .txt files")
+        raise InputError(f"{path} is not a caption file: name a .jsonl, .csv or .json file, or a folder of .txt files")
     return _checked(rows(path), path)
 
 
 def write_captions(root: Path, captions: dict[str, str], form: str | None = None) -> list[Path]:
-    """Write the captions into a dataset folder, in natural order; returns the files.
+    """Write the captions into a dataset folder, in natural order; returns the paths of the files.
 
-    `form` is one of FORMS; None takes the form that stands there, or jsonl. Afterwards read_captions() gives these
-    captions and nothing is lost: a file that is changed is first copied beside (metadata.1.jsonl.bak), and a file of
-    another form that now says otherwise is renamed so. metadata.jsonl keeps the fields it has besides name and text.
-    """
+    `form` is one of FORMS; None is the form that the folder has, or jsonl. Afterwards read_captions() returns these
+    captions, and nothing is lost: a changed file is first copied to a backup (metadata.1.jsonl.bak), and a file of
+    another form with other captions is renamed to one. metadata.jsonl keeps its fields other than name and text.
+    Raises InputError for a wrong name or text, an unknown form, and .txt files that two images would share."""
     root = Path(root)
     rows = ((f"caption of {name}", name, text) for name, text in captions.items())
     captions = _singles(_checked(rows, root), root)
-    standing = _standing(root)
-    form = form or next(iter(standing), "jsonl")
+    forms = _forms_in(root)
+    form = form or next(iter(forms), "jsonl")
     if form not in FORMS:
         raise InputError(f"unknown form of captions {form!r}: choose one of {', '.join(FORMS)}")
     contents = _contents(root, captions, form)
@@ -85,17 +89,17 @@ def write_captions(root: Path, captions: dict[str, str], form: str | None = None
         if path.is_file() and path.read_bytes() != content:
             _free_backup(path).write_bytes(path.read_bytes())
         write_atomically(path, lambda file, content=content: file.write_bytes(content))
-    for other, theirs in standing.items():
-        if other != form and theirs != {name: (text,) for name, text in captions.items()}:
+    for other, other_captions in forms.items():
+        if other != form and other_captions != {name: (text,) for name, text in captions.items()}:
             for path in _paths(root, other):
                 path.replace(_free_backup(path))
-    if form == "txt":  # a picture that has no caption any more
+    if form == "txt":  # .txt files of images that no longer have a caption
         for path in set(_paths(root, "txt")) - set(contents):
             path.replace(_free_backup(path))
     return list(contents)
 
 
-# ---- which files stand in a folder
+# ---- the caption files of a folder
 
 
 def _paths(root: Path, form: str) -> list[Path]:
@@ -106,8 +110,8 @@ def _paths(root: Path, form: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _standing(root: Path) -> dict[str, dict[str, Texts]]:
-    """Form -> captions, for each form that has any."""
+def _forms_in(root: Path) -> dict[str, dict[str, Texts]]:
+    """Form -> captions, for each form with any captions."""
     forms = {
         form: _checked(_txt_rows(root), root) if form == "txt" else _read_file(root / f"metadata.{form}")
         for form in FORMS
@@ -121,7 +125,7 @@ def _title(form: str) -> str:
 
 
 def _free_backup(path: Path) -> Path:
-    """metadata.jsonl -> metadata.1.jsonl.bak, or the first number that is free."""
+    """metadata.jsonl -> metadata.1.jsonl.bak, or the first unused number."""
     number = 1
     while (backup := path.with_name(f"{path.stem}.{number}{path.suffix}.bak")).exists():
         number += 1
@@ -132,13 +136,15 @@ def _free_backup(path: Path) -> Path:
 
 
 def _checked(rows: Iterable[Row], source: Path) -> dict[str, Texts]:
-    """Rows -> captions: names and texts in their one form, empty texts dropped, contradictions refused."""
+    """Image name -> captions of these rows: names and texts normalised, empty texts dropped.
+
+    Raises InputError for a wrong name or text, and for two different texts of one image."""
     captions: dict[str, Texts] = {}
     for where, raw_name, raw_text in rows:
         name = _name(raw_name, where)
         texts = tuple(filter(None, (_text(t, where) for t in (raw_text if isinstance(raw_text, list) else [raw_text]))))
         if texts and captions.setdefault(name, texts) != texts:
-            raise InputError(f"{where}: {name} is there twice with different texts in {source}: keep one")
+            raise InputError(f"{where}: {name} occurs twice with different texts in {source}: keep one")
     return {name: captions[name] for name in sorted(captions, key=natural_key)}
 
 
@@ -146,7 +152,7 @@ def _singles(captions: dict[str, Texts], source: Path) -> dict[str, str]:
     for name, texts in captions.items():
         if len(texts) > 1:
             raise InputError(
-                f"{name} in {source} has {len(texts)} captions, which only stage=train and stage=check take: keep one"
+                f"{name} in {source} has {len(texts)} captions, which only stage=train and stage=check accept: keep one"
             )
     return {name: texts[0] for name, texts in captions.items()}
 
@@ -161,12 +167,12 @@ def _name(value: object, where: str) -> str:
 
 
 def _text(value: object, where: str) -> str:
-    """One line; "" (no caption yet) for nothing or blanks."""
+    """The text on one line; "" (no caption yet) for null or blanks."""
     if value is None:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: the caption is {value!r}: write a text in quotes")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # half an emoji: JSON can say it, UTF-8 can't
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # half an emoji: JSON can encode it, UTF-8 cannot
         raise InputError(f"{where}: the caption has a broken character (half an emoji?): type it again")
     return " ".join(filter(None, map(str.strip, value.splitlines())))
 
@@ -198,9 +204,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    # Korean Excel saves "CSV" in cp949 and only "CSV UTF-8" in UTF-8.
+    # Korean Excel saves "CSV" in cp949 and only "CSV UTF-8" in UTF-8
     text = _decoded(path, ("utf-8-sig", "cp949"))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: a lost quote must not swallow the rest
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: a missing quote must not swallow the rest
     header: list[str] = []
     try:
         for cells in reader:
@@ -243,28 +249,28 @@ def _json(text: str, where: str, **options):
         return json.loads(text, **options)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if ", line " not in where else ""
-        raise InputError(f"{where}{line}: not JSON ({error.msg}, column {error.colno}): mend that line") from None
+        raise InputError(f"{where}{line}: not JSON ({error.msg}, column {error.colno}): correct that line") from None
 
 
 def _field(row: Iterable[str], fields: tuple[str, ...], where: str) -> str:
-    found = next((field for field in fields if field in row), None)
-    if found is None:
+    name = next((field for field in fields if field in row), None)
+    if name is None:
         raise InputError(f"{where}: no field {fields[0]!r} among {', '.join(map(repr, row))}: name it {fields[0]!r}")
-    return found
+    return name
 
 
 # ---- writing
 
 
 def _contents(root: Path, captions: dict[str, str], form: str) -> dict[Path, bytes]:
-    """File -> what it shall hold."""
+    """File -> its new content."""
     path = root / f"metadata.{form}"
     if form == "jsonl":
         return {path: _jsonl(captions, _other_fields(path)).encode()}
     if form == "csv":
         file = io.StringIO(newline="")
         csv.writer(file, lineterminator="\n").writerows([("file_name", "text"), *captions.items()])
-        return {path: file.getvalue().encode("utf-8-sig")}  # without the mark Excel takes UTF-8 for cp949
+        return {path: file.getvalue().encode("utf-8-sig")}  # without the byte order mark Excel decodes it as cp949
     if form == "json":
         return {path: (json.dumps(captions, ensure_ascii=False, indent=2) + "\n").encode()}
     files = pictures(root)
@@ -283,13 +289,13 @@ def _jsonl(captions: dict[str, str], other_fields: dict[str, dict]) -> str:
 
 
 def _other_fields(path: Path) -> dict[str, dict]:
-    """Name -> the user's own fields in a metadata.jsonl, for the rows that have any."""
+    """Image name -> the user's own fields in a metadata.jsonl, for the rows that have any."""
     if not path.is_file():
         return {}
-    kept = {}
+    other_fields = {}
     for where, row in _jsonl_objects(path):
         name = _field(row, NAME_FIELDS, where)
         others = {key: value for key, value in row.items() if key not in (name, _field(row, TEXT_FIELDS, where))}
         if others:
-            kept[_name(row[name], where)] = others
-    return kept
+            other_fields[_name(row[name], where)] = others
+    return other_fields

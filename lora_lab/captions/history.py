@@ -1,6 +1,6 @@
-"""Who wrote a caption: captions.history.jsonl in the dataset folder, one row for each change that the program made.
+"""The author of each caption: captions.history.jsonl in the dataset folder, one row for each change by the program.
 
-The journal is only ever appended to, so it also keeps the captioner's raw words after they were refined.
+The file is only appended to, so it also keeps the captioner's own captions after they were refined.
 """
 
 import json
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "captions.history.jsonl"
-REFINE = "refine"  # `by` of a change that was made out of the old text; any other writer looked at the picture
+REFINE = "refine"  # the author of a refined caption; any other author captioned the image itself
 
 
 def record(root: Path, by: str, before: dict[str, str], after: dict[str, str]) -> int:
-    """Append one row for each caption of `after` that is not so in `before`; returns how many.
+    """Append a row for each caption of `after` that differs from `before`; returns the number of rows.
 
-    `by` is "refine" (or "refine:" and more) for a rewritten caption, else the captioner's name."""
+    `by`, the author, is REFINE (or begins with "refine:") for a refined caption, else the captioner's name."""
     rows = [
         {"file_name": name, "text": text, "by": by, "was": before.get(name, "")}
         for name, text in after.items()
@@ -24,32 +24,32 @@ def record(root: Path, by: str, before: dict[str, str], after: dict[str, str]) -
         return 0
     path = Path(root) / NAME
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # a crash cut the last line: start a new one
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # after a crash in the last line: start a new one
     with path.open("ab") as file:
         file.write((b"\n" if torn else b"") + lines.encode())
     return len(rows)
 
 
 def machine_made(root: Path) -> dict[str, set[str]]:
-    """Name -> the texts that are the machine's: a captioner's words, or what refine made out of such words.
+    """Image name -> the texts that a captioner wrote, or that refining made of such texts.
 
-    A caption may be replaced only while it is one of these word for word; anything else is a person's."""
-    made: dict[str, set[str]] = {}
+    A caption may be replaced only if it equals one of these; any other was written by a person."""
+    machine_texts: dict[str, set[str]] = {}
     for row in _rows(Path(root) / NAME):
-        texts = made.setdefault(row["file_name"], set())
+        texts = machine_texts.setdefault(row["file_name"], set())
         if row["by"].split(":")[0] != REFINE or row["was"] in texts:
             texts.add(row["text"])
-    return {name: texts for name, texts in made.items() if texts}
+    return {name: texts for name, texts in machine_texts.items() if texts}
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows that are whole; a line torn by a crash says nothing."""
+    """The complete rows; a line that a crash cut off is skipped."""
     if not path.is_file():
         return
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # not JSON, or cut inside a letter
+        except ValueError:  # not JSON, or cut inside a character
             continue
         if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("file_name", "text", "by", "was")):
             yield row

@@ -1,26 +1,27 @@
-r"""Refining by rules: a captioner's words become a training caption that names the character once.
+r"""The rules refiner: regular expressions turn a captioner's words into a training caption with the trigger once.
 
-A caption is phrases between commas. A rule is a regular expression and its replacement, applied to each phrase by
-itself, in order and without regard to case; a phrase of which nothing is left is dropped. So one list can drop a word
-("arafed"), a phrase ("^with \w+ skin$") or put it in other words ("^winking$" -> "winking with its left eye").
+A caption is a list of phrases between commas. A rule is a regular expression and its replacement, applied to each
+phrase separately, in order, ignoring case; an empty phrase is dropped. So the same kind of rule can drop a word
+("arafed"), a phrase ("^with \w+ skin$") or replace it ("^winking$" -> "winking with its left eye").
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from lora_lab.captions.files import read_caption_file
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
+
 from lora_lab.errors import InputError
 
 Pairs = tuple[tuple[re.Pattern, str], ...]
 
-# While rules run the trigger is this one private letter: no rule can change it, whatever characters it is made of.
+# While rules run, this private-use character stands for the trigger: no rule can change it, whatever its characters.
 MARK = "\ue000"
 
 ROUNDS = 10
 
-# Words which can't stand between an article and its noun, and of which one must follow a subject ("a cat with a hat",
+# Words that cannot stand between an article and its noun, and one of which must follow a subject ("a cat with a hat",
 # but not "a cat costume" or "an orange hat").
 FUNCTION_WORDS = (
     "a|an|the|with|without|in|on|of|at|by|for|from|to|into|onto|over|under|above|below|behind|beside|near|next|"
@@ -28,54 +29,63 @@ FUNCTION_WORDS = (
     "has|have|sits|stands|lies|looks|smiles|holds|wears|waves|rides|made|it|its|his|her|their"
 )
 
-# What leads to a second mention and goes with it.
+# Words that introduce a second mention of the trigger and are removed with it.
 _LED = r"(?:\b(?:and|with|of|by|next\s+to)\s+)?(?:\b(?:a|an|the)\s+)?"
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+class Rule:
+    """A regular expression and the text that replaces what it matches."""
+
+    pattern: str
+    replacement: str = ""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """replace: the captioner's habits; vocabulary: its words -> the training set's; both (pattern, replacement).
-    subjects: nouns that the trigger takes the place of. article: what stands before the trigger then, "" for nothing.
-    repeats: whether repetitions are dropped."""
+    """A refiner that applies compiled rules."""
 
-    replace: Pairs = ()
-    vocabulary: Pairs = ()
-    subjects: tuple[str, ...] = ()
-    article: str = "A"
-    repeats: bool = True
+    replace: Pairs = ()  # (pattern, replacement) for the captioner's habits
+    vocabulary: Pairs = ()  # (pattern, replacement): the captioner's words -> those of the training captions
+    subjects: tuple[str, ...] = ()  # nouns that the trigger replaces
+    article: str = "A"  # before the trigger where it replaces a subject; "" for none
+    drop_repeats: bool = True
 
-    @classmethod
-    def from_config(
-        cls,
-        replace: Iterable[Mapping[str, str]] = (),
-        vocabulary: Iterable[Mapping[str, str]] = (),
-        subjects: Iterable[str] = (),
-        article: str = "A",
-        drop_repeats: bool = True,
-    ) -> "Rules":
-        """From plain values; a rule is {"pattern": ..., "replacement": ...}, the replacement "" if left out.
+    def refine(self, captions: Sequence[str], hints: Sequence[str], trigger: str) -> list[str]:
+        """Each caption refined by the rules, with the trigger exactly once and its hint, if not "", at the end.
 
-        Raises InputError that names the rule whose pattern or replacement is wrong."""
-        return cls(
-            _pairs(replace, "refiner.replace"),
-            _pairs(vocabulary, "refiner.vocabulary"),
-            tuple(subjects),
-            article.strip(),
-            drop_repeats,
-        )
+        Raises InputError for rules that change their own result without end."""
+        return [refine_caption(caption, trigger, self, hint) for caption, hint in zip(captions, hints, strict=True)]
 
 
-def refine(caption: str, trigger: str, rules: Rules, hint: str = "") -> str:
-    """The caption cleaned by the rules, with the trigger exactly once and the user's hint for that picture at its end.
+def compile_rules(
+    replace: Sequence[Rule] = (),
+    vocabulary: Sequence[Rule] = (),
+    subjects: Sequence[str] = (),
+    article: str = "A",
+    drop_repeats: bool = True,
+) -> Rules:
+    """The refiner of the keys of conf/refiner. Raises InputError, naming the rule, for a wrong regular expression."""
+    return Rules(
+        _compiled(replace, "refiner.replace"),
+        _compiled(vocabulary, "refiner.vocabulary"),
+        tuple(subjects),
+        article.strip(),
+        drop_repeats,
+    )
 
-    refine(refine(c)) == refine(c) for any rules: they run until nothing changes. Rules that never come to rest raise
-    InputError."""
+
+def refine_caption(caption: str, trigger: str, rules: Rules, hint: str = "") -> str:
+    """The caption refined by the rules, with the trigger exactly once and the user's hint for its image at the end.
+
+    Refining a refined caption changes nothing, for any rules: they are repeated until the caption is stable.
+    Raises InputError for rules that never reach a stable caption."""
     spelling = _spelling(trigger)
     hint = ", ".join(_phrases(re.sub(_LED + MARK, "", spelling.sub(MARK, hint), flags=re.IGNORECASE)))
     for _ in range(ROUNDS):
         text = _without_hint(spelling.sub(MARK, caption.replace(MARK, "")), hint)
         text = rewrite(text, rules.replace)
-        text = drop_repeats(text) if rules.repeats else text
+        text = drop_repeats(text) if rules.drop_repeats else text
         text = rewrite(text, rules.vocabulary)
         text = name_subject(text, MARK, rules.subjects, rules.article)
         text = add_hint(trigger_once(add_trigger(text, MARK), MARK), hint)
@@ -84,12 +94,12 @@ def refine(caption: str, trigger: str, rules: Rules, hint: str = "") -> str:
             return caption
     raise InputError(
         f"the refiner's rules turn {before!r} into {caption!r} and so on without end: "
-        f"mend the rule in refiner.replace or refiner.vocabulary that undoes another or itself"
+        f"correct the rule in refiner.replace or refiner.vocabulary that undoes another or itself"
     )
 
 
 def rewrite(caption: str, pairs: Pairs) -> str:
-    """Apply (pattern, replacement) pairs in order to each comma phrase.
+    """Apply (pattern, replacement) pairs in order to each phrase.
 
     >>> rewrite("there is a ghost, winking", ((re.compile("^there is "), ""), (re.compile("^winking$"), "blinking")))
     'a ghost, blinking'
@@ -105,26 +115,26 @@ def rewrite(caption: str, pairs: Pairs) -> str:
 
 
 def drop_repeats(caption: str) -> str:
-    """Drop what is said twice in a row, and phrases that were there before.
+    """Drop words repeated in a row, and phrases that occurred before.
 
     >>> drop_repeats("a man with a mustache and mustache, smiling, with a hat and a hat, Smiling")
     'a man with a mustache, smiling, with a hat'
     """
     stutter = r"\b((?:\w+\s+){0,4}\w+)(?:\s+(?:and\s+)?(?:(?:a|an|the)\s+)?\1\b)+"
-    said: dict[str, str] = {}
+    phrases: dict[str, str] = {}
     for phrase in _phrases(caption):
         phrase = re.sub(stutter, r"\1", phrase, flags=re.IGNORECASE)
-        said.setdefault(phrase.casefold(), phrase)
-    return ", ".join(said.values())
+        phrases.setdefault(phrase.casefold(), phrase)
+    return ", ".join(phrases.values())
 
 
 def name_subject(caption: str, trigger: str, subjects: Iterable[str], article: str) -> str:
-    """Put the trigger in the place of the subject, adjectives included; its phrase comes first.
+    """Replace the subject and its adjectives by the trigger, and move that phrase to the front.
 
     >>> name_subject("a cartoon white ghost with a purple background, smiling", "HANA_TOFU", ["ghost"], "A")
     'A HANA_TOFU with a purple background, smiling'
 
-    A caption that has the trigger, or no subject, is left as it is."""
+    A caption with the trigger, or without a subject, is returned unchanged."""
     nouns = "|".join(r"\s+".join(map(re.escape, noun.split())) for noun in subjects)
     if not nouns or trigger in caption:
         return caption
@@ -143,7 +153,7 @@ def name_subject(caption: str, trigger: str, subjects: Iterable[str], article: s
 
 
 def add_trigger(caption: str, trigger: str) -> str:
-    """Name the character if the caption does not.
+    """Put the trigger in front of a caption without it.
 
     >>> add_trigger("waving in the snow", "HANA_TOFU")
     'HANA_TOFU, waving in the snow'
@@ -154,19 +164,19 @@ def add_trigger(caption: str, trigger: str) -> str:
 
 
 def trigger_once(caption: str, trigger: str) -> str:
-    """Keep the first of several triggers; what led to another ("and a ...") goes with it.
+    """Keep the first of several triggers; words that introduce another ("and a ...") are removed with it.
 
     >>> trigger_once("A HANA_TOFU in the snow, a HANA_TOFU waving", "HANA_TOFU")
     'A HANA_TOFU in the snow, waving'
     """
-    head, found, tail = caption.partition(trigger)
+    head, _, tail = caption.partition(trigger)
     if trigger not in tail:
         return caption
-    return _tidy(head + found + re.sub(_LED + re.escape(trigger), "", tail, flags=re.IGNORECASE))
+    return _tidy(head + trigger + re.sub(_LED + re.escape(trigger), "", tail, flags=re.IGNORECASE))
 
 
 def add_hint(caption: str, hint: str) -> str:
-    """Append what the user wrote for that picture, unless it is there.
+    """Append the user's hint unless the caption has it.
 
     >>> add_hint("A HANA_TOFU waving", "in the snow")
     'A HANA_TOFU waving, in the snow'
@@ -176,35 +186,28 @@ def add_hint(caption: str, hint: str) -> str:
     return f"{caption}, {hint}" if caption else hint
 
 
-def read_hints(root: Path) -> dict[str, str]:
-    """What the user knows of a picture and a captioner can't see: hints.jsonl or hints.csv in the dataset folder."""
-    files = [path for path in (Path(root) / "hints.jsonl", Path(root) / "hints.csv") if path.is_file()]
-    if len(files) > 1:
-        raise InputError(f"{files[0].name} and {files[1].name} are both in {root}: keep one of them")
-    return read_caption_file(files[0]) if files else {}
-
-
-def _pairs(rules: Iterable[Mapping[str, str]], key: str) -> Pairs:
+def _compiled(rules: Iterable[Rule], key: str) -> Pairs:
     pairs = []
     for i, rule in enumerate(rules):
-        pattern, replacement = rule["pattern"], rule.get("replacement") or ""
         try:
-            compiled = re.compile(pattern, re.IGNORECASE)
-            compiled.sub(replacement, "")  # a wrong group number shows here, not at the first caption that matches
+            pattern = re.compile(rule.pattern, re.IGNORECASE)
+            pattern.sub(rule.replacement, "")  # finds a wrong group number now, not at the first caption that matches
         except (re.error, IndexError) as error:
-            raise InputError(f"{key}[{i}]: {pattern!r} -> {replacement!r} is no regular expression: {error}") from None
-        pairs.append((compiled, replacement))
+            raise InputError(
+                f"{key}[{i}]: {rule.pattern!r} -> {rule.replacement!r} is not a regular expression: {error}"
+            ) from None
+        pairs.append((pattern, rule.replacement))
     return tuple(pairs)
 
 
 def _spelling(trigger: str) -> re.Pattern:
-    """The trigger in any case and as captioners take it apart: HANA_TOFU, hana_tofu, "hana _ tofu"."""
+    """Matches the trigger in any case and with the spaces that captioners insert: HANA_TOFU, "hana _ tofu"."""
     parts = re.findall(r"[^\W_]+|[^\w\s]|_", trigger)
     return re.compile(r"(?<!\w)" + r"\s*".join(map(re.escape, parts)) + r"(?!\w)", re.IGNORECASE)
 
 
 def _without_hint(caption: str, hint: str) -> str:
-    """Without the hint at its end: rules are for the captioner's words, not for the user's."""
+    """The caption without the hint at its end: rules apply to the captioner's words, not to the user's."""
     return re.sub(rf"(?:^|,)\s*{re.escape(hint)}\s*$", "", caption, flags=re.IGNORECASE) if hint else caption
 
 
@@ -213,7 +216,7 @@ def _phrases(caption: str) -> list[str]:
 
 
 def _tidy(caption: str) -> str:
-    """Without empty phrases, and without the "and" or "with a" that a removed word leaves at a phrase's end."""
+    """The caption without empty phrases, and without the "and" or "with a" that a removed word leaves behind."""
     loose = r"^(?:and|or)\s+|(?:^|\s+)(?:and|or|with|of|a|an|the)$"
     phrases = _phrases(caption)
     while (shorter := [re.sub(loose, "", phrase, flags=re.IGNORECASE) for phrase in phrases]) != phrases:

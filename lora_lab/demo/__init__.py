@@ -1,4 +1,4 @@
-"""The bundled demo: a tiny SDXL, its captioner and judge, the tofu pictures and eight "photos" (see README.md)."""
+"""The bundled demo: a tiny SDXL, a captioner and a CLIP for its images, the tofu images, and eight "photos"."""
 
 from pathlib import Path
 

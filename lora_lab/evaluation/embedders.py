@@ -1,7 +1,8 @@
 """The models that look at pictures for a score: CLIP, DINOv2 and the captioner, each loaded for its turn and let go."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,10 +11,10 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
 from lora_lab.base.locate import locate_model
-from lora_lab.captions.captioner import load_captioner
+from lora_lab.captions.captioner import load_captioner, run_captioner
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
-from lora_lab.settings.schema import Captioner, Model
+from lora_lab.settings.schema import Model
 
 BATCH = 16  # pictures that a model sees at once
 
@@ -85,12 +86,11 @@ def _dino(location: str, pictures: Sequence[Image.Image], device: torch.device) 
     return ImageEmbeddings(normalize(whole, dim=-1), parts)
 
 
-def caption_images(captioner: Captioner, pictures: Sequence[Image.Image], device: torch.device) -> list[str]:
-    """What the captioner says of each picture. Raises InputError if it cannot be loaded."""
-    settings = {key: value for key, value in vars(captioner).items() if key not in ("name", "base")}
-    loaded = load_captioner(locate_model("captioner.base", captioner.base), str(device), **settings)
-    captions = loaded.caption(list(pictures))
-    del loaded  # before the device's memory is handed back
+def caption_images(captioner: Mapping[str, Any], pictures: Sequence[Image.Image], device: torch.device) -> list[str]:
+    """The captions of RGB pictures, by the captioner of these settings, loaded for this call only.
+
+    Raises InputError if it cannot be loaded."""
+    captions = run_captioner(load_captioner(captioner, device), pictures)
     _let_go(device)
     return captions
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from lora_lab.base.encode import Encoder
-from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.captions.rules import Rules, refine
+from lora_lab.base.locate import locate_folder
+from lora_lab.captions.captioner import check_captioner
+from lora_lab.captions.refiner import load_refiner, run_refiner
 from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, ImageEmbeddings, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Scale, Scores
@@ -33,7 +34,7 @@ def validate_embedders(config: Config) -> None:
         return
     locate_embedders(config.model)
     if config.score.attributes:
-        locate_model("captioner.base", config.captioner.base)
+        check_captioner(config.captioner)
 
 
 def held_out_pictures(config: Config) -> list[Image.Image]:
@@ -121,7 +122,7 @@ class Evaluation:
         self._texts = known.texts
         self._clip = ReferenceEmbeddings.of(known.clip, len(held_out))
         self._dino = known.dino and ReferenceEmbeddings.of(known.dino, len(held_out))
-        self._rules = Rules.from_config(**asdict(config.refiner))
+        self._refiner = load_refiner(config.refiner)
 
     def begin(self, encoder: Encoder, base: str, dtype: torch.dtype, folder: Path) -> ScoredImages:
         """Score the base, which the LoRAs are measured by. `base` is the hash of its files."""
@@ -211,7 +212,7 @@ class Evaluation:
         if not self._asks.patterns:
             return [None] * len(pictures)
         said = caption_images(self._config.captioner, pictures, self._device)
-        return [refine(text, self._config.trigger, self._rules) for text in said]
+        return list(run_refiner(self._refiner, said, self._config.trigger))
 
     def _read(self, captions: list[str | None]) -> Tensor:
         """The share of a prompt's attributes that the caption names (N,), nan where there is none."""

@@ -1,1 +1,1 @@
-"""Pixels: which files are pictures, what training sees of them, and the sheets that show them."""
+"""Images: which files of a folder are read, the pixels that training sees, and contact sheets."""

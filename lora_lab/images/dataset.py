@@ -1,7 +1,7 @@
-"""A dataset folder as training takes it: every picture with its caption, or one sentence that says what is wrong."""
+"""A dataset folder as training reads it: every image with its captions, or one sentence about what is wrong."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,55 +13,73 @@ from lora_lab.images.scan import find_pictures, same_names
 
 @dataclass(frozen=True)
 class Sample:
-    name: str  # relative to the dataset folder, POSIX, NFC; of several folders the folder's name stands before it
+    name: str  # relative to the dataset folder, POSIX, NFC; with several folders it begins with the folder's name
     path: Path
     captions: tuple[str, ...]  # at least one
-    repeats: int = 1  # times that an epoch shows it
+    repeats: int = 1  # occurrences in an epoch
 
 
 def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
-    """Every picture of (folder, repeats)s, folder by folder.
+    """The samples of several (folder, repeats), folder by folder.
 
-    Raises InputError for a folder that `read_dataset` refuses, for two of one name, and for a picture in two."""
-    if len(folders) == 1:
-        (root, repeats), *_ = folders
-        return [replace(sample, repeats=repeats) for sample in read_dataset(root)]
+    Raises InputError for a folder that `read_dataset` refuses, two folders of one name, and an image in two folders."""
+    roots = [root for root, _ in folders]
+    require_distinct_names(roots)
     samples: list[Sample] = []
     for root, repeats in folders:
-        name = root.resolve().name
-        samples += [replace(s, name=f"{name}/{s.name}", repeats=repeats) for s in read_dataset(root)]
-    seen: dict[Path, str] = {}
+        prefix = folder_prefix(root, roots)
+        samples += [replace(s, name=prefix + s.name, repeats=repeats) for s in read_dataset(root)]
+    if len(roots) == 1:
+        return samples
+    names_by_path: dict[Path, str] = {}
     for sample in samples:
-        other = seen.setdefault(sample.path.resolve(), sample.name)
+        other = names_by_path.setdefault(sample.path.resolve(), sample.name)
         if other is not sample.name:
             raise InputError(f"{other} is also {sample.name}: name every folder once, and none inside another")
-    names = [root.resolve().name for root, _ in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(
-                f"two folders of dataset.root are called {name}: rename one, pictures are told apart by it"
-            )
     return samples
 
 
-def read_dataset(root: Path) -> list[Sample]:
-    """Every picture under `root` with its captions, in natural order.
+def require_distinct_names(roots: Sequence[Path]) -> None:
+    """Raise InputError for different folders of one name, because their images would have equal names."""
+    paths: dict[str, Path] = {}
+    for path in (root.resolve() for root in roots):
+        if paths.setdefault(path.name, path) != path:
+            raise InputError(
+                f"two folders of dataset.root are called {path.name}: rename one, pictures are told apart by it"
+            )
 
-    Raises InputError unless pictures and captions match one to one."""
-    pictures, captions = _pictures(root), read_caption_lists(root)
-    if not captions:
-        raise InputError(f"no captions in {root}: run stage=caption first")
-    uncaptioned = [name for name in pictures if name not in captions]
-    for name in captions:
-        if name not in pictures:
-            raise InputError(missing_picture(name, root, uncaptioned))
-    if uncaptioned:
-        raise InputError(missing_captions(uncaptioned, root))
-    return [Sample(name, path, captions[name]) for name, path in pictures.items()]
+
+def folder_prefix(root: Path, roots: Sequence[Path]) -> str:
+    """The beginning of the names of images in `root`: "" if it is the only folder, else its name and a slash."""
+    return f"{root.resolve().name}/" if len(roots) > 1 else ""
+
+
+def read_dataset(root: Path) -> list[Sample]:
+    """Every image under `root` with its captions, in natural order.
+
+    Raises InputError unless every image has a caption and every caption an image."""
+    paths, captions = _pictures(root), read_caption_lists(root)
+    uncaptioned = [name for name in paths if name not in captions]
+    pictureless = [name for name in captions if name not in paths]
+    faults = unmatched_captions(pictureless, uncaptioned, root) + missing_captions(uncaptioned, len(paths), root)
+    if faults:
+        raise InputError(faults[0])
+    return [Sample(name, path, captions[name]) for name, path in paths.items()]
+
+
+def require_trigger(texts: Sequence[Iterable[str]], trigger: str) -> None:
+    """Raise InputError if no text has the trigger: no step would train it. `texts` has the texts of each image."""
+    if not any(trigger in text for image_texts in texts for text in image_texts):
+        raise InputError(
+            f"no caption of the {len(texts)} pictures has the trigger {trigger}: "
+            f"run stage=refine to put it in, or name yours with trigger="
+        )
 
 
 def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) -> str:
-    """The caption between `dataset.caption_prefix` and `_suffix`, blanks between them but none before a comma."""
+    """The caption with `dataset.caption_prefix` and `_suffix`, joined by spaces, without a space before a comma.
+
+    {trigger} in them stands for the trigger."""
     text = caption
     if prefix:
         text = f"{prefix} {text}"
@@ -71,32 +89,40 @@ def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) 
 
 
 def copy_pictures(root: Path, to: Path) -> int:
-    """Copy the pictures under `root`, without their captions, into the new folder `to`; returns how many."""
-    pictures = _pictures(root)
+    """Copy the images under `root`, without their captions, into the new folder `to`; returns their number.
+
+    Raises InputError for a folder without images, two files of one name, and if `to` is not empty."""
+    paths = _pictures(root)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} is there already: name a new folder")
-    for name, path in pictures.items():
+        raise InputError(f"{to} exists already: name a new folder")
+    for name, path in paths.items():
         copy = to / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    return len(pictures)
+    return len(paths)
 
 
-def missing_picture(name: str, root: Path, uncaptioned: Sequence[str]) -> str:
-    """The message for a caption without its picture; an uncaptioned picture of much the same name is offered."""
-    similar = get_close_matches(name, uncaptioned, n=1, cutoff=0.7)
-    hint = f"was {similar[0]} meant" if similar else "put it back or delete the caption"
-    return f"there is a caption for {name}, but no such picture in {root}: {hint}" + ("?" if similar else "")
+def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path | str) -> list[str]:
+    """A sentence for each caption without an image; an uncaptioned image with a similar name is suggested."""
+    sentences = []
+    for name in pictureless:
+        similar = get_close_matches(name, uncaptioned, n=1, cutoff=0.7)
+        hint = f"was {similar[0]} meant?" if similar else "put it back or delete the caption"
+        sentences.append(f"there is a caption for {name}, but no such picture in {root}: {hint}")
+    return sentences
 
 
-def missing_captions(names: Sequence[str], root: Path) -> str:
-    """The message for pictures without a caption."""
-    few = list_names(names)
-    return f"{len(names)} of the pictures in {root} have no caption ({few}): run stage=caption, or take them out"
+def missing_captions(uncaptioned: Sequence[str], count: int, root: Path | str) -> list[str]:
+    """The sentence for images without a caption, of `count` images; [] if every image has one."""
+    if len(uncaptioned) == count:
+        return [f"no captions in {root}: run stage=caption first"]
+    names = list_names(uncaptioned)
+    sentence = f"{len(uncaptioned)} of the {count} pictures in {root} have no caption ({names}): run stage=caption"
+    return [f"{sentence}, or remove them"] if uncaptioned else []
 
 
-def same_name_twice(names: Sequence[str], root: Path) -> str:
-    """The message for two files whose names Unicode holds equal."""
+def same_name_twice(names: Sequence[str], root: Path | str) -> str:
+    """The sentence for files whose names are equal in Unicode."""
     return (
         f"{list_names(names)} is in {root} twice, its letters composed (NFC) and decomposed (NFD): rename or remove one"
     )
@@ -109,8 +135,8 @@ def list_names(names: Sequence[str], most: int = 3) -> str:
 
 
 def _pictures(root: Path) -> dict[str, Path]:
-    pictures = find_pictures(root)
+    paths = find_pictures(root)
     twice, _ = same_names(root)
     if twice:
         raise InputError(same_name_twice(twice, root))
-    return pictures
+    return paths

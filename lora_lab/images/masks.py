@@ -1,4 +1,4 @@
-"""What of each picture is learnt: its own alpha channel, or a mask picture of the same name. White is learnt."""
+"""Masks of a masked loss: the alpha channel of each image, or a mask image of the same name. White is trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,44 +14,44 @@ from lora_lab.images.scan import find_pictures
 
 @dataclass(frozen=True)
 class Masks:
-    """Where masks come from: a folder and its `files` by name without suffix; without a folder, the alpha channels."""
+    """The source of masks: a folder of mask images, or the alpha channels."""
 
-    folder: Path | None
-    files: dict[str, Path]
+    folder: Path | None  # None: the alpha channels
+    files: dict[str, Path]  # name without suffix -> mask image
 
     def file(self, name: str) -> Path:
-        """The mask picture of the picture `name`. Raises InputError if there is none."""
-        found = self.files.get(_stem(name))
-        if found is None:
+        """The mask image of the image `name`. Raises InputError if there is none."""
+        file = self.files.get(_stem(name))
+        if file is None:
             raise InputError(f"{self.folder} has no mask for {name}: add {_stem(name)}.png, white where it is learnt")
-        return found
+        return file
 
     def open(self, name: str, path: Path, size: Size) -> Image.Image:
-        """The mask of the picture `name`, which lies at `path` and is upright of `size`: grey, 255 is learnt.
+        """The mask (mode L, 255 is trained on) of the image `name` at `path`, upright of `size` (width, height).
 
-        Raises InputError, naming the file, for one that is missing, of another size, or black all over."""
+        Raises InputError, naming the file, for a mask that is missing, of another size, or completely black."""
         if self.folder is None:
             source, (_, mask) = path, open_with_alpha(path)
             if mask is None:
                 raise InputError(
-                    f"{path} has no alpha channel, which loss.mask=alpha asks of every picture: cut it out"
+                    f"{path} has no alpha channel, which loss.mask=alpha requires of every picture: cut the subject out"
                 )
         else:
             source = self.file(name)
-            mask = open_picture(source, background=(0, 0, 0)).convert(
-                "L"
-            )  # what a mask leaves transparent is not meant
+            mask = open_picture(source, background=(0, 0, 0)).convert("L")  # transparent counts as black
         if mask.size != size:
             sizes = f"{source} is {mask.width}x{mask.height}, but {name} is {size[0]}x{size[1]}"
             raise InputError(f"{sizes}: a mask has its picture's size")
         if mask.getbbox() is None:
-            what = "transparent" if self.folder is None else "black"
-            raise InputError(f"{source} is {what} all over, nothing of {name} would be learnt: take the picture out")
+            colour = "transparent" if self.folder is None else "black"
+            raise InputError(f"{source} is {colour} all over, nothing of {name} would be learnt: remove the picture")
         return mask
 
 
 def find_masks(mask: str) -> Masks | None:
-    """What `loss.mask` means: None for none. Raises InputError for a folder without pictures or with an unclear one."""
+    """The masks of `loss.mask` (none, alpha or a folder); None for none.
+
+    Raises InputError for a folder that does not exist, has no images, or has two masks of one name."""
     if mask in ("none", "alpha"):
         return Masks(None, {}) if mask == "alpha" else None
     folder = locate_folder("loss.mask", mask)

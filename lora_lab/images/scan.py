@@ -1,4 +1,4 @@
-"""Which files of a dataset folder are pictures, and what they are called."""
+"""Which files of a dataset folder are images, and their names."""
 
 import os
 import re
@@ -9,41 +9,48 @@ from pathlib import Path
 from lora_lab.errors import InputError
 
 READ = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-NOT_READ = frozenset({".heic", ".heif", ".avif", ".jxl", ".gif"})  # pictures too, but Pillow alone cannot be relied on
+NOT_READ = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".gif"}
+)  # images too, but Pillow alone does not read them reliably
 
 
 def natural_key(name: str) -> tuple:
-    """Sort key that counts: image_2.png before image_10.png, letters without regard to case."""
+    """Sort key of the natural order: image_2.png before image_10.png, ignoring case."""
     parts = re.split(r"(\d+)", unicodedata.normalize("NFC", name))
     return tuple(int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)), name
 
 
 def pictures(root: Path) -> dict[str, Path]:
-    """Every picture under `root` that is not hidden, by name (relative, POSIX, NFC), in natural order; may be none.
+    """Name (relative, POSIX, NFC) -> path of every image under `root` that is not hidden, in natural order.
 
-    Of two files whose names are equal in NFC one is kept (`same_names` finds them)."""
+    It may be empty. Of two files whose names are equal in NFC one is kept (`same_names` finds them)."""
     return {name: path for name, path in _files(root) if path.suffix.lower() in READ} if root.is_dir() else {}
 
 
 def find_pictures(root: Path, key: str = "dataset.root") -> dict[str, Path]:
-    """`pictures`, of which there must be at least one: raises InputError, which names the `key` that said `root`."""
-    found = pictures(root)
-    if not found:
+    """Name -> path of every image under `root`, in natural order.
+
+    Raises InputError, naming the configuration's `key` for `root`, if there is none."""
+    paths = pictures(root)
+    if not paths:
         others = unsupported(root)
         hint = f" ({others[0]} and its like are not read: convert them to PNG)" if others else ""
         raise InputError(f"no pictures in {root}: point {key} at a folder of .png, .jpg or .webp files{hint}")
-    return found
+    return paths
 
 
 def unsupported(root: Path) -> list[str]:
-    """Names of the pictures under `root` in a format that is not read (HEIC, AVIF, JPEG XL, GIF), in natural order."""
+    """Names of the images under `root` in a format that is not read (HEIC, AVIF, JPEG XL, GIF), in natural order.
+
+    Raises InputError if `root` is not a folder."""
     return [name for name, path in _files(root) if path.suffix.lower() in NOT_READ]
 
 
 def same_names(root: Path) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Names too alike: (those on disk both as NFC and as NFD, those that differ only by case).
+    """Names that are too similar: (those on disk both as NFC and as NFD, those that differ only by case).
 
-    The first are one name to this program; the second are one file on Windows and macOS, so one is lost there."""
+    The former are one name to this program; the latter are one file on Windows and macOS, so one is lost there.
+    Raises InputError if `root` is not a folder."""
     by_name: dict[str, int] = defaultdict(int)
     by_case: dict[str, list[str]] = defaultdict(list)
     for name, path in _files(root):
@@ -59,12 +66,12 @@ def _files(root: Path) -> list[tuple[str, Path]]:
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise InputError(f"{root} {state}: point dataset.root at a folder of .png, .jpg or .webp files")
-    found = []
+    named_paths = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for file in files:
             if not file.startswith("."):
                 path = Path(folder, file)
-                # macOS unpacks names as NFD; metadata written anywhere else has them as NFC
-                found.append((unicodedata.normalize("NFC", path.relative_to(root).as_posix()), path))
-    return sorted(found, key=lambda item: (natural_key(item[0]), str(item[1])))
+                # macOS unpacks names as NFD; metadata written elsewhere has them as NFC
+                named_paths.append((unicodedata.normalize("NFC", path.relative_to(root).as_posix()), path))
+    return sorted(named_paths, key=lambda item: (natural_key(item[0]), str(item[1])))

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures and captions side by side in a labelled grid."""
+"""Contact sheets: images and captions side by side in a labelled grid."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 Cell = Image.Image | str | None
 
 PAGE, PANEL, INK, FAINT = "#ffffff", "#f3f4f6", "#1f2328", "#6b7280"
-# Pillow's own font has no Hangul: take what Windows, macOS or Linux bring along
+# Pillow's own font has no Hangul: these are the fonts of Windows, macOS and Linux
 KOREAN = ("malgun.ttf", "AppleSDGothicNeo.ttc", "NotoSansCJK-Regular.ttc", "NanumGothic.ttf")
 
 
@@ -19,7 +19,9 @@ def contact_sheet(
     cell: int = 256,
     title: str = "",
 ) -> Image.Image:
-    """A grid of `cell` x `cell` pixels a cell: pictures keep their aspect ratio, text is wrapped, None stays empty."""
+    """An RGB image of a grid with cells of `cell` x `cell` pixels.
+
+    Images keep their aspect ratio, text is wrapped, None stays empty."""
     gap, margin, size = cell // 20, cell // 8, max(11, cell // 15)
     beside = _title_width(row_titles or [], size, cell)
     left = margin + (beside + gap if beside else 0)
@@ -55,7 +57,7 @@ def _cell(sheet: Image.Image, content: Cell, x: int, y: int, cell: int, size: in
 
 
 def _text(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], size: int, colour: str) -> None:
-    """Wrapped text, left-aligned, centred in height; what is too long is set smaller, and at last cut off."""
+    """Draw wrapped text, left-aligned and vertically centred; long text is set smaller, and cut off at 9 px."""
     x, y, width, height = box
     for smaller in range(size, 8, -1):
         font, line = _font(text, smaller), round(1.4 * smaller)
@@ -71,7 +73,7 @@ def _text(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], 
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels: broken at spaces, and inside a word that is wider than a line."""
+    """Lines of at most `width` pixels, broken at spaces, and inside words that are wider than a line."""
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -89,7 +91,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _tallest(texts: Sequence[str], size: int, width: int) -> int:
-    """Height in pixels of the longest of `texts`, wrapped."""
+    """Height in pixels of the longest of `texts` when wrapped."""
     return max((len(_wrap(text, _font(text, size), width)) for text in texts), default=0) * round(1.4 * size)
 
 
@@ -98,7 +100,7 @@ def _title_width(texts: Sequence[str], size: int, cell: int) -> int:
 
 
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; for Hangul one of the system's, and where there is none, boxes stand for the letters."""
+    """Pillow's own font; for Hangul a font of the system, without which boxes replace the characters."""
     if any("\u1100" <= letter <= "\ud7ff" for letter in text):
         for name in KOREAN:
             try:

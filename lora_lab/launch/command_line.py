@@ -2,9 +2,7 @@
 
 import argparse
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 # Hydra has no public way to its flags, and to what --cfg, --info, --hydra-help and shell completion print.
 from hydra import version
@@ -16,59 +14,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab import track
-from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.errors import InputError
 from lora_lab.launch import config, grid
 from lora_lab.launch.explain import explain, known_keys
 from lora_lab.launch.keys import unknown_key
 from lora_lab.settings import schema
-
-HELP = """\
-lora_lab teaches SDXL one character from 10 to 50 pictures, then turns photos into that character.
-
-  python -m lora_lab                                                         everything, on the bundled demo
-  python -m lora_lab stage=check dataset=folder dataset.root=data/TOFU       what training would refuse, and why
-  python -m lora_lab stage=train experiment=sdxl dataset.root=data/TOFU lr=1e-4
-  python -m lora_lab stage=img2img model=sdxl lora=HANA_TOFU stage.photo=me.jpg
-  python -m lora_lab -m stage=train rank=4,16 lr=1e-3,3e-4                   a sweep: one run for each combination
-
-Groups (GROUP=OPTION; the options are files in conf/GROUP, the default is marked *)
-{groups}
-
-Knobs (KEY=VALUE, with the defaults of the demo)
-{knobs}
-
-Flags
-  --cfg job             show the whole configuration: every other key, and what it is set to
-  -m                    sweep over values with commas between them
-"""
-KNOBS = ("trigger", "name", "lr", "rank", "steps", "batch_size", "seed", "lora", "resume", "device")
-STAGE_KNOBS = {"train": ("validate_every", "checkpoint_every"), "img2img": ("photo", "prompt", "strength", "seeds")}
-
-
-def help_text() -> str:
-    main = (config.CONF / "config.yaml").read_text(encoding="utf-8")
-    recipes = {f.stem for home in (config.HOME, Path.cwd()) for f in (home / "experiments").glob("*.yaml")}
-    options = {g.name: [f.stem for f in g.glob("*.yaml")] for g in sorted(config.CONF.iterdir()) if g.is_dir()}
-    groups = []
-    for group, names in (options | {"experiment": recipes}).items():
-        default = re.search(rf"^  - {group}: (\S+)", main, re.M)[1].strip('"')
-        marked = (f"{name}*" if name == default else name for name in sorted(names))
-        groups.append(f"  {group:<12} {'  '.join(marked)}")
-    tiny = (config.CONF / "model" / "tiny.yaml").read_text(encoding="utf-8")
-    knobs = [_knob(main + tiny, key) for key in KNOBS]
-    for stage, keys in STAGE_KNOBS.items():
-        text = (config.CONF / "stage" / f"{stage}.yaml").read_text(encoding="utf-8")
-        text = re.sub(r"\$\{model\.(\w+)\}", lambda found: re.search(rf"^  {found[1]}: (\S+)", tiny, re.M)[1], text)
-        knobs += [_knob(text, key, "stage.", f"({stage}) ") for key in keys]
-    return HELP.format(groups="\n".join(groups), knobs="\n".join(knobs))
-
-
-def _knob(text: str, key: str, group: str = "", note: str = "") -> str:
-    """A line of the help from a line of YAML: its key, value and comment."""
-    value, meaning = re.search(rf"^{key}: (\S+) *# (.*)$", text, re.M).groups()
-    return f"  {group + key + '=' + value.replace('???', '...'):<27} {note}{meaning}"
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -154,7 +104,7 @@ def check(overrides: list[str], multirun: bool) -> Command:
         composition = config.with_hydra(overrides)
         if composition.hydra.mode == RunMode.MULTIRUN:  # set by a recipe
             return _check_sweep(overrides, parsed)
-        return Command(composition, [config.typed(config.without_hydra(composition))])
+        return Command(composition, [config.resolve(composition, overrides)])
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from error
 
@@ -164,7 +114,7 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
     composition = config.with_hydra([*grid.without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     grid.refuse_none_at_once(composition.hydra)
     points = grid.points(grid.with_params(parsed, composition.hydra))
-    runs = [config.typed(config.composed(grid.without_mode(point))) for point in points]
+    runs = [config.resolve(config.with_hydra(grid.without_mode(point)), point) for point in points]
     if grid.searches(composition.hydra):
         grid.refuse_unscored(runs)
     return Command(composition, runs)
@@ -173,51 +123,6 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
 def hydra_part(overrides: list[str]) -> DictConfig:
     """Hydra's own part of a sweep's configuration: launcher, sweeper, folder. Raises HydraException."""
     return config.with_hydra(overrides, RunMode.MULTIRUN).hydra
-
-
-def refuse_missing(run: schema.Config) -> None:
-    """Raise InputError for a picture, folder, model or tracker that is not there. Stages do so too, but import torch
-    first."""
-    stage = run.stage
-    draws = isinstance(stage, (schema.Img2img, schema.Pipeline))
-    if not isinstance(stage, (schema.Img2img, schema.Convert, schema.Compare)):
-        several = isinstance(stage, (schema.Train, schema.Evaluate))
-        for root in [f.root for f in run.dataset.folders] if several else [run.dataset.folder]:
-            locate_folder("dataset.root", root)
-    if isinstance(stage, schema.Compare):
-        for folder in stage.folders:
-            locate_folder("stage.folder", folder)
-    if draws:
-        photo = stage.photo if isinstance(stage, schema.Img2img) else stage.img2img.photo
-        for item in photo if isinstance(photo, list) else [photo]:
-            locate_folder("stage.photo", str(item))
-    if draws or isinstance(stage, (schema.Train, schema.Evaluate)):
-        locate_model("model.base", run.model.base)
-    if isinstance(stage, (schema.Train, schema.Pipeline, schema.Evaluate)):
-        _refuse_missing_judges(run)
-    trains = stage.train if isinstance(stage, schema.Pipeline) else stage
-    if isinstance(trains, schema.Train):
-        track.refuse_missing(run.tracker.kind)
-    if isinstance(trains, schema.Train) and trains.validation_root:
-        locate_folder("stage.validation_root", trains.validation_root)
-    if isinstance(stage, (schema.Check, schema.Train, schema.Pipeline)) and run.loss.masks == "folder":
-        locate_folder("loss.mask", run.loss.mask)
-    if isinstance(trains, schema.Train) and run.prior.root is not None:
-        locate_folder("prior.root", run.prior.root)
-    if isinstance(stage, (schema.Caption, schema.Pipeline)):
-        locate_model("captioner.base", run.captioner.base)
-
-
-def _refuse_missing_judges(run: schema.Config) -> None:
-    if run.model.judge is None:
-        return
-    locate_model("model.judge", run.model.judge)
-    if run.model.dino is not None:
-        locate_model("model.dino", run.model.dino)
-    if run.score.held_out is not None:
-        locate_folder("score.held_out", run.score.held_out)
-    if run.score.attributes:
-        locate_model("captioner.base", run.captioner.base)
 
 
 def _refuse_additions(override: Override, overrides: list[str]) -> None:

@@ -1,9 +1,8 @@
-"""From conf/ and the command line to a checked Config. Beside command_line.py the only module that knows OmegaConf."""
+"""From conf/ and the command line to a checked Config. OmegaConf is used here and in command_line.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
 from pathlib import Path
 
 from hydra import initialize_config_dir
@@ -15,50 +14,81 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError, load
 
 try:
-    from yaml import CSafeLoader as SafeLoader  # ten times as fast as the one in Python
+    from yaml import CSafeLoader as SafeLoader  # a sweep has a hundred files, and Python takes 30 ms for one
 except ImportError:
     from yaml import SafeLoader
 
 from lora_lab.errors import InputError
 from lora_lab.launch.keys import keys_of, unknown_key
-from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed
+from lora_lab.settings.refusal import SettingError
+from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config
+from lora_lab.settings.setting import defaults_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = HOME / "conf"
 
-OPEN = ("adapter", "optimizer", "sampler")  # groups with keys of other libraries, known only to their files in conf/
+# Groups whose options name a class or function by `_target_`: its keys are known only to their files in conf/.
+OPEN = ("captioner", "refiner", "adapter", "optimizer", "sampler")
 PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
-
-unreadable_recipes: dict[str, str] = {}  # name -> why; only a run that asks for one is told
 
 
 def register() -> None:
-    """Tell Hydra about the schema and about every recipe, the package's and those in ./experiments."""
+    """Give Hydra the defaults of every setting, and every recipe: the package's and those in ./experiments."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=defaults_of(Config))
     store.store(group="hydra/launcher", name="packed", node=Packed, provider="lora_lab")
-    for name, schema in STAGES.items():
-        store.store(group="schema/stage", name=name, node=schema)
+    for name, stage in STAGES.items():
+        store.store(group="schema/stage", name=name, node=defaults_of(stage))
     store.repo.pop("experiment", None)  # of another working folder, in a notebook or a test
-    unreadable_recipes.clear()
-    for folder in dict.fromkeys((HOME / "experiments", Path.cwd() / "experiments")):
-        for file in sorted(folder.glob("*.yaml")):
-            try:
-                recipe = OmegaConf.load(file)
-                if not isinstance(recipe, DictConfig):
-                    raise ValueError("it is not a list of KEY: VALUE")
-            except (YAMLError, ValueError, OSError) as error:
-                unreadable_recipes[file.stem] = f"{file} cannot be read: {' '.join(str(error).split())}"
-                continue
-            store.store(group="experiment", name=file.stem, node=recipe, package="_global_")
+    for name, file in recipe_files().items():
+        try:
+            store.store(group="experiment", name=name, node=_read_recipe(file), package="_global_")
+        except InputError:
+            continue  # only a run that names this recipe is refused: see unreadable_recipe
+
+
+def recipe_files() -> dict[str, Path]:
+    """The file of every recipe by name; one in ./experiments hides the package's of that name."""
+    folders = (HOME / "experiments", Path.cwd() / "experiments")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def unreadable_recipe(name: str) -> str | None:
+    """Why the recipe `name` cannot be read; None if it can, or if there is none."""
+    try:
+        _read_recipe(recipe_files()[name])
+    except KeyError:
+        return None
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _read_recipe(file: Path) -> DictConfig:
+    try:
+        recipe = OmegaConf.load(file)
+        if not isinstance(recipe, DictConfig):
+            raise ValueError("it is not a list of KEY: VALUE")
+    except (YAMLError, ValueError, OSError) as error:
+        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return recipe
 
 
 def compose(*overrides: str) -> Config:
-    """What the command line would give, for notebooks and tests: `compose("stage=train", "lr=1e-3")`."""
+    """The configuration that the command line would give, for notebooks: `compose("stage=train", "lr=1e-3")`."""
     register()
-    return typed(composed(list(overrides)))
+    return resolve(with_hydra([*overrides]), overrides)
+
+
+def resolve(composition: DictConfig, overrides: Sequence[str]) -> Config:
+    """The checked configuration of a command line that was composed. Raises InputError, which names the recipe that has
+    the error."""
+    try:
+        return typed(without_hydra(composition))
+    except SettingError as error:
+        raise InputError(_place(error.key, overrides) + str(error)) from error
 
 
 @contextmanager
@@ -82,22 +112,24 @@ def with_hydra(overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """Hydra's composition, without its own part. Raises InputError for a key that no file in conf/ has."""
+    """Hydra's composition without Hydra's own part. Raises SettingError for an unknown key of an open group."""
     return without_hydra(with_hydra(overrides))
 
 
 def without_hydra(composition: DictConfig) -> DictConfig:
-    """A copy of `composition` without Hydra's part. Raises InputError for a key that no file in conf/ has."""
-    cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
+    """A copy of `composition` without Hydra's part. Raises SettingError for an unknown key of an open group."""
+    cfg, choices, overrides = deepcopy(composition), composition.hydra.runtime.choices, composition.hydra.overrides.task
     with open_dict(cfg):
         del cfg["hydra"]
-    if all(choices.get(group) for group in OPEN):
+    # Hydra refuses the unknown keys of overrides, but not those of recipes and of overrides that are groups.
+    merges = choices.get("experiment") or any("={" in override for override in overrides)
+    if merges and all(choices.get(group) for group in OPEN):
         _refuse_unknown_keys(cfg, composition)
     return cfg
 
 
 def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
-    """Raise InputError for a key of the open groups that the files of their options do not have."""
+    """Raise SettingError for a key of the open groups that the files of their options do not have."""
     choices, sources = composition.hydra.runtime.choices, composition.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
     keys = [key for key in keys_of(OmegaConf.to_container(cfg)) if key.partition(".")[0] in OPEN]
@@ -110,8 +142,7 @@ def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
     known = keys_of({key: value for key, value in OmegaConf.to_container(options).items() if key != "hydra"})
     for key in keys:
         if key not in known and not key.startswith(PATTERNS):
-            where = f"in experiment/{choices.experiment}.yaml: " if choices.get("experiment") else ""
-            raise InputError(where + unknown_key(key, known, KEYS_OF_STAGES))
+            raise SettingError(key, unknown_key(key, known, KEYS_OF_STAGES))
 
 
 def _keys_of_file(folders: list[Path], group: str, option: str) -> set[str]:
@@ -125,8 +156,21 @@ def _keys_of_file(folders: list[Path], group: str, option: str) -> set[str]:
 
 
 def typed(cfg: DictConfig) -> Config:
-    """Leave OmegaConf behind: plain dataclasses from here on, every value checked."""
-    strays = set(cfg) - {f.name for f in fields(Config)}
-    if strays:
-        raise InputError(f"unknown key: {', '.join(sorted(strays))} (a leading + goes past the schema: leave it out)")
-    return OmegaConf.to_object(cfg)
+    """The checked configuration without OmegaConf. Raises InputError for an unknown key and for a wrong value."""
+    tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config, unknown = build_config(tree)
+    if unknown:
+        known = [key for key in keys_of(tree) if key not in unknown]
+        raise SettingError(unknown[0], unknown_key(unknown[0], known, KEYS_OF_STAGES))
+    return config
+
+
+def _place(key: str, overrides: Sequence[str]) -> str:
+    """`in experiment/NAME.yaml: ` if `key` comes from the recipe of `overrides`, else nothing."""
+    values = {name.lstrip("+~"): value for name, _, value in (override.partition("=") for override in overrides)}
+    name = values.get("experiment")
+    if name is None or any(key == override or key.startswith(f"{override}.") for override in values):
+        return ""
+    recipe = ConfigStore.instance().repo.get("experiment", {}).get(f"{name}.yaml")
+    has_key = recipe is not None and OmegaConf.select(recipe.node, key.partition("[")[0]) is not None
+    return f"in experiment/{name}.yaml: " if has_key else ""

@@ -72,7 +72,7 @@ def _wrong_value(key: str, message: str) -> str:
 
 def known_keys(overrides: Sequence[str]) -> list[str]:
     """Every key that the command line may name, given the options that it chooses, whatever else is wrong with it."""
-    groups = tuple(f.name for f in config.CONF.iterdir() if f.is_dir())
+    groups = {f.name for f in config.CONF.iterdir() if f.is_dir()} | {"hydra.searchpath"}
     chosen = [o for o in overrides if name_of(o) in groups]
     for attempt in (chosen, []):
         try:
@@ -93,8 +93,8 @@ def hydra_keys(overrides: Sequence[str]) -> list[str]:
 
 def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
     group, _, option = error.missing_cfg_file.rpartition("/")
-    if group == "experiment" and option in config.unreadable_recipes:
-        return config.unreadable_recipes[option]
+    if group == "experiment" and (reason := config.unreadable_recipe(option)):
+        return reason
     if group.startswith("hydra/") and option in grid.INSTALL:
         return f"{group}={option} is not installed: {grid.INSTALL[option]}"
     choices = sorted(error.options or ())

@@ -1,25 +1,19 @@
 """Which jobs of a sweep can share every step, and why the others cannot."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 
 from lora_lab.adapters.inject import DROPOUTS
 from lora_lab.base.load import pick_device, pick_dtype
+from lora_lab.settings.decides import shared_by_pack
 from lora_lab.settings.schema import Config, Train
 from lora_lab.training.memory import CONTEXT, expected_mib
 from lora_lab.training.pack import split_evenly
 from lora_lab.training.resolve import group_snapshots, snapshot_key, training_size
 
-# What is a job's own. Everything else is the base's and the data's, which jobs of a group have in common.
-OWN = {"lr", "rank", "steps", "seed", "name", "publish", "resume", "lora", "optimizer", "schedule", "tracker"}
-OWN_OF_ADAPTER = {"r", "lora_alpha", "use_rslora", "init_lora_weights"}
-OWN_OF_STAGE = {
-    "max_grad_norm", "lora_plus_ratio", "caption_dropout", "ema_decay", "checkpoint_every", "keep_checkpoints",
-    "validate_every", "prompts", "seeds", "save_dtype",
-}  # fmt: skip
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 ON_A_CPU = 16  # jobs that share a step where no GPU's memory sets the bound
 
@@ -65,7 +59,7 @@ def groups(configs: Sequence[Config], most: int | None, workers: int = 1) -> lis
     found: dict[str, list[int]] = {}
     reasons = [alone(config) for config in configs]
     for i, config in enumerate(configs):
-        found.setdefault(f"alone {i}" if reasons[i] else _common(config), []).append(i)
+        found.setdefault(f"alone {i}" if reasons[i] else repr(shared_by_pack(config)), []).append(i)
     kinds = [_snapshots(configs, indices) for indices in found.values()]
     made = []
     for share in _shares(kinds, configs, workers):
@@ -96,13 +90,6 @@ def _shares(kinds: Sequence[Sequence[list[int]]], configs: Sequence[Config], wor
             before += steps
         parts += shares.values()
     return parts
-
-
-def _common(config: Config) -> str:
-    settings = {key: value for key, value in asdict(config).items() if key not in OWN}
-    settings["adapter"] = {key: value for key, value in config.adapter.items() if key not in OWN_OF_ADAPTER}
-    settings["stage"] = {key: value for key, value in vars(config.stage).items() if key not in OWN_OF_STAGE}
-    return repr(settings)
 
 
 def fitting(configs: Sequence[Config], workers: int) -> int:

@@ -16,6 +16,7 @@ from lora_lab.base.quantize import quantize_
 from lora_lab.console import say
 from lora_lab.runs import save_picture
 from lora_lab.sampling.generate import Request, generate
+from lora_lab.settings.decides import base_image_settings
 from lora_lab.settings.schema import Config, Loss
 
 
@@ -89,10 +90,7 @@ def save_image(file: Path, picture: Image.Image, asked: ImageSpec, lora: str) ->
 
 def base_image_key(config: Config, base: str, dtype: torch.dtype) -> str:
     """A name of all that decides what the base draws but for prompt, seed and size."""
-    model, loss, memory = config.model, config.loss, config.memory
-    of_base = (base, model.vae, model.config, model.variant, dtype, loss.prediction, loss.zero_terminal_snr)
-    stored = (memory.linear_weights, memory.convolution_weights, memory.vae_tiling)
-    return key_of("drawn", *of_base, *stored, vars(config.sampler))
+    return key_of("drawn", base, dtype, base_image_settings(config.model, config.loss, config.memory, config.sampler))
 
 
 def image_side(config: Config) -> int:

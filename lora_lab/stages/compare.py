@@ -1,4 +1,4 @@
-"""Write the page that compares the runs of a sweep, or of any folders."""
+"""stage=compare: write the page that compares the runs of a sweep, or of any folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,43 +17,44 @@ from lora_lab.settings.schema import Config
 @dataclass(frozen=True)
 class CompareResult:
     stage: str
-    page: str
-    picture: str  # the matrix as one labelled picture
-    runs: dict[str, int]  # done, failed, unfinished, missing -> how many
-    measure: str | None  # by what they were ranked: a score's name, validation_loss, or nothing
-    winner: str | None  # its folder
+    page: str  # path
+    picture: str  # path of the matrix as one labelled image
+    runs: dict[str, int]  # done, failed, unfinished, missing -> number of runs
+    measure: str | None  # the ranking's criterion: a score's name, validation_loss, or None
+    winner: str | None  # folder of the best run
     reason: str
     ranking: list[str]  # folders, the best first
-    ties: list[str]  # those that are as good as the winner
+    ties: list[str]  # folders of the runs that are as good as the winner
 
 
 def compare(config: Config, folder: Path) -> CompareResult:
-    """Compare what lies in `stage.folder`. One sweep gets the page itself, several folders are compared in `folder`.
+    """Compare the runs in `stage.folder`. The page of one sweep is written into it, of several folders into `folder`.
 
-    Raises InputError where nothing was trained."""
-    folders = [locate_folder("stage.folder", name) for name in config.stage.folders]
-    sweep = len(folders) == 1 and (folders[0] / "multirun.yaml").is_file()
-    to = folders[0] if sweep else folder
-    for recorded in folders:
-        write_missing_points(recorded)
-    found = read_sweep(folders)
-    if not found.runs:
-        raise InputError(f"no training runs in {', '.join(map(str, folders))}: name a sweep's folder, or run folders")
-    judged = verdict(found)
-    refuse_unwritable(to, "copy it to where you may write")
-    page = write_page(found, judged, to)
-    places = [str(run.folder) for run in found.runs]
-    ranking = [places[i] for i in judged.ranking]
-    say(judged.sentence["en"])
+    Raises InputError for a folder that does not exist or cannot be written to, and if no run has trained."""
+    sources = [locate_folder("stage.folder", name) for name in config.stage.folders]
+    is_sweep = len(sources) == 1 and (sources[0] / "multirun.yaml").is_file()
+    target = sources[0] if is_sweep else folder
+    for source in sources:
+        write_missing_points(source)
+    sweep = read_sweep(sources)
+    if not sweep.runs:
+        raise InputError(f"no training runs in {', '.join(map(str, sources))}: name a sweep's folder, or run folders")
+    ranked = verdict(sweep)
+    refuse_unwritable(target, "copy it to where you may write")
+    page = write_page(sweep, ranked, target)
+    run_folders = [str(run.folder) for run in sweep.runs]
+    ranking = [run_folders[i] for i in ranked.ranking]
+    say(ranked.sentence["en"])
     say(f"compare the runs: {page}")
+    states = ("done", "failed", "unfinished", "missing")
     return CompareResult(
         stage="compare",
         page=str(page),
-        picture=str(to / "comparison.png"),
-        runs={s: sum(run.status == s for run in found.runs) for s in ("done", "failed", "unfinished", "missing")},
-        measure=judged.measure,
+        picture=str(target / "comparison.png"),
+        runs={state: sum(run.status == state for run in sweep.runs) for state in states},
+        measure=ranked.measure,
         winner=ranking[0] if ranking else None,
-        reason=judged.sentence["en"],
+        reason=ranked.sentence["en"],
         ranking=ranking,
-        ties=[places[i] for i in judged.ties],
+        ties=[run_folders[i] for i in ranked.ties],
     )

@@ -1,4 +1,4 @@
-"""Write captions in another form: metadata.jsonl, .csv, .json or one .txt beside each picture."""
+"""stage=convert: write captions in another form: metadata.jsonl, .csv, .json or one .txt beside each image."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ from lora_lab.settings.schema import Config
 @dataclass(frozen=True)
 class ConvertResult:
     stage: str
-    captions: int
-    written: list[str]
+    captions: int  # number of captions
+    written: list[str]  # paths
 
 
 def convert(config: Config, folder: Path) -> ConvertResult:
-    """Read `stage.source` or what stands in dataset.root, write `stage.form` into `stage.output` or dataset.root."""
+    """Write the captions of `stage.source`, or of dataset.root, as `stage.form` into `stage.output`, or dataset.root.
+
+    Raises InputError for a source without captions, a malformed one, and a folder that cannot be written to."""
     stage = config.stage
     if stage.source is not None:
         captions = read_caption_file(Path(stage.source))
@@ -26,9 +28,11 @@ def convert(config: Config, folder: Path) -> ConvertResult:
         captions = read_captions(locate_folder("dataset.root", config.dataset.folder))
     if not captions:
         raise InputError(f"no captions in {stage.source or config.dataset.root}: nothing to convert")
-    key, value = ("dataset.root", config.dataset.folder) if stage.output is None else ("stage.output", stage.output)
-    if stage.output is not None:
+    if stage.output is None:
+        root = writable_folder("dataset.root", config.dataset.folder)
+    else:
         Path(stage.output).mkdir(parents=True, exist_ok=True)
-    written = write_captions(writable_folder(key, value), captions, stage.form)
+        root = writable_folder("stage.output", stage.output)
+    written = write_captions(root, captions, stage.form)
     say(f"{len(captions)} captions written to {written[0]}" + (" and so on" if len(written) > 1 else ""))
     return ConvertResult("convert", len(captions), [str(path) for path in written])

@@ -1,38 +1,42 @@
-"""Turn photos into the character: photo -> caption -> refined caption with the trigger -> img2img with the LoRA."""
+"""stage=img2img: draw the character in place of the subject of each photo."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from lora_lab.adapters.attach import lora_attached
 from lora_lab.adapters.given import prediction_from_metadata, resolve_lora
 from lora_lab.base import quantize
+from lora_lab.base.encode import Encoder
 from lora_lab.base.load import pick_device
 from lora_lab.base.locate import locate_folder
 from lora_lab.base.prediction import validate_prediction
-from lora_lab.captions.rules import Rules, refine
+from lora_lab.captions.captioner import check_captioner, load_captioner
+from lora_lab.captions.refiner import load_refiner
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.evaluation.embedders import caption_images
-from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
+from lora_lab.images.buckets import aspect_buckets
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import distinct_names, refuse_used, save_picture, write_atomically, write_manifest, write_text
-from lora_lab.sampling.generate import Request, check_strength, generate
+from lora_lab.sampling.generate import check_strength, generate
+from lora_lab.sampling.photo import PhotoRequest, photo_to_request
 from lora_lab.sampling.render import load_base_for_sampling
 from lora_lab.settings.schema import Config
 
 
 @dataclass(frozen=True)
-class Drawn:
-    photo: str
-    caption: str | None  # what the captioner said; None if stage.prompt was given
+class GeneratedImage:
+    photo: str  # path
+    caption: str | None  # the captioner's caption of the photo; None with stage.prompt
     prompt: str
     seed: int
-    picture: str
+    picture: str  # path
 
 
 @dataclass(frozen=True)
@@ -40,76 +44,114 @@ class Img2imgResult:
     stage: str
     lora: str | None
     strength: float
-    pictures: list[Drawn]
-    sheet: str  # photos and pictures side by side
+    pictures: list[GeneratedImage]  # photo by photo, seeds in order
+    sheet: str  # contact sheet of photos, prompts and images
 
 
 def img2img(config: Config, folder: Path) -> Img2imgResult:
-    """Draw every photo with every seed into `folder`. Raises InputError before any model is loaded."""
-    stage, model = config.stage, config.model
+    """Draw every photo of `stage.photo` with every seed into `folder`.
+
+    Raises InputError, before any model is loaded, for wrong settings, a missing or damaged photo, and a LoRA that is
+    missing or was trained on another trigger."""
+    stage = config.stage
     if not config.resume:
         refuse_used(folder, "prompts.jsonl")
     check_strength(config.sampler.steps, stage.strength)
     paths = find_photos(stage.photo)
-    buckets = aspect_buckets(model.resolution, model.bucket_step)
-    opened = [open_picture(path) for path in paths]
-    photos = [fit(picture, nearest_bucket(picture.size, buckets)).picture for picture in opened]
+    photos = [open_picture(path) for path in paths]
     lora = _lora(config)
     loss = prediction_from_metadata(config, lora)
-    validate_prediction(model.base, loss)
+    validate_prediction(config.model.base, loss)
     device = pick_device(config.device)
     quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
-    say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {model.base} on {device}")
-    captions = [None] * len(photos) if stage.prompt else caption_images(config.captioner, opened, device)
-    rules = Rules.from_config(**asdict(config.refiner))
-    prompts = [refine(text, config.trigger, rules) if text else _given(config) for text in captions]
+    say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
+    photo_requests = _photo_requests(config, photos, device)
+    torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
-
-    names = distinct_names(paths)
-    asked = [(i, seed) for i in range(len(photos)) for seed in stage.seeds]
-    requests = [Request(prompts[i], seed, photos[i].size, photos[i], stage.strength) for i, seed in asked]
     encoder = load_base_for_sampling(config, loss, device)
-    pictures: list[Image.Image] = []
-    drawn: list[Drawn] = []
-    with lora_attached(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
-        for (i, seed), picture in zip(asked, generate(encoder.pipe, requests, config.sampler, encoder), strict=True):
-            file = folder / f"{names[i]}-s{seed}.png"  # saved at once: Ctrl-C loses only what is not drawn yet
-            notes = {"prompt": prompts[i], "seed": seed, "strength": stage.strength, "lora": lora and lora.name}
-            save_picture(file, picture, notes)
-            pictures.append(picture)
-            drawn.append(Drawn(str(paths[i]), captions[i], prompts[i], seed, str(file)))
-    write_text(folder / "prompts.jsonl", "".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in drawn))
-    per_photo = [pictures[i : i + len(stage.seeds)] for i in range(0, len(pictures), len(stage.seeds))]
-    rows = [[photo, prompt, *row] for photo, prompt, row in zip(photos, prompts, per_photo, strict=True)]
-    sheet = contact_sheet(rows, ["photo", "prompt", *(f"seed {seed}" for seed in stage.seeds)])
+    images = list(_draw(config, paths, photo_requests, lora, encoder, folder))
+    rows = "".join(json.dumps(asdict(image), ensure_ascii=False) + "\n" for image in images)
+    write_text(folder / "prompts.jsonl", rows)
+    sheet = _sheet(images, photo_requests, stage.seeds)
     write_atomically(folder / "sheet.png", sheet.save)
-    say(f"{len(drawn)} drawn in {folder}, side by side in {folder / 'sheet.png'}")
-    return Img2imgResult("img2img", lora and str(lora), stage.strength, drawn, str(folder / "sheet.png"))
+    say(f"{len(images)} drawn in {folder}, side by side in {folder / 'sheet.png'}")
+    return Img2imgResult("img2img", lora and str(lora), stage.strength, images, str(folder / "sheet.png"))
 
 
 def find_photos(value: object) -> list[Path]:
-    """The files that `stage.photo` means: a picture, a folder of pictures, or a list of either."""
+    """The image files of `stage.photo`: an image, a folder of images, or a list of either.
+
+    Raises InputError for anything else, for a path that does not exist, and for a folder without images."""
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, str) for item in values):
         raise InputError(f"stage.photo={value}: name a picture, a folder of pictures, or a list: [me.jpg,you.png]")
-    found: list[Path] = []
+    files: list[Path] = []
     for item in values:
         path = locate_folder("stage.photo", item)
-        found += find_pictures(path).values() if path.is_dir() else [path]
-    return found
+        files += find_pictures(path, "stage.photo").values() if path.is_dir() else [path]
+    return files
 
 
 def _lora(config: Config) -> Path | None:
-    """The file to wear. A prompt of one's own need not have the trigger."""
+    """The LoRA file to attach; its trigger may differ from `trigger` if the user gives the prompt."""
     if not config.stage.lora_weight:
         return None
     if config.lora is None:
-        raise InputError("lora is missing: say lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
+        raise InputError("lora is missing: use lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
-        raise InputError(f"lora={config.lora}: pictures are drawn with one LoRA, name that")
+        raise InputError(f"lora={config.lora}: stage=img2img draws with one LoRA, name one")
     return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger)
 
 
-def _given(config: Config) -> str:
-    return config.stage.prompt.replace("{trigger}", config.trigger)
+def _photo_requests(config: Config, photos: Sequence[Image.Image], device: torch.device) -> list[PhotoRequest]:
+    """The request of each photo with seed 0; the captioner is loaded only while it writes captions."""
+    stage, captioner = config.stage, None
+    buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
+    refiner = load_refiner(config.refiner)
+    if not stage.prompt:
+        check_captioner(config.captioner)
+        captioner = load_captioner(config.captioner, device)
+    return [
+        photo_to_request(
+            photo, captioner, refiner, config.trigger, buckets, prompt=stage.prompt, strength=stage.strength
+        )
+        for photo in photos
+    ]
+
+
+def _draw(
+    config: Config,
+    paths: Sequence[Path],
+    photo_requests: Sequence[PhotoRequest],
+    lora: Path | None,
+    encoder: Encoder,
+    folder: Path,
+) -> Iterator[GeneratedImage]:
+    """Draw each request with each seed and save each image at once, so that Ctrl-C loses only what is not drawn yet."""
+    stage, lora_name = config.stage, lora and lora.name
+    jobs = [
+        (path, name, item.caption, replace(item.request, seed=seed))
+        for path, name, item in zip(paths, distinct_names(paths), photo_requests, strict=True)
+        for seed in stage.seeds
+    ]
+    with lora_attached(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
+        images = generate(encoder.pipe, [request for *_, request in jobs], config.sampler, encoder)
+        for (path, name, caption, request), image in zip(jobs, images, strict=True):
+            file = folder / f"{name}-s{request.seed}.png"
+            metadata = {
+                "prompt": request.prompt, "seed": request.seed, "strength": stage.strength, "lora": lora_name,
+            }  # fmt: skip
+            save_picture(file, image, metadata)
+            yield GeneratedImage(str(path), caption, request.prompt, request.seed, str(file))
+
+
+def _sheet(
+    images: Sequence[GeneratedImage], photo_requests: Sequence[PhotoRequest], seeds: Sequence[int]
+) -> Image.Image:
+    """A row for each photo: the photo, its prompt, and its image of each seed."""
+    rows = []
+    for i, item in enumerate(photo_requests):
+        row = images[i * len(seeds) : (i + 1) * len(seeds)]
+        rows.append([item.request.photo, item.request.prompt, *(open_picture(Path(image.picture)) for image in row)])
+    return contact_sheet(rows, ["photo", "prompt", *(f"seed {seed}" for seed in seeds)])

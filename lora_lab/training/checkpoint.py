@@ -9,7 +9,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.files import START
+from lora_lab.console import say
 from lora_lab.errors import InputError
+from lora_lab.settings.decides import compare_fingerprints
 from lora_lab.training.lora_training import LoRATraining
 
 WEIGHTS, STATE, RECORD = "learnt.safetensors", "state.pt", "training.json"
@@ -49,11 +51,12 @@ def validate_fingerprint(checkpoint: Path, fingerprint: dict[str, object]) -> No
     if not (checkpoint / WEIGHTS).is_file():
         raise InputError(f"resume: {checkpoint} is from an older version of lora_lab: start a new run")
     saved = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["recipe"]
-    for key, value in fingerprint.items():
-        if saved.get(key) != value:
-            raise InputError(
-                f"resume: {checkpoint} was trained with {key}={saved.get(key)}, not {value}: start a new run for that"
-            )
+    comparison = compare_fingerprints(saved, fingerprint)
+    if comparison.changed:
+        raise InputError(f"resume: {checkpoint} was trained with {comparison.changes}: start a new run for that")
+    if comparison.unrecorded:
+        keys = ", ".join(comparison.unrecorded)
+        say(f"resume: {checkpoint} is from an older version of lora_lab and could not be compared in {keys}")
 
 
 def load_checkpoint(checkpoint: Path, training: LoRATraining) -> None:

@@ -12,9 +12,8 @@ from torch.nn.functional import interpolate
 
 from lora_lab.base.encode import Encoder, TextEmbedding, TextIds, micro_conditioning
 from lora_lab.console import say
-from lora_lab.errors import InputError
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
-from lora_lab.images.dataset import Sample, apply_caption_affixes
+from lora_lab.images.dataset import Sample, apply_caption_affixes, require_trigger
 from lora_lab.images.masks import Masks
 from lora_lab.images.pixels import open_picture
 from lora_lab.settings.schema import Dataset
@@ -192,12 +191,8 @@ def count_buckets(pictures: list[Fitted]) -> dict[tuple[int, int], int]:
 
 
 def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
-    """A trigger that no caption has would be learnt by nothing."""
-    if not any(trigger in text for its_texts in texts for orders in its_texts for text in orders):
-        raise InputError(
-            f"no caption of the {len(texts)} pictures has the trigger {trigger}: "
-            f"run stage=refine to put it in, or name yours with trigger="
-        )
+    """Raise InputError if none of the texts that images are trained with has the trigger."""
+    require_trigger([[text for orders in image_texts for text in orders] for image_texts in texts], trigger)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

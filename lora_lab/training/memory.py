@@ -34,7 +34,7 @@ class TrainingSize:
     resolution: int  # px
     trains_text: bool
     keeps_average: bool
-    optimizer_state_bytes: int  # a trainable number
+    optimizer_state_bytes: float  # a trainable number
 
 
 def expected_mib(size: TrainingSize) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from peft import PeftConfig
 from PIL import Image
 
@@ -27,12 +26,14 @@ from lora_lab.images.buckets import Fitted
 from lora_lab.images.dataset import Sample, read_dataset, read_folders
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used, write_manifest
+from lora_lab.settings.decides import training_fingerprint
 from lora_lab.settings.schema import (
     Config,
     Dataset,
     Loss,
     Memory,
     Model,
+    OptimizerTraits,
     Prior,
     Sampler,
     Schedule,
@@ -135,7 +136,8 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
     make_optimizer = resolve_optimizer(config.optimizer, device)
     text_encoders.validate_text(config, adapter, make_optimizer([_probe()]), start_lora)
-    if settings.ema_decay and hasattr(get_class(config.optimizer["_target_"]), "eval"):
+    traits, _ = OptimizerTraits.split(config.optimizer)
+    if settings.ema_decay and traits.averages_weights:
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, use stage.ema_decay=0")
     quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     dtype = pick_dtype(config.model.precision, device)
@@ -145,7 +147,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         embeddings = [embeddings_path(start_lora)] if read_tokens(start_lora) else []
         hashes = hashes | {"start": hash_files(start_lora, *embeddings)}
     # The validation loss is measured and decides nothing.
-    fingerprint = _recipe(config) | {name: value for name, value in hashes.items() if name != "validation"}
+    fingerprint = training_fingerprint(config) | {name: value for name, value in hashes.items() if name != "validation"}
     resume_from = _newest_checkpoint(config.resume, folder, config.steps)
     if resume_from:
         validate_fingerprint(resume_from, fingerprint)
@@ -176,7 +178,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         images=reuse_from.images if reuse_from else _open_images(config, files),
         adapter=adapter,
         make_optimizer=make_optimizer,
-        elementwise=config.optimizer["elementwise"],
+        elementwise=traits.elementwise,
         start_lora=start_lora,
         device=device,
         dtype=dtype,
@@ -204,7 +206,7 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
 
 def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOptimizer:
     """The optimizer's constructor with its arguments, those that depend on the device decided. Raises InputError."""
-    arguments = {key: value for key, value in settings.items() if key != "elementwise"}
+    _, arguments = OptimizerTraits.split(settings)
     if arguments.get("fused", False) is None:
         arguments["fused"] = device.type == "cuda"
     return instantiate_target("optimizer", arguments, [_probe()])
@@ -219,7 +221,7 @@ def training_size(config: Config) -> TrainingSize:
         resolution=config.model.resolution,
         trains_text=config.text.learns,
         keeps_average=bool(config.stage.ema_decay),
-        optimizer_state_bytes=2 if "8bit" in config.optimizer["_target_"] else 8,
+        optimizer_state_bytes=OptimizerTraits.split(config.optimizer)[0].state_bytes,
     )
 
 
@@ -296,36 +298,3 @@ def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | N
     if int(complete[-1].name.removeprefix("step-")) > steps:
         raise InputError(f"resume={resume}: {complete[-1].name} is beyond steps={steps}, set more steps")
     return complete[-1]
-
-
-def _recipe(config: Config) -> dict:
-    stage, model = config.stage, config.model
-    return {
-        "start": None,  # the hash of the file that training began with takes its place
-        "adapter": config.adapter,
-        "optimizer": config.optimizer,
-        "schedule": vars(config.schedule),
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        **{f"dataset.{key}": value for key, value in vars(config.dataset).items() if key != "root"},
-        "dataset.repeats": [folder.repeats for folder in config.dataset.folders],
-        "model.resolution": model.resolution,
-        "model.precision": model.precision,
-        **{f"text.{key}": value for key, value in vars(config.text).items()},
-        **{f"loss.{key}": value for key, value in vars(config.loss).items()},
-        "loss.mask": config.loss.masks,  # a folder may move, what is in it has a hash
-        **{f"prior.{key}": value for key, value in vars(config.prior).items() if key != "root"},
-        "prior.kind": None
-        if config.prior.kind == "none"
-        else config.prior.kind,  # as in runs from before there was one
-        **{
-            f"stage.{key}": getattr(stage, key)
-            for key in (
-                "gradient_accumulation",
-                "max_grad_norm",
-                "caption_dropout",
-                "ema_decay",
-                "lora_plus_ratio",
-            )
-        },
-    }

@@ -14,6 +14,7 @@ from lora_lab import board
 from lora_lab.board.hook import rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
+from lora_lab.launch.inputs import check_inputs
 from lora_lab.launch.resume import expand_resume
 from lora_lab.stages import run
 
@@ -175,7 +176,7 @@ def test_stage_compare_refuses_what_it_cannot_compare(sweep, composed):
     with pytest.raises(InputError, match="no training runs in empty: name a sweep's folder, or run folders"):
         run(composed("stage=compare", "stage.folder=empty"), Path("out"))
     with pytest.raises(InputError, match=r"multirun/day/tme: there is no such file or folder, did you mean"):
-        command_line.refuse_missing(composed("stage=compare", "stage.folder=multirun/day/tme"))
+        check_inputs(composed("stage=compare", "stage.folder=multirun/day/tme"))
     for wrong in ("[]", "3", "[3]", "null"):
         with pytest.raises(Exception, match="name a sweep's folder"):
             composed("stage=compare", f"stage.folder={wrong}")

@@ -26,7 +26,7 @@ def everything(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_names_are_counted_not_spelled():
+def test_names_are_sorted_in_natural_order():
     names = ["image_10.png", "image_2.png", "Image_1.png", "a/10.png", "a/9.png", "1.png", "01.png", ".png"]
     ordered = sorted(names, key=natural_key)
     assert ordered == ["01.png", "1.png", ".png", "a/9.png", "a/10.png", "Image_1.png", "image_2.png", "image_10.png"]
@@ -78,13 +78,13 @@ def test_csv_opens_in_korean_excel(tmp_path):
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
 
 
-def test_names_are_brought_to_one_form(tmp_path):
+def test_names_are_normalised(tmp_path):
     name = unicodedata.normalize("NFD", "각도.png")
     (tmp_path / "metadata.json").write_text(json.dumps({f".\\sub\\{name}": "x", "2.png": "", "3.png": None}))
     assert read_captions(tmp_path) == {"sub/" + unicodedata.normalize("NFC", name): "x"}
 
 
-def test_txt_stands_beside_a_picture_whose_name_is_decomposed(tmp_path):
+def test_a_txt_file_is_found_for_an_image_with_a_decomposed_name(tmp_path):
     picture = tmp_path / unicodedata.normalize("NFD", "각.png")
     picture.write_bytes(b"")
     (path,) = write_captions(tmp_path, {"각.png": "x"}, "txt")
@@ -93,7 +93,7 @@ def test_txt_stands_beside_a_picture_whose_name_is_decomposed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "sentence"),
     [
         ("metadata.jsonl", '{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "te', "line 2: not JSON"),
         ("metadata.jsonl", '{"file_name": "1.png"}', "line 1: no field 'text'"),
@@ -103,24 +103,28 @@ def test_txt_stands_beside_a_picture_whose_name_is_decomposed(tmp_path):
         ("metadata.jsonl", '{"file_name": "../1.png", "text": "a"}', "not inside the dataset folder"),
         ("metadata.jsonl", '{"file_name": "C:\\\\x\\\\1.png", "text": "a"}', "not inside the dataset folder"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "a \\ud83d"}', "broken character"),
-        ("metadata.jsonl", '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}', "line 2: 1.png is"),
+        (
+            "metadata.jsonl",
+            '{"file": "1.png", "text": "a"}\n{"file": "./1.png", "text": "b"}',
+            "line 2: 1.png occurs twice",
+        ),
         ("metadata.csv", "1.png,a cat\n", "line 1: no field 'file_name' among '1.png', 'a cat'"),
         ("metadata.csv", "file_name,text\n1.png,a cat, smiling\n", "line 2: 3 cells where the header has 2"),
         ("metadata.csv", 'file_name,text\n1.png,"a cat\n2.png,b\n', "line 3: .*check the double quotes"),
         ("metadata.csv", b"file_name,text\n1.png,\xff\xff\n", "is not UTF-8"),
         ("metadata.json", '{\n"1.png": "a",\n}', "line 3: not JSON"),
-        ("metadata.json", '{"1.png": "a", "1.png": "b"}', "1.png is there twice"),
+        ("metadata.json", '{"1.png": "a", "1.png": "b"}', "1.png occurs twice"),
         ("metadata.json", '["1.png"]', "not a mapping"),
     ],
 )
-def test_what_is_wrong_is_named_by_file_and_line(tmp_path, file, content, said):
+def test_an_error_names_file_and_line(tmp_path, file, content, sentence):
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=sentence) as error:
         read_captions(tmp_path)
     assert file in str(error.value)
 
 
-def test_a_file_may_say_the_same_twice(tmp_path):
+def test_a_row_may_be_repeated(tmp_path):
     row = '{"file_name": "1.png", "text": "a"}\n'
     (tmp_path / "metadata.jsonl").write_text(row + row)
     assert read_captions(tmp_path) == {"1.png": "a"}
@@ -143,13 +147,13 @@ def test_a_named_file_is_read_and_others_are_refused(tmp_path):
     assert read_caption_file(tmp_path) == {"1.png": "a cat smiling"}
     (tmp_path / "hints.csv").write_text("file_name,text\n1.png,in the snow\n")
     assert read_caption_file(tmp_path / "hints.csv") == {"1.png": "in the snow"}
-    with pytest.raises(InputError, match=r"give a .jsonl, .csv or .json file"):
+    with pytest.raises(InputError, match=r"is not a caption file: name a .jsonl, .csv or .json file"):
         read_caption_file(tmp_path / "1.txt")
-    with pytest.raises(InputError, match="no caption file"):
+    with pytest.raises(InputError, match=r"no caption file .*: check the path"):
         read_caption_file(tmp_path / "none.csv")
 
 
-def test_the_old_file_is_kept_at_every_change(tmp_path):
+def test_every_change_keeps_a_backup(tmp_path):
     for text in ("one", "two", "two", "three"):
         write_captions(tmp_path, {"1.png": text}, "jsonl")
     kept = [json.loads((tmp_path / f"metadata.{n}.jsonl.bak").read_text())["text"] for n in (1, 2)]
@@ -158,14 +162,14 @@ def test_the_old_file_is_kept_at_every_change(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "json", "txt"])
-def test_captions_are_written_in_the_form_that_stands_there(tmp_path, form):
+def test_captions_are_written_in_the_form_that_the_folder_has(tmp_path, form):
     lay_out(tmp_path, ["1.png", "2.png"])
     written = write_captions(tmp_path, {"1.png": "a", "2.png": "b"}, form)
     assert write_captions(tmp_path, {"1.png": "c", "2.png": "b"}) == written
     assert read_captions(tmp_path) == {"1.png": "c", "2.png": "b"}
 
 
-def test_another_form_that_now_says_otherwise_is_set_aside(tmp_path):
+def test_another_form_with_other_captions_becomes_a_backup(tmp_path):
     lay_out(tmp_path, ["1.png", "2.png"])
     old = {"1.png": "a", "2.png": "b"}
     write_captions(tmp_path, old, "txt")
@@ -177,7 +181,7 @@ def test_another_form_that_now_says_otherwise_is_set_aside(tmp_path):
     assert set(before.values()) <= set(everything(tmp_path).values()), "nothing is lost"
 
 
-def test_a_txt_whose_caption_is_gone_is_set_aside(tmp_path):
+def test_the_txt_file_of_a_removed_caption_becomes_a_backup(tmp_path):
     lay_out(tmp_path, ["1.png", "2.png"])
     write_captions(tmp_path, {"1.png": "a", "2.png": "b"}, "txt")
     write_captions(tmp_path, {"1.png": "a"}, "txt")
@@ -185,7 +189,7 @@ def test_a_txt_whose_caption_is_gone_is_set_aside(tmp_path):
     assert (tmp_path / "2.1.txt.bak").read_text() == "b\n"
 
 
-def test_the_users_own_fields_stay_in_jsonl(tmp_path):
+def test_other_fields_of_jsonl_are_kept(tmp_path):
     rows = [
         {"file_name": "10.png", "text": "a", "license": "CC0", "tags": ["x"]},
         {"image": "./2.png", "caption": "b", "width": 64},
@@ -211,7 +215,7 @@ def test_pictures_that_would_share_one_txt_are_refused_before_anything_is_writte
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
-def test_several_captions_are_read_as_such_and_never_lost(tmp_path, form):
+def test_several_captions_are_read_and_never_lost(tmp_path, form):
     content = {
         "jsonl": '{"file_name": "1.png", "text": ["a cat", "a dog"]}\n{"file_name": "2.png", "text": "a cow"}\n',
         "json": '{"1.png": ["a cat", "a dog"], "2.png": "a cow"}',
@@ -221,14 +225,14 @@ def test_several_captions_are_read_as_such_and_never_lost(tmp_path, form):
     assert read_caption_lists(tmp_path) == {"1.png": ("a cat", "a dog"), "2.png": ("a cow",)}
     for read in (read_captions, lambda _: read_caption_file(file)):
         with pytest.raises(
-            InputError, match=r"1\.png in .* has 2 captions, which only stage=train and stage=check take"
+            InputError, match=r"1\.png in .* has 2 captions, which only stage=train and stage=check accept"
         ):
             read(tmp_path)
     write_captions(tmp_path, {"1.png": "a pig"}, form)
     assert (tmp_path / f"metadata.1.{form}.bak").read_text() == content
 
 
-def test_a_list_of_something_else_than_texts_is_refused(tmp_path):
+def test_a_list_of_anything_but_texts_is_refused(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": ["a cat", 3]}')
     with pytest.raises(InputError, match=r"line 1: the caption is 3"):
         read_caption_lists(tmp_path)

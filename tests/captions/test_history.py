@@ -9,7 +9,7 @@ def change(root, by, name, was, text):
     return record(root, by, {name: was} if was else {}, {name: text})
 
 
-def test_a_caption_is_the_machines_as_the_captioner_wrote_it_and_as_refine_made_it(tmp_path):
+def test_captions_of_a_captioner_are_machine_made_refined_or_not(tmp_path):
     assert machine_made(tmp_path) == {}
     change(tmp_path, "blip", "1.png", "", "a ghost")
     change(tmp_path, "refine", "1.png", "a ghost", "A HANA_TOFU")
@@ -17,19 +17,19 @@ def test_a_caption_is_the_machines_as_the_captioner_wrote_it_and_as_refine_made_
     assert machine_made(tmp_path) == {"1.png": {"a ghost", "A HANA_TOFU", "A HANA_TOFU, still"}}
 
 
-def test_refined_words_of_a_person_stay_the_persons(tmp_path):
+def test_a_refined_caption_of_a_person_is_not_machine_made(tmp_path):
     change(tmp_path, "blip", "1.png", "", "a ghost")
     change(tmp_path, "refine", "1.png", "a ghost I love", "A HANA_TOFU I love")
     change(tmp_path, "refine", "2.png", "my own words", "HANA_TOFU, my own words")
     assert machine_made(tmp_path) == {"1.png": {"a ghost"}}
 
 
-def test_a_new_caption_over_a_persons_is_the_machines(tmp_path):
+def test_a_caption_that_replaced_a_persons_is_machine_made(tmp_path):
     change(tmp_path, "blip", "1.png", "my own words", "a ghost")
     assert machine_made(tmp_path) == {"1.png": {"a ghost"}}
 
 
-def test_only_changes_are_recorded_and_the_raw_words_are_kept(tmp_path):
+def test_only_changes_are_recorded_and_the_raw_captions_are_kept(tmp_path):
     assert record(tmp_path, "blip", {"1.png": "a", "2.png": "b"}, {"1.png": "a", "2.png": "두부", "3.png": "d"}) == 2
     assert record(tmp_path, "blip", {"1.png": "a"}, {"1.png": "a"}) == 0
     rows = [json.loads(line) for line in (tmp_path / NAME).read_text(encoding="utf-8").splitlines()]
@@ -44,7 +44,7 @@ def test_nothing_is_written_where_nothing_changed(tmp_path):
     assert not (tmp_path / NAME).exists()
 
 
-def test_a_line_torn_at_any_byte_loses_that_line_only(tmp_path):
+def test_a_line_cut_off_at_any_byte_loses_only_that_line(tmp_path):
     change(tmp_path, "blip", "1.png", "", "첫째")
     whole = (tmp_path / NAME).read_bytes()
     change(tmp_path, "blip", "2.png", "", "둘째 🙂")

@@ -1,8 +1,9 @@
-"""Refining: the captioner's words become a training caption with the trigger once."""
+"""The rules refiner: a captioner's words become a training caption with the trigger once."""
 
 import doctest
 import itertools
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.tiny_base.vocabulary import meanings
-from lora_lab.captions import captioner, rules
-from lora_lab.captions.rules import Rules, read_hints, refine
+from lora_lab.captions import blip, rules
+from lora_lab.captions.refiner import load_refiner, read_hints, run_refiner
+from lora_lab.captions.rules import Rule, compile_rules, refine_caption
 from lora_lab.errors import InputError
 
 CONF = Path(__file__).parents[2] / "conf" / "refiner"
@@ -32,7 +34,7 @@ TRIGGERS = [
 
 def shipped(option):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return Rules.from_config(**OmegaConf.to_container(compose(option)))
+        return load_refiner(OmegaConf.to_container(compose(option)))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +107,14 @@ def generated(seed, count):
             yield ", ".join([head, *draw.choices(phrases, k=draw.randint(0, 5))])
 
 
+def mentions(caption, trigger):
+    """How often the trigger occurs as a word of its own, in any case and with any spaces between its characters."""
+    letters = r"\s*".join(map(re.escape, trigger.replace(" ", "")))
+    return len(re.findall(rf"(?<!\w){letters}(?!\w)", caption, re.IGNORECASE))
+
+
 @pytest.mark.parametrize("option", ["rules", "avatars", "off"])
-def test_refining_twice_is_refining_once_and_the_trigger_is_there_once(option):
+def test_refining_twice_changes_nothing_and_the_trigger_occurs_once(option):
     chosen = shipped(option)
     hints = [
         "",
@@ -119,13 +127,13 @@ def test_refining_twice_is_refining_once_and_the_trigger_is_there_once(option):
     ]
     for i, caption in enumerate(generated(7, 600)):
         trigger, hint = TRIGGERS[i % len(TRIGGERS)], hints[i // len(TRIGGERS) % len(hints)]
-        once = refine(caption, trigger, chosen, hint)
-        assert refine(once, trigger, chosen, hint) == once, (caption, trigger, hint)
-        assert len(rules._spelling(trigger).findall(once)) == 1, (caption, trigger, hint, once)
+        once = refine_caption(caption, trigger, chosen, hint)
+        assert refine_caption(once, trigger, chosen, hint) == once, (caption, trigger, hint)
         assert trigger in once, (caption, trigger, hint, once)
+        assert mentions(once, trigger) == 1, (caption, trigger, hint, once)
 
 
-@pytest.mark.parametrize("module", [rules, captioner])
+@pytest.mark.parametrize("module", [rules, blip])
 def test_the_examples_in_the_docstrings_hold(module):
     tried = doctest.testmod(module)
     assert tried.attempted > 0
@@ -149,8 +157,8 @@ def test_the_examples_in_the_docstrings_hold(module):
         ("", "HANA_TOFU"),
     ],
 )
-def test_general_rules_bring_blips_captions_to_the_character(general, caption, refined):
-    assert refine(caption, "HANA_TOFU", general) == refined
+def test_general_rules_refine_captions_of_blip(general, caption, refined):
+    assert refine_caption(caption, "HANA_TOFU", general) == refined
 
 
 @pytest.mark.parametrize(
@@ -176,56 +184,84 @@ def test_general_rules_bring_blips_captions_to_the_character(general, caption, r
         ),
     ],
 )
-def test_whatever_body_the_captioner_saw_becomes_the_tofu_with_what_it_wears(avatars, caption, refined):
-    assert refine(caption, "HANA_TOFU", avatars) == refined
+def test_avatar_rules_replace_any_body_by_the_trigger_and_keep_clothes(avatars, caption, refined):
+    assert refine_caption(caption, "HANA_TOFU", avatars) == refined
 
 
-def test_every_attribute_of_the_shared_vocabulary_is_kept_but_what_all_tofus_have(avatars):
-    lost = {phrase for phrase in meanings() if phrase not in refine(f"a cartoon cat, {phrase}", "HANA_TOFU", avatars)}
+def test_avatar_rules_keep_every_attribute_except_those_of_every_tofu(avatars):
+    lost = {
+        phrase
+        for phrase in meanings()
+        if phrase not in refine_caption(f"a cartoon cat, {phrase}", "HANA_TOFU", avatars)
+    }
     assert lost == {"with pink cheeks", "with a pink flower", "with a pink heart", "with a pink star"}
 
 
 def test_off_changes_nothing_but_the_trigger(off):
     odd = "there is  a hat and a hat,smiling , smiling."
-    assert refine(odd, "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
-    assert refine(f"hana_tofu, {odd}", "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
+    assert refine_caption(odd, "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
+    assert refine_caption(f"hana_tofu, {odd}", "HANA_TOFU", off) == f"HANA_TOFU, {odd}"
 
 
-def test_a_hint_is_the_users_and_no_rule_touches_it(avatars):
+def test_no_rule_changes_a_hint(avatars):
     for hint in ("with pink cheeks", "there is a man", "a hat and a hat", "winking, with a pink star"):
-        refined = refine("a cartoon ghost with a red background", "HANA_TOFU", avatars, hint)
+        refined = refine_caption("a cartoon ghost with a red background", "HANA_TOFU", avatars, hint)
         assert refined == f"A HANA_TOFU with a red background, {hint}"
 
 
 def test_a_hint_is_added_once_and_may_name_the_character(general):
-    assert refine("a cat, in the Snow", "HANA_TOFU", general, "in the snow") == "A HANA_TOFU, in the snow"
-    assert refine("a cat, at night, waving", "HANA_TOFU", general, "at night") == "A HANA_TOFU, at night, waving"
-    assert refine("a cat", "HANA_TOFU", general, "a hana_tofu at night") == "A HANA_TOFU, at night"
+    assert refine_caption("a cat, in the Snow", "HANA_TOFU", general, "in the snow") == "A HANA_TOFU, in the snow"
+    assert (
+        refine_caption("a cat, at night, waving", "HANA_TOFU", general, "at night") == "A HANA_TOFU, at night, waving"
+    )
+    assert refine_caption("a cat", "HANA_TOFU", general, "a hana_tofu at night") == "A HANA_TOFU, at night"
 
 
-def test_rules_can_not_change_the_trigger():
-    greedy = Rules.from_config(replace=[{"pattern": "tofu", "replacement": "cheese"}, {"pattern": "_"}])
-    assert refine("a HANA_TOFU with tofu", "HANA_TOFU", greedy) == "a HANA_TOFU with cheese"
+def test_rules_cannot_change_the_trigger():
+    greedy = compile_rules(replace=[Rule("tofu", "cheese"), Rule("_")])
+    assert refine_caption("a HANA_TOFU with tofu", "HANA_TOFU", greedy) == "a HANA_TOFU with cheese"
 
 
 @pytest.mark.parametrize(
     "rule", [{"pattern": "a (b"}, {"pattern": "a", "replacement": r"\2"}, {"pattern": "(a)", "replacement": r"\g<no>"}]
 )
-def test_a_bad_rule_is_named(rule):
-    with pytest.raises(InputError, match=r"refiner.vocabulary\[1\]: .* is no regular expression"):
-        Rules.from_config(vocabulary=[{"pattern": "fine"}, rule])
+def test_a_bad_rule_is_named(composed, rule):
+    settings = composed("refiner=off").refiner | {"vocabulary": [{"pattern": "fine"}, rule]}
+    with pytest.raises(InputError, match=r"refiner.vocabulary\[1\]: .* is not a regular expression"):
+        load_refiner(settings)
 
 
-@pytest.mark.parametrize("rule", [{"pattern": "cat", "replacement": "catty"}, {"pattern": "$", "replacement": "x"}])
-def test_rules_that_never_rest_are_refused(rule):
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("refiner.replace=[{patern: cat}]", r"refiner\.replace\[0\]\.patern: no such key"),
+        ("refiner.replace=[{replacement: cat}]", r"refiner\.replace\[0\]\.pattern is missing"),
+        ("refiner.subjects=cat", r"refiner\.subjects=cat: "),
+        ("refiner.drop_repeats=maybe", r"refiner\.drop_repeats=maybe: should be a valid boolean"),
+    ],
+)
+def test_a_wrong_setting_is_named(composed, override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        load_refiner(composed(override).refiner)
+
+
+@pytest.mark.parametrize("rule", [Rule("cat", "catty"), Rule("$", "x")])
+def test_rules_without_a_stable_result_are_refused(rule):
     with pytest.raises(InputError, match="without end"):
-        refine("a cat", "HANA_TOFU", Rules.from_config(replace=[rule]))
+        refine_caption("a cat", "HANA_TOFU", compile_rules(replace=[rule]))
 
 
 def test_rules_that_undo_each_other_are_refused():
-    swap = Rules.from_config(replace=[{"pattern": "^(cat|dog) (cat|dog)$", "replacement": r"\2 \1"}])
+    swap = compile_rules(replace=[Rule("^(cat|dog) (cat|dog)$", r"\2 \1")])
     with pytest.raises(InputError, match="without end"):
-        refine("HANA_TOFU, cat dog", "HANA_TOFU", swap)
+        refine_caption("HANA_TOFU, cat dog", "HANA_TOFU", swap)
+
+
+def test_captions_are_refined_in_order_each_with_its_hint(avatars):
+    captions = ["a cartoon white ghost, smiling", "a cartoon cat"]
+    assert run_refiner(avatars, captions, "X") == ["A X, smiling", "A X"]
+    assert run_refiner(avatars, captions, "X", ["", "at night"]) == ["A X, smiling", "A X, at night"]
+    assert run_refiner(avatars, [], "X") == []
 
 
 def test_hints_are_read_from_either_file(tmp_path):
@@ -240,5 +276,5 @@ def test_hints_are_read_from_either_file(tmp_path):
 def test_any_order_of_phrases_gives_the_same_phrases(avatars):
     phrases = ["with a goatee", "with its eyes closed", "with short red hair", "with pink cheeks"]
     orders = itertools.permutations(phrases)
-    results = {frozenset(refine(", ".join(order), "X", avatars).split(", ")) for order in orders}
+    results = {frozenset(refine_caption(", ".join(order), "X", avatars).split(", ")) for order in orders}
     assert results == {frozenset(["X", *phrases[:3]])}

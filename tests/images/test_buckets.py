@@ -35,7 +35,7 @@ def test_a_resolution_below_the_step_is_refused():
         aspect_buckets(32, 64)
 
 
-def test_a_picture_goes_to_the_shape_that_crops_the_least_of_it():
+def test_an_image_goes_to_the_bucket_that_crops_least():
     buckets = aspect_buckets(1024, 64)
     assert nearest_bucket((300, 300), buckets) == (1024, 1024)
     assert nearest_bucket((4000, 1000), buckets) == buckets[-1]
@@ -62,7 +62,7 @@ def test_any_size_fits_any_bucket_without_a_gap_and_loses_only_one_pair_of_edges
         assert abs(left - (width * scale - bucket[0]) / 2) <= 1 and abs(top - (height * scale - bucket[1]) / 2) <= 1
 
 
-def test_the_crop_is_the_centre_and_is_told_as_top_then_left_in_scaled_pixels():
+def test_the_crop_is_the_centre_and_its_corner_is_in_scaled_pixels():
     wide = Image.new("RGB", (400, 100), "red")
     wide.paste("blue", (150, 0, 250, 100))
     fitted = fit(wide, (64, 64))
@@ -77,7 +77,7 @@ def test_a_picture_of_the_buckets_size_is_not_resampled():
     assert np.array_equal(np.asarray(fit(Image.fromarray(pixels), (96, 64)).picture), pixels)
 
 
-def test_crops_go_from_edge_to_edge_and_say_where_they_lie():
+def test_crops_go_from_edge_to_edge_and_have_their_corners():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 164, 3), dtype=np.uint8)
     wide = Image.fromarray(pixels)
     for picture, turned in ((wide, False), (wide.transpose(Image.Transpose.ROTATE_90), True)):

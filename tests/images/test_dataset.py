@@ -44,7 +44,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         copy_pictures(tmp_path, tmp_path.parent / "copy")
 
 
-def test_a_folder_without_captions_says_to_caption_it(tmp_path):
+def test_a_folder_without_captions_is_refused_with_the_stage_to_run(tmp_path):
     with pytest.raises(InputError, match=r"no captions in .*: run stage=caption first"):
         read_dataset(dataset(tmp_path, ["a.png"]))
 
@@ -55,7 +55,7 @@ def test_a_caption_without_its_picture_names_the_likely_one(tmp_path):
         read_dataset(tmp_path)
 
 
-def test_a_caption_whose_picture_was_deleted_is_not_given_a_captioned_one(tmp_path):
+def test_no_captioned_image_is_suggested_for_a_deleted_one(tmp_path):
     dataset(tmp_path, ["image_2.png"], {"image_1.png": "one", "image_2.png": "two"})
     with pytest.raises(InputError, match=r"caption for image_1\.png.*put it back or delete the caption$"):
         read_dataset(tmp_path)
@@ -77,13 +77,13 @@ def test_pictures_alone_are_copied_and_the_originals_stay(tmp_path):
     assert (root / "metadata.jsonl").exists()
 
 
-def test_copies_never_go_into_a_folder_that_holds_something(tmp_path):
+def test_images_are_never_copied_into_a_folder_that_is_not_empty(tmp_path):
     root = dataset(tmp_path / "TOFU", ["a.png"])
-    with pytest.raises(InputError, match="is there already: name a new folder"):
+    with pytest.raises(InputError, match="exists already: name a new folder"):
         copy_pictures(root, root)
 
 
-def test_pictures_of_several_folders_are_told_apart_and_know_how_often_they_are_shown(tmp_path):
+def test_images_of_several_folders_have_distinct_names_and_repeats(tmp_path):
     one, two = (dataset(tmp_path / name, ["a.png"], {"a.png": name}) for name in ("one", "two"))
     samples = read_folders([(one, 1), (two, 3)])
     assert [(s.name, s.captions, s.repeats) for s in samples] == [
@@ -108,7 +108,7 @@ def test_a_picture_may_have_several_captions(tmp_path):
     assert [sample.captions for sample in read_dataset(tmp_path)] == [("one", "two lines"), ("three",)]
 
 
-def test_prefix_and_suffix_stand_around_a_caption_that_is_else_left_alone():
+def test_prefix_and_suffix_are_joined_to_an_unchanged_caption():
     assert apply_caption_affixes("a {trigger} , smiling", "", "", "X") == "a {trigger} , smiling"
     assert (
         apply_caption_affixes("a hat", "photo of {trigger},", ", {trigger} style", "X") == "photo of X, a hat, X style"

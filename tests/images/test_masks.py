@@ -34,14 +34,14 @@ def test_a_mask_has_its_pictures_name_whatever_the_suffixes(folder):
         assert mask.mode == "L" and list(mask.crop((3, 0, 5, 1)).tobytes()) == [255, 0], name
 
 
-def test_what_a_mask_leaves_transparent_is_not_learnt(folder):
+def test_transparent_pixels_of_a_mask_are_not_trained_on(folder):
     mask = Image.new("RGBA", (8, 4), (255, 255, 255, 0))
     mask.putpixel((0, 0), (255, 255, 255, 255))
     mask.save(folder / "a.png")
     assert opened(folder, "a.png").getbbox() == (0, 0, 1, 1)
 
 
-def test_alpha_is_the_pictures_own(tmp_path):
+def test_an_alpha_mask_is_the_alpha_channel_of_the_image(tmp_path):
     picture = Image.new("RGBA", (8, 4), "red")
     picture.putalpha(half())
     picture.save(tmp_path / "a.png")
@@ -56,7 +56,7 @@ def test_alpha_is_the_pictures_own(tmp_path):
         ("d.png", ["masks has no mask for d.png", "add d.png, white where it is learnt"]),
         ("sub/a.png", ["has no mask for sub/a.png", "add sub/a.png"]),
         ("small.png", ["small.png is 4x4, but small.png is 8x4"]),
-        ("black.png", ["black.png is black all over", "take the picture out"]),
+        ("black.png", ["black.png is black all over", "remove the picture"]),
         ("broken.png", ["broken.png is not a picture"]),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_picture_without_transparency_has_no_alpha_mask(tmp_path):
             find_masks("alpha").open(f"{name}.png", tmp_path / f"{name}.png", (8, 4))
 
 
-def test_a_folder_that_is_none_or_unclear_is_refused(folder):
+def test_a_file_and_ambiguous_mask_names_are_refused(folder):
     with pytest.raises(InputError, match=r"no pictures in .*: point loss\.mask at"):
         find_masks(str(folder))
     half().save(folder / "a.png")

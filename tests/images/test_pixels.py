@@ -75,7 +75,7 @@ def test_grey_with_alpha_and_palettes_with_a_transparent_entry_are_composited(op
     assert opened(palette, transparency=1).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_alpha_channel_comes_along_and_is_turned_with_the_picture(tmp_path):
+def test_the_alpha_channel_is_returned_and_rotated_with_the_image(tmp_path):
     picture = Image.new("RGBA", (6, 4), (255, 0, 0, 255))
     picture.putpixel((0, 0), (0, 0, 255, 64))
     exif = Image.Exif()
@@ -99,12 +99,12 @@ def test_a_phone_picture_on_its_side_is_turned_upright(opened, name):
     assert [sum(colour) > 380 for colour in corners(upright)] == [False, False, True, True]
 
 
-def test_a_broken_exif_block_costs_nothing_but_the_turn(opened):
+def test_a_broken_exif_block_is_ignored(opened):
     assert opened(Image.new("RGB", (4, 2), "teal"), "a.png", exif=b"Exif\0\0garbage").size == (4, 2)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("I;16", "deep.png"), ("I;16", "deep.tif"), ("I", "deep.tif")])
-def test_deep_grey_is_scaled_and_not_clipped(opened, mode, name):
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(opened, mode, name):
     ramp = np.array([[0, 255, 32768, 65535]])
     picture = Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.int32))
     assert picture.mode == mode
@@ -116,7 +116,7 @@ def test_floating_point_grey_from_zero_to_one_is_not_black(opened):
     assert [grey for grey, _, _ in np.asarray(ramp)[0].tolist()] == [0, 128, 255]
 
 
-def test_a_picture_for_print_keeps_its_colours(opened):
+def test_a_cmyk_image_keeps_its_colours(opened):
     cyan, magenta, yellow, black = Image.new("CMYK", (4, 4), (0, 255, 255, 0)).split()
     red = opened(Image.merge("CMYK", (cyan, magenta, yellow, black)), "print.tif").getpixel((0, 0))
     assert red[0] > 220 and red[1] < 60 and red[2] < 60
@@ -182,7 +182,7 @@ def test_a_file_with_flipped_bytes_opens_or_is_refused_but_never_crashes(tmp_pat
             assert path.name in str(error)
 
 
-def test_text_called_png_is_no_picture(tmp_path):
+def test_a_text_file_named_png_is_refused(tmp_path):
     (tmp_path / "notes.png").write_text("a tofu")
     with pytest.raises(InputError, match=r"notes\.png is not a picture"):
         open_picture(tmp_path / "notes.png")

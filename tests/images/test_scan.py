@@ -22,7 +22,7 @@ def test_pictures_come_in_natural_order_from_every_folder_below(tmp_path):
     assert list(find_pictures(tmp_path)) == names
 
 
-def test_hidden_files_and_folders_are_left_alone(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path):
     put(tmp_path, "a.png", "._a.png", ".thumbnails/a.png", "__MACOSX/._a.png", "in/.cache/b.png")
     assert list(find_pictures(tmp_path)) == ["a.png"]
 
@@ -42,7 +42,7 @@ def test_names_that_one_caption_cannot_tell_apart_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "file.png"])
-def test_a_root_that_is_no_folder_is_refused_by_name(tmp_path, missing):
+def test_a_root_that_is_not_a_folder_is_refused_by_name(tmp_path, missing):
     put(tmp_path, "file.png")
     with pytest.raises(InputError, match=rf"{missing} .*point dataset.root at a folder"):
         find_pictures(tmp_path / missing)

@@ -12,7 +12,7 @@ def rgb(name):
     return Image.new("RGB", (1, 1), name).getpixel((0, 0))
 
 
-def test_each_picture_stands_in_its_row_and_column():
+def test_each_image_is_in_its_row_and_column():
     grid = [["red", "lime"], ["blue", "yellow"]]
     rows = [[Image.new("RGB", (40, 40), name) for name in row] for row in grid]
     sheet = contact_sheet(rows, ["before", "after"], cell=64)
@@ -50,7 +50,7 @@ def test_short_text_is_written_and_an_empty_cell_is_not():
     assert len(colours(contact_sheet([["smiling"]], [""], cell=128))) > 2
 
 
-def test_titles_take_room_beside_and_above_the_grid_and_do_not_cover_it():
+def test_titles_are_beside_and_above_the_grid_and_do_not_cover_it():
     red = Image.new("RGB", (64, 64), "red")
     bare = contact_sheet([[red], [red]], [""], cell=64)
     titles = ["김치_두부 after 500 steps of rank 8"], ["one", "a long row title"]

@@ -27,7 +27,7 @@ def do(root: Path, *overrides: str):
     return run(config, root.parent / "run")
 
 
-def test_missing_captions_are_made_and_a_persons_stay(root):
+def test_missing_captions_are_written_and_those_of_a_person_are_kept(root):
     write_captions(root, {"03.png": "my own words"})
     result = do(root, "stage=caption")
     captions = read_captions(root)
@@ -37,7 +37,7 @@ def test_missing_captions_are_made_and_a_persons_stay(root):
     assert do(root, "stage=caption").captions == {}
 
 
-def test_replace_takes_back_only_what_a_captioner_wrote(root):
+def test_replace_rewrites_only_captions_of_a_captioner(root):
     do(root, "stage=caption")
     captions = read_captions(root)
     write_captions(root, captions | {"03.png": captions["03.png"] + ", my favourite"})
@@ -46,7 +46,7 @@ def test_replace_takes_back_only_what_a_captioner_wrote(root):
     assert read_captions(root)["03.png"].endswith("my favourite")
 
 
-def test_replace_takes_back_a_refined_machine_caption_too(root):
+def test_replace_rewrites_refined_captions_of_a_captioner_too(root):
     write_captions(root, {"03.png": "a person's tofu"})
     do(root, "stage=caption")
     do(root, "stage=refine")
@@ -55,7 +55,7 @@ def test_replace_takes_back_a_refined_machine_caption_too(root):
     assert read_captions(root)["03.png"] == by_hand
 
 
-def test_propose_writes_beside_and_changes_nothing(root):
+def test_propose_writes_another_file_and_changes_nothing(root):
     write_captions(root, {"00.png": "mine", "03.png": "mine too", "06.png": "and mine"})
     before = {path.name: path.read_bytes() for path in root.iterdir()}
     do(root, "stage=caption", "stage.mode=propose")
@@ -74,7 +74,7 @@ def test_the_bundled_pictures_are_never_written_to(tmp_path):
     assert sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir()) == before
 
 
-def test_refining_names_the_character_keeps_the_raw_and_is_done_once(root, capsys):
+def test_refining_puts_the_trigger_in_keeps_the_raw_captions_and_is_stable(root, capsys):
     do(root, "stage=caption")
     raw = read_captions(root)
     do(root, "stage=refine")
@@ -90,7 +90,7 @@ def test_refining_names_the_character_keeps_the_raw_and_is_done_once(root, capsy
     assert {path.name: path.read_bytes() for path in root.iterdir()} == files
 
 
-def test_hints_go_into_their_captions(root):
+def test_hints_are_appended_to_their_captions(root):
     write_captions(root, dict.fromkeys(("00.png", "03.png", "06.png"), "a cartoon white ghost, smiling"))
     (root / "hints.csv").write_text("file_name,text\n03.png,holding a flower\n", encoding="utf-8")
     do(root, "stage=refine")
@@ -128,7 +128,7 @@ def test_converting_in_place_keeps_the_other_form_and_agrees_with_it(root):
     assert (root / "metadata.csv").is_file() and read_captions(root) == captions
 
 
-def test_hugging_faces_imagefolder_reads_what_the_stages_leave(root, monkeypatch):
+def test_imagefolder_of_hugging_face_reads_the_written_captions(root, monkeypatch):
     (root / "00.png").rename(root / "image_10.png")
     (root / "03.png").rename(root / "image_2.png")
     do(root, "stage=caption")

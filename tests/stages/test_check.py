@@ -1,14 +1,22 @@
+"""stage=check reports what stage=train would refuse, and what would make a worse LoRA."""
+
 import json
+import shutil
 import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lora_lab.captions.files import read_captions
+from lora_lab.captions.phrases import common_phrases
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
+from lora_lab.images.buckets import aspect_buckets
+from lora_lab.images.inspection import inspect_dataset
 from lora_lab.images.scan import find_pictures
-from lora_lab.stages.check import check, inspect, phrases_in_all
+from lora_lab.launch.config import compose
+from lora_lab.stages import run
 
 TRIGGER = "HANA_TOFU"
 
@@ -31,29 +39,46 @@ def write(root, captions):
     (root / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def checked(root, captions_needed=True, resolution=128, count_tokens=None):
-    return inspect(root, TRIGGER, resolution, captions_needed, root.parent / "run", 64, count_tokens)
+def check(root, *overrides):
+    """The result of stage=check. Raises InputError for a folder that it refuses."""
+    return run(compose("stage=check", "dataset=folder", f"dataset.root={root}", *overrides), root.parent / "run")
 
 
-def test_the_bundled_tofu_is_ready_and_only_its_background_is_worth_a_word(tmp_path, capsys):
-    result = inspect(TOFU, TRIGGER, 128, True, tmp_path, 64)
-    assert result.errors == []
-    assert result.findings.duplicates == [], "a wink is no copy"
+def checked(root, *overrides):
+    """The report of stage=check on a folder that it may refuse."""
+    (root.parent / "run" / "check.json").unlink(missing_ok=True)
+    try:
+        check(root, *overrides)
+    except InputError as error:
+        refused = str(error)
+    else:
+        refused = None
+    result = json.loads((root.parent / "run" / "check.json").read_text(encoding="utf-8"))
+    assert refused is None if not result["errors"] else refused.startswith(result["errors"][0])
+    return result
+
+
+def test_the_bundled_tofu_is_ready_and_only_its_background_is_a_warning(tmp_path, capsys):
+    result = run(compose("stage=check"), tmp_path / "run")
+    assert result.errors == [] and result.ready
+    assert result.findings.duplicates == [], "a wink is not a copy"
     assert result.findings.buckets == {"128x128": 24}
     assert result.findings.in_every_caption == ["purple background"]
     (warning,) = result.warnings
     assert warning.startswith('"purple background" is in 24 of 24 captions: it will be learnt as part of HANA_TOFU')
     printed = capsys.readouterr().out
     assert "24 pictures, 24 captions" in printed and warning in printed and "128x128 (24)" in printed
+    assert printed.endswith("ready for stage=train\n")
 
 
 def test_check_json_holds_the_whole_result(root):
-    drawing(0).save(root / "a.png")
-    write(root, {"a.png": "no trigger"})
-    result = checked(root)
+    for number in range(2):
+        drawing(number).save(root / f"{number}.png")
+    write(root, {"0.png": "no trigger", "1.png": TRIGGER})
+    result = check(root)
     written = json.loads((root.parent / "run" / "check.json").read_text(encoding="utf-8"))
     assert written["warnings"] == result.warnings and written["errors"] == []
-    assert written["findings"]["without_trigger"] == ["a.png"]
+    assert written["findings"]["without_trigger"] == ["0.png"]
 
 
 def test_every_tofu_resized_or_recompressed_is_found_to_be_a_copy(root):
@@ -64,7 +89,7 @@ def test_every_tofu_resized_or_recompressed_is_found_to_be_a_copy(root):
             picture.save(root / f"{path.stem}_0.png")
             copy = picture.resize((side, side), Image.Resampling.BICUBIC)
             copy.save(root / f"{path.stem}_1.{suffix}", **({"quality": quality} if quality else {}))
-    duplicates = checked(root, captions_needed=False).findings.duplicates
+    duplicates = check(root).findings.duplicates
     expected = [(f"{number:02}_1", f"{number:02}_0.png") for number in range(24)]
     assert [(copy[:4], original) for copy, original in duplicates] == expected
 
@@ -75,37 +100,109 @@ def test_one_drawing_in_two_colours_is_two_pictures(root):
     Image.fromarray(np.roll(colour, 1, axis=2)).save(root / "b.png")
     grey = Image.fromarray(colour).convert("L")
     grey.save(root / "c.png")
-    assert checked(root, captions_needed=False).findings.duplicates == []
+    assert check(root).findings.duplicates == []
 
 
-def test_what_training_would_refuse_is_an_error_and_all_of_it_is_told_at_once(root):
+def test_every_fault_that_training_would_refuse_is_reported_at_once(root):
     for name in ("a.png", "b.png", "lost.jpg"):
         drawing(len(name) + ord(name[0])).save(root / name)
     (root / "damaged.png").write_bytes((root / "a.png").read_bytes()[:300])
     write(root, {"a.png": TRIGGER, "lost.png": TRIGGER, "damaged.png": TRIGGER})
     result = checked(root)
-    assert [line for line in result.errors if "damaged.png is cut off or damaged" in line]
-    assert [line for line in result.errors if "b.png, lost.jpg" in line and "no caption" in line]
-    assert [line for line in result.errors if "caption for lost.png" in line and "was lost.jpg meant?" in line]
-    assert len(result.errors) == 3
-    assert list(result.findings.unreadable) == ["damaged.png"]
+    assert [line for line in result["errors"] if "damaged.png is cut off or damaged" in line]
+    assert [line for line in result["errors"] if "caption for lost.png" in line and "was lost.jpg meant?" in line]
+    assert len(result["errors"]) == 2
+    assert [line for line in result["warnings"] if "b.png, lost.jpg" in line and "no caption" in line]
+    assert list(result["findings"]["unreadable"]) == ["damaged.png"]
 
 
-def test_captions_may_wait_until_they_are_needed(root):
+def test_a_folder_without_captions_is_not_ready_for_training_and_the_report_says_so(root, capsys):
     drawing(0).save(root / "a.png")
-    assert (checked(root, captions_needed=False).errors, checked(root, captions_needed=False).warnings) == ([], [])
-    (error,) = checked(root).errors
-    assert "run stage=caption first" in error
-    drawing(1).save(root / "b.png")
+    result = check(root)
+    assert result.errors == [] and not result.ready
+    (warning,) = result.warnings
+    assert warning == f"stage=train refuses this folder as it is: no captions in {root}: run stage=caption first"
+    printed = capsys.readouterr().out
+    assert warning in printed and printed.endswith("not ready for stage=train yet\n")
+
+
+def test_images_without_a_caption_beside_others_with_one_are_named(root):
+    for number, name in enumerate(("a.png", "b.png")):
+        drawing(number).save(root / name)
     write(root, {"a.png": TRIGGER})
-    partly = checked(root, captions_needed=False)
-    assert partly.errors == [] and "1 pictures have no caption yet (b.png)" in partly.warnings[0]
+    result = check(root)
+    assert result.errors == [] and not result.ready
+    assert "1 of the 2 pictures in" in result.warnings[0] and "no caption (b.png)" in result.warnings[0]
+
+
+def test_captions_of_which_none_has_the_trigger_are_not_ready_for_training(root):
+    drawing(0).save(root / "a.png")
+    write(root, {"a.png": "a tofu"})
+    result = check(root)
+    assert result.errors == [] and not result.ready
+    assert "has the trigger HANA_TOFU: run stage=refine" in result.warnings[0]
+    assert check(root, "dataset.caption_prefix='{trigger},'").ready
+
+
+def lose_the_captions(folder):
+    (folder / "metadata.jsonl").unlink()
+
+
+def lose_a_caption(folder):
+    write(folder, {name: text for name, text in read_captions(folder).items() if name != "01.png"})
+
+
+def lose_the_trigger(folder):
+    write(folder, {name: text.replace(TRIGGER, "tofu") for name, text in read_captions(folder).items()})
+
+
+def lose_an_image(folder):
+    (folder / "01.png").unlink()
+
+
+def lose_an_image_and_the_caption_of_another(folder):
+    lose_an_image(folder)
+    write(folder, {name: text for name, text in read_captions(folder).items() if name != "02.png"})
+
+
+def damage_an_image(folder):
+    (folder / "01.png").write_bytes((folder / "01.png").read_bytes()[:300])
+
+
+def contradict_the_captions(folder):
+    (folder / "metadata.csv").write_text("file_name,text\n00.png,HANA_TOFU\n", encoding="utf-8")
+
+
+def repeat_a_name(folder):
+    (folder / "01.png").unlink()
+    for form in ("NFC", "NFD"):
+        shutil.copy(folder / "00.png", folder / unicodedata.normalize(form, "두부.png"))
+    write(folder, {"00.png": TRIGGER, "02.png": TRIGGER, "두부.png": TRIGGER})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lose_the_captions, lose_a_caption, lose_the_trigger, lose_an_image, lose_an_image_and_the_caption_of_another,
+     damage_an_image, contradict_the_captions, repeat_a_name],
+)  # fmt: skip
+def test_what_training_refuses_is_in_the_report(root, spoil):
+    for name in ("00.png", "01.png", "02.png"):
+        shutil.copy(TOFU / name, root)
+    write(root, {name: read_captions(TOFU)[name] for name in ("00.png", "01.png", "02.png")})
+    assert check(root).ready
+    spoil(root)
+    training = compose("stage=train", "dataset=folder", f"dataset.root={root}", "tracker=off", "device=cpu")
+    with pytest.raises(InputError) as refused:
+        run(training, root.parent / "training")
+    result = checked(root)
+    assert not result["ready"]
+    assert [line for line in result["errors"] + result["warnings"] if line.endswith(str(refused.value))]
 
 
 def test_captions_that_cannot_be_read_are_one_error_and_not_one_for_each_picture(root):
     drawing(0).save(root / "a.png")
     (root / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "A HANA_TOFU"\n')
-    (error,) = checked(root).errors
+    (error,) = checked(root)["errors"]
     assert "metadata.jsonl" in error
 
 
@@ -113,28 +210,28 @@ def test_names_equal_in_unicode_are_an_error_and_names_equal_but_for_case_a_warn
     twice = [unicodedata.normalize(form, "두부.png") for form in ("NFC", "NFD")]
     for number, name in enumerate(["Cat.png", "cat.png", *twice]):
         drawing(number).save(root / name)
-    result = checked(root, captions_needed=False)
-    assert len(result.errors) == 1 and "두부.png" in result.errors[0] and "twice" in result.errors[0]
-    assert [line for line in result.warnings if "Cat.png and cat.png" in line]
+    result = checked(root)
+    assert len(result["errors"]) == 1 and "두부.png" in result["errors"][0] and "twice" in result["errors"][0]
+    assert [line for line in result["warnings"] if "Cat.png and cat.png" in line]
 
 
-def test_pictures_that_would_be_enlarged_are_told_by_how_much(root):
+def test_images_that_would_be_enlarged_are_reported_with_their_scale(root):
     drawing(0, (64, 64)).save(root / "small.png")
     drawing(1, (128, 128)).save(root / "right.png")
     drawing(2, (400, 300)).save(root / "large.png")
-    result = checked(root, captions_needed=False)
+    result = check(root)
     assert result.findings.enlarged == {"small.png": 2.0}
-    assert "1 pictures would be enlarged, small.png 2.0 times" in result.warnings[0]
+    assert "1 pictures would be enlarged, small.png 2.0 times" in result.warnings[1]
 
 
-def test_the_shapes_training_will_batch_are_counted(root):
+def test_the_buckets_of_training_are_counted(root):
     for number, size in enumerate([(512, 512), (600, 600), (512, 1000), (2000, 1000)]):
         drawing(number, size).save(root / f"{number}.png")
-    buckets = checked(root, captions_needed=False, resolution=512).findings.buckets
+    buckets = check(root, "model.resolution=512", "model.bucket_step=64").findings.buckets
     assert buckets == {"512x512": 2, "384x640": 1, "640x384": 1}
 
 
-def test_the_trigger_counts_as_a_whole_word_in_its_own_letters(root):
+def test_the_trigger_counts_as_a_whole_word_in_its_own_case(root):
     captions = {
         "0.png": "A HANA_TOFU, smiling",
         "1.png": "HANA_TOFU's hat",
@@ -145,31 +242,59 @@ def test_the_trigger_counts_as_a_whole_word_in_its_own_letters(root):
     for number, name in enumerate(captions):
         drawing(number).save(root / name)
     write(root, captions)
-    result = checked(root)
+    result = check(root)
     assert result.findings.without_trigger == ["2.png", "3.png", "4.png"]
-    assert [line for line in result.warnings if line.startswith("3 captions do not say HANA_TOFU (2.png, 3.png,")]
+    assert [line for line in result.warnings if line.startswith("3 captions do not have HANA_TOFU (2.png, 3.png,")]
 
 
-def test_a_caption_longer_than_clip_reads_is_named_with_its_length(root):
+def test_a_caption_longer_than_the_window_of_clip_is_reported_with_its_length(root):
     captions = {"0.png": TRIGGER + " x" * 76, "1.png": TRIGGER + " x" * 77}
     for number, name in enumerate(captions):
         drawing(number).save(root / name)
     write(root, captions)
-    result = checked(root, count_tokens=lambda caption: len(caption.split()))
-    assert result.findings.too_long == {"1.png": 78}
-    assert [line for line in result.warnings if "caption of 1.png is 78 tokens" in line]
+    findings = inspect_dataset([root], TRIGGER, aspect_buckets(128, 64), count_tokens=lambda text: len(text.split()))
+    assert findings.too_long == {"1.png": 78}
+    result = check(root)
+    tokens = result.findings.too_long["1.png"]
+    assert [line for line in result.warnings if f"caption of 1.png is {tokens} tokens" in line]
 
 
-def test_formats_that_are_not_read_are_to_be_converted(root):
+def test_formats_that_are_not_read_are_reported(root):
     drawing(0).save(root / "a.png")
     (root / "phone.HEIC").write_bytes(b"")
-    result = checked(root, captions_needed=False)
-    assert result.errors == [] and "phone.HEIC): convert them to PNG" in result.warnings[0]
+    result = check(root)
+    assert result.errors == [] and "phone.HEIC): convert them to PNG" in result.warnings[1]
 
 
 def test_only_a_folder_without_pictures_stops_the_check(root):
     with pytest.raises(InputError, match="no pictures in"):
-        checked(root)
+        check(root)
+
+
+def test_several_folders_are_checked_as_training_reads_them(root):
+    other = root.parent / "other"
+    for number, folder in enumerate((root, other)):
+        folder.mkdir(exist_ok=True)
+        drawing(number).save(folder / "a.png")
+        write(folder, {"a.png": f"{TRIGGER}, smiling"})
+    result = check(root, f"dataset.root=[{root},{{root: {other}, repeats: 2}}]")
+    assert result.ready and result.findings.captions == 2
+    drawing(0).save(other / "b.png")
+    result = check(root, f"dataset.root=[{root},{other}]")
+    assert not result.ready and result.findings.uncaptioned == ["other/b.png"]
+    assert result.findings.duplicates == [("other/b.png", "TOFU/a.png")]
+
+
+def test_folders_that_training_cannot_tell_apart_are_refused(root):
+    other = root.parent / "other" / "TOFU"
+    other.mkdir(parents=True)
+    for number, folder in enumerate((root, other)):
+        drawing(number).save(folder / "a.png")
+        write(folder, {"a.png": f"{TRIGGER}, smiling"})
+    with pytest.raises(InputError, match=r"two folders of dataset\.root are called TOFU"):
+        check(root, f"dataset.root=[{root},{other}]")
+    with pytest.raises(InputError, match=r"TOFU/a\.png is also TOFU/a\.png: name every folder once"):
+        check(root, f"dataset.root=[{root},{root}]")
 
 
 @pytest.mark.parametrize(
@@ -184,17 +309,16 @@ def test_only_a_folder_without_pictures_stops_the_check(root):
         (["빨간 모자를 쓴 T", "T, 빨간 모자를 쓴", "빨간 모자를 쓴 T, 웃음"], ["빨간 모자를 쓴"]),
     ],
 )
-def test_words_in_every_caption_are_found_as_phrases(captions, phrases):
-    assert phrases_in_all(captions, "T") == phrases
+def test_phrases_in_every_caption_are_found(captions, phrases):
+    assert common_phrases(captions, "T") == phrases
 
 
-def test_every_caption_of_a_picture_is_checked_as_training_dresses_it(root, composed):
+def test_every_caption_of_an_image_is_checked_with_the_prefix_and_suffix_of_training(root):
     for i in range(2):
         drawing(i).save(root / f"{i}.png")
     write(root, {"0.png": ["HANA_TOFU", "a block"], "1.png": "a HANA_TOFU " + "x " * 66})
-    asked = ("stage=check", f"dataset.root={root}")
-    found = check(composed(*asked), root.parent / "run").findings
-    assert (found.captions, found.without_trigger, found.too_long) == (3, ["0.png"], {})
-    dressed = ("dataset.caption_prefix='{trigger},'", "dataset.caption_suffix='by somebody with a long, long name'")
-    found = check(composed(*asked, *dressed), root.parent / "run").findings
-    assert found.without_trigger == [] and found.too_long["1.png"] > 77
+    findings = check(root).findings
+    assert (findings.captions, findings.without_trigger, findings.too_long) == (3, ["0.png"], {})
+    affixes = ("dataset.caption_prefix='{trigger},'", "dataset.caption_suffix='by somebody with a long, long name'")
+    findings = check(root, *affixes).findings
+    assert findings.without_trigger == [] and findings.too_long["1.png"] > 77

@@ -1,4 +1,4 @@
-"""Photos become pictures of the asked size, prompts are told, seeds and strength act."""
+"""stage=img2img: images have their bucket's size, prompts are written down, seeds and strength take effect."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from unloadable import unloadable_models
 
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError
@@ -46,11 +47,11 @@ def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     assert np.abs(full - none).mean() > np.abs(half - none).mean() > 1
 
 
-def test_what_the_sampler_and_memory_are_asked_reaches_the_pictures(tmp_path, made_lora):
-    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}", "model.precision=bf16"
+def test_settings_of_sampler_and_memory_take_effect(tmp_path, made_lora):
+    photo = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}", "model.precision=bf16"
 
     def pixels(name, *overrides):
-        pictures = draw(tmp_path / name, *asked, "stage.seeds=[0,1]", *overrides).pictures
+        pictures = draw(tmp_path / name, *photo, "stage.seeds=[0,1]", *overrides).pictures
         return np.stack([np.asarray(Image.open(drawn.picture)).astype(int) for drawn in pictures])
 
     plain = pixels("plain")
@@ -58,24 +59,11 @@ def test_what_the_sampler_and_memory_are_asked_reaches_the_pictures(tmp_path, ma
         assert 0 < np.abs(pixels(option, option) - plain).mean() < 4, option
 
 
-def test_with_offload_the_parts_take_turns_and_the_pictures_are_the_same(tmp_path, made_lora, monkeypatch):
-    import torch
-
-    moved, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
-
-    def watched(self, *arguments, **settings):
-        if type(self).__name__ in turns and arguments and arguments[0] in (device, "cpu"):
-            moved.append((type(self).__name__, "in" if arguments[0] == device else "out"))
-        return to(self, *arguments, **settings)
-
-    turns = ["CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL", "UNet2DConditionModel", "AutoencoderKL"]
-    asked = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}"
-    (plain,) = draw(tmp_path / "plain", *asked).pictures
-    monkeypatch.setattr(torch.nn.Module, "to", watched)
-    (drawn,) = draw(tmp_path / "offload", *asked, "memory.offload=true", "device='cpu:0'").pictures
-    stored = [("UNet2DConditionModel", way) for way in ("in", "out")]  # while its weights are made smaller
-    assert moved == [*stored, *((part, way) for part in turns for way in ("in", "out"))]
-    assert np.array_equal(*(np.asarray(Image.open(each.picture)) for each in (plain, drawn)))
+def test_with_offload_the_pictures_are_the_same(tmp_path, made_lora):
+    photo = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}"
+    (plain,) = draw(tmp_path / "plain", *photo).pictures
+    (offloaded,) = draw(tmp_path / "offload", *photo, "memory.offload=true", "device='cpu:0'").pictures  # not "cpu"
+    assert np.array_equal(*(np.asarray(Image.open(drawn.picture)) for drawn in (plain, offloaded)))
 
 
 def test_a_list_and_a_folder_of_photos_with_two_seeds(tmp_path, made_lora):
@@ -111,16 +99,19 @@ def test_low_strength_keeps_more_of_the_photo(tmp_path):
     assert distance(0.2) < distance(1.0)
 
 
-def test_what_cannot_be_drawn_is_refused_before_the_base_loads(tmp_path, made_lora, monkeypatch):
-    monkeypatch.setattr("lora_lab.stages.img2img.load_base_for_sampling", lambda *_: pytest.fail("the base was loaded"))
+def test_a_wrong_input_is_refused_before_the_base_loads(tmp_path, made_lora):
+    unloadable = unloadable_models(tmp_path / "models")
     photo = f"stage.photo={PHOTOS / '1.png'}"
     for overrides, words in (
         ((photo, f"lora={made_lora}", "stage.strength=0.1"), "leaves no step to run"),
         ((photo,), "lora is missing"),
-        ((photo, f"lora={made_lora}", "trigger=OTHER"), "say trigger=HANA_TOFU"),
+        ((photo, f"lora={made_lora}", "trigger=OTHER"), "trained on the trigger HANA_TOFU, not OTHER"),
         ((f"lora={made_lora}", f"stage.photo={tmp_path / 'nobody.jpg'}"), r"nobody\.jpg"),
         ((photo, "lora=HANNA"), "HANNA"),
         ((photo, f"lora={made_lora}", "loss.zero_terminal_snr=true"), "predicts epsilon"),
+        ((photo, f"lora={made_lora}", "captioner.beams=0"), r"captioner\.beams=0"),
+        ((photo, f"lora={made_lora}", "refiner.replace=[{pattern: '('}]"), r"refiner\.replace\[0\]"),
+        ((photo, f"lora={made_lora}", "stage.prompt=a", "model.resolution=8"), r"model\.resolution|resolution=8"),
     ):
         with pytest.raises(InputError, match=words):
-            draw(tmp_path / "run", *overrides)
+            draw(tmp_path / "run", *unloadable, *overrides)

@@ -1,6 +1,9 @@
-"""The bare command, shortened: every part is there and fits the next."""
+"""The command without arguments, shortened: every stage runs and fits the next."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +13,11 @@ from PIL import Image
 
 from lora_lab.captions.files import read_captions
 from lora_lab.demo import PHOTOS
+from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.stages.pipeline import draw_overview
-from lora_lab.training import run as files
 
 SHORT = (
     "steps=2", "rank=2", "batch_size=1", "sampler.steps=2", "device=cpu", "tracker=off",
@@ -41,27 +44,32 @@ def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_a_pipeline_killed_before_its_first_checkpoint_goes_on(tmp_path, monkeypatch):
+def test_a_pipeline_killed_before_its_first_checkpoint_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write = files.MetricsFile.write
-
-    def and_die(self, number, numbers):
-        write(self, number, numbers)
-        raise RuntimeError("killed")
-
     short = (*SHORT, "model.judge=null", f"stage.img2img.photo={PHOTOS / '1.png'}")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(files.MetricsFile, "write", and_die)
-        run(compose(*short), tmp_path / "run")
-    died = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    run(compose(*short, f"resume={tmp_path / 'run'}"), tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    folder, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    endless = ("steps=10000", "stage.train.checkpoint_every=0", f"hydra.run.dir={folder}")
+    with subprocess.Popen([sys.executable, "-m", "lora_lab", *short, *endless], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (metrics.is_file() and "\n" in metrics.read_text()):
+            time.sleep(0.05)
+        process.kill()
+    first = json.loads(metrics.read_text().splitlines()[0])
+    assert not list(folder.glob("checkpoints/*"))
+    run(compose(*short, f"resume={folder}"), folder)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    assert lines[0]["loss"] == json.loads(died[0])["loss"]
-    assert (tmp_path / "run/overview.png").is_file()
+    assert lines[0]["loss"] == first["loss"]
+    assert (folder / "overview.png").is_file()
 
 
-def test_the_overview_shows_a_photo_as_it_was_drawn_from(tmp_path):
+def test_wrong_settings_of_a_later_stage_are_refused_before_the_dataset_is_copied(tmp_path):
+    for override in ("captioner.beams=0", "refiner.subjects=cat"):
+        with pytest.raises(InputError, match=override.partition("=")[0]):
+            run(compose(*SHORT, override), tmp_path / "run")
+        assert not (tmp_path / "run" / "dataset").exists()
+
+
+def test_the_overview_shows_a_photo_upright(tmp_path):
     """Turned as the camera says: the raw pixels of a phone's photo lie on their side."""
     photo = Image.effect_noise((60, 40), 90).convert("RGB")
     exif = Image.Exif()

@@ -1,5 +1,6 @@
 """A run that stops and goes on: to the bit what it would have been, or refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,12 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused():
 def test_a_resumed_run_refuses_to_become_another_one():
     train("run", "steps=2")
     for change, named in (
-        ("rank=8", "adapter"),
-        ("lr=5e-4", "optimizer"),
+        ("rank=8", r"rank=4, not 8 \(also .*adapter\.r"),
+        ("lr=5e-4", r"lr=0\.001, not 0\.0005 \(also optimizer\.lr\)"),
+        ("model.vae=other", r"model\.vae=None, not other"),
+        ("model.bucket_step=8", r"model\.bucket_step=16, not 8"),
+        ("model.variant=fp16", r"model\.variant=None, not fp16"),
+        ("model.config=other", r"model\.config=None, not other"),
         ("seed=1", "seed"),
         ("batch_size=1", "batch_size"),
         ("loss=plain", "loss.weighting"),
@@ -91,6 +96,19 @@ def test_a_resumed_run_refuses_to_become_another_one():
             train("run", "steps=4", change, f"resume={Path('run').absolute()}")
     with pytest.raises(InputError, match="beyond steps=1"):
         train("run", "steps=1", f"resume={Path('run').absolute()}")
+
+
+def test_a_checkpoint_without_a_key_is_resumed_and_the_key_named(capsys):
+    train("run", "steps=2")
+    record = Path("run/checkpoints/step-000002/training.json")
+    saved = json.loads(record.read_text())
+    del saved["recipe"]["model.vae"], saved["recipe"]["model.variant"]
+    record.write_text(json.dumps(saved))
+    train("run", "steps=3", f"resume={Path('run').absolute()}")
+    assert (
+        "older version of lora_lab and could not be compared in model.vae, model.variant\n" in capsys.readouterr().out
+    )
+    assert [line["step"] for line in metrics("run")] == [1, 2, 3]
 
 
 def test_resuming_a_finished_run_publishes_nothing_twice():

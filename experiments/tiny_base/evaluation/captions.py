@@ -16,13 +16,13 @@ from experiments.tiny_base.evaluation.bench import SEED, Bench, image_of
 from experiments.tiny_base.palette import background
 from experiments.tiny_base.render import to_image, to_pixels
 from experiments.tiny_base.vocabulary import full_caption, meanings, parted
-from lora_lab.captions.captioner import load_captioner
+from lora_lab.captions.blip import load_blip
 
 
 def captions(bench: Bench, unseen: Path | None) -> dict:
     """The captioner on fresh pictures, whole and spoilt, and on avatars of a style that it never saw."""
-    captioner = load_captioner(
-        str(bench.bundle / "tiny-blip"), "cpu", prompt=None, max_tokens=60, beams=4, batch_size=20
+    captioner = load_blip(
+        str(bench.bundle / "tiny-blip"), torch.device("cpu"), prompt=None, max_tokens=60, beams=4, batch_size=20
     )
 
     def score(drawings: list[Drawn], change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:

@@ -1,0 +1,57 @@
+"""The refiner: any class or function that `refiner._target_` names and whose result rewrites captions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_lab.captions.files import read_caption_file
+from lora_lab.errors import InputError, RunError
+from lora_lab.settings.targets import bind_target, call_target
+
+Settings = Mapping[str, Any]  # the group `refiner` of the configuration
+
+
+class Refiner(Protocol):
+    """What a refiner must offer."""
+
+    def refine(self, captions: Sequence[str], hints: Sequence[str], trigger: str) -> list[str]:
+        """One caption that names the character by `trigger` for each of `captions`, in order.
+
+        `hints` has what the user wrote for each image, "" for nothing. A refined caption should stay the same if
+        refined again: stage=refine may run several times."""
+        ...
+
+
+def check_refiner(settings: Settings) -> None:
+    """Raise InputError, naming the key, for a refiner that is not installed or whose settings are wrong."""
+    bind_target("refiner", settings)
+
+
+def load_refiner(settings: Settings) -> Refiner:
+    """The refiner of `settings`: `_target_` called with all other keys.
+
+    Raises InputError, naming the key, if it is not installed or its settings are wrong."""
+    return call_target("refiner", settings)
+
+
+def run_refiner(
+    refiner: Refiner, captions: Sequence[str], trigger: str, hints: Sequence[str] | None = None
+) -> list[str]:
+    """The refined captions, in order; `hints` has one text per caption, None for no hints.
+
+    Raises RunError if the refiner returns another number of captions."""
+    refined = refiner.refine(captions, hints or [""] * len(captions), trigger)
+    if len(refined) != len(captions):
+        name = type(refiner).__qualname__
+        raise RunError(f"the refiner {name} returned {len(refined)} captions for {len(captions)}")
+    return refined
+
+
+def read_hints(root: Path) -> dict[str, str]:
+    """Image name -> the user's hint, from hints.jsonl or hints.csv in the dataset folder; {} without such a file.
+
+    Raises InputError for a malformed file, and if both exist."""
+    files = [path for path in (Path(root) / "hints.jsonl", Path(root) / "hints.csv") if path.is_file()]
+    if len(files) > 1:
+        raise InputError(f"{files[0].name} and {files[1].name} are both in {root}: keep one of them")
+    return read_caption_file(files[0]) if files else {}
