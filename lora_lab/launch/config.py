@@ -118,7 +118,8 @@ def composed(overrides: list[str]) -> DictConfig:
 
 def without_hydra(composition: DictConfig) -> DictConfig:
     """A copy of `composition` without Hydra's part. Raises SettingError for an unknown key of an open group."""
-    cfg, choices, overrides = deepcopy(composition), composition.hydra.runtime.choices, composition.hydra.overrides.task
+    cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
+    overrides = OmegaConf.to_container(composition.hydra.overrides.task, resolve=False)
     with open_dict(cfg):
         del cfg["hydra"]
     # Hydra refuses the unknown keys of overrides, but not those of recipes and of overrides that are groups.
