@@ -1,4 +1,4 @@
-"""What the commands of all benchmarks have in common."""
+"""The command line that all benchmarks share."""
 
 import argparse
 import signal
@@ -10,25 +10,27 @@ from pathlib import Path
 import torch
 
 
-def parser_of(command: str, about: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=about.splitlines()[0])
+def make_parser(command: str, docstring: str) -> argparse.ArgumentParser:
+    """The parser of `python -m command` with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=docstring.splitlines()[0])
     parser.add_argument("out", type=lambda text: Path(text).resolve(), help="folder for base, pictures, runs and table")
     parser.add_argument("--also", nargs="*", default=[], help="further overrides of every run")
-    parser.add_argument("--dry", action="store_true", help="a few numbers wide, on a CPU")
+    parser.add_argument("--dry", action="store_true", help="narrow weights, on a CPU")
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    asked = parser.parse_args()
-    if not asked.dry and not torch.cuda.is_available():
-        parser.error("SDXL's size needs a CUDA GPU; --dry shows the way through on a CPU")
-    return asked
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of the command line; exits without a GPU, except for --dry."""
+    options = parser.parse_args()
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("SDXL's size needs a CUDA GPU; --dry tries the benchmark on a CPU")
+    return options
 
 
-def carry_out(main: Callable[[], None]) -> None:
-    """Run `main`; where it is stopped or fails, so is what it has started."""
+def run_main(main: Callable[[], None]) -> None:
+    """Run `main`; if it is stopped or fails, the processes that it started are stopped too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
-    except subprocess.CalledProcessError as error:  # a run failed: its own words say why
+    except subprocess.CalledProcessError as error:  # a run failed: its output says why
         sys.exit(f"{error.output}\n{error}")

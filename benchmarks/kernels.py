@@ -1,4 +1,4 @@
-"""A run of the program that stops after a few steps and says what the GPU computed in the last of them.
+"""A run of the program that stops after a few steps and reports what the GPU computed in the last of them.
 
 python -m benchmarks.kernels FOLDER/NAME.json STEP override ..."""
 
@@ -14,7 +14,7 @@ from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training.lora_training import LoRATraining, Update
 
-KINDS = {  # by words in a kernel's name; the first that fits
+KINDS = {  # by words in a kernel's name; the first match counts
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "convolution": ("conv", "fprop", "dgrad", "wgrad", "nchwto", "nhwcto", "winograd", "implicit"),
     "product": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
@@ -25,15 +25,16 @@ KINDS = {  # by words in a kernel's name; the first that fits
 
 
 def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name."""
     name = kernel.lower()
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "elementwise")
 
 
 def watch(out: Path, at: int) -> None:
-    """Let the step number `at` be measured, and end the process after it."""
+    """Profile step number `at` of the training that follows, and end the process after it."""
     update, steps = LoRATraining.clip_and_update, []
     on_gpu = torch.cuda.is_available()
-    measured = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+    profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
 
     def counted(training: LoRATraining) -> Update:
         result = update(training)
@@ -41,24 +42,24 @@ def watch(out: Path, at: int) -> None:
         if on_gpu:
             torch.cuda.synchronize()
         if len(steps) == at - 1:
-            measured.start()
+            profiler.start()
         elif len(steps) == at:
-            measured.stop()
-            out.write_text(json.dumps(summary(measured)) + "\n", encoding="utf-8")
-            os._exit(0)  # what comes after training is not asked for
+            profiler.stop()
+            out.write_text(json.dumps(summary(profiler)) + "\n", encoding="utf-8")
+            os._exit(0)  # nothing after training is measured
         return result
 
     LoRATraining.clip_and_update = counted
 
 
-def summary(measured: profile) -> dict[str, object]:
-    """Milliseconds and number of kernels, in all, by kind, and of those that took longest."""
-    events = measured.key_averages()
+def summary(profiler: profile) -> dict[str, object]:
+    """Milliseconds and number of kernels: in total, by kind, and of the 20 longest."""
+    events = profiler.key_averages()
     on_gpu = (e for e in events if str(e.device_type).endswith("CUDA"))
-    found = [(e.key[:100], e.self_device_time_total / 1000, e.count) for e in on_gpu]
+    kernels = [(e.key[:100], e.self_device_time_total / 1000, e.count) for e in on_gpu]
     if not torch.cuda.is_available():  # a dry run: operators instead of kernels
-        found = [(e.key, e.self_cpu_time_total / 1000, e.count) for e in events]
-    rows = sorted(found, key=lambda row: -row[1])
+        kernels = [(e.key, e.self_cpu_time_total / 1000, e.count) for e in events]
+    rows = sorted(kernels, key=lambda row: -row[1])
     kinds: dict[str, list[float]] = {}
     for name, ms, count in rows:
         kind = kinds.setdefault(kind_of(name), [0.0, 0])

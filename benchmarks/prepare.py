@@ -1,4 +1,4 @@
-"""What a benchmark needs before its first row: a base, pictures, and what machine it runs on."""
+"""What a benchmark needs before its first row: a base, images, and a description of the machine."""
 
 import platform
 import shutil
@@ -23,21 +23,21 @@ class Bench:
     overrides: list[str]  # of every run: SDXL's base and recipe
     shape: Shape
     side: int  # px
-    machine: dict  # device, its rate and the packages, by name
+    machine: dict  # name of the device, its rate, and versions of the packages
     peak: float | None  # the device's TFLOP/s in bf16; None on a CPU
 
 
 def prepare(out: Path, dry: bool) -> Bench:
-    """SDXL's size on a GPU; with `dry` a few numbers wide, on a CPU. `out` keeps base, pictures and cache."""
+    """SDXL's size on a GPU; with `dry` narrow weights on a CPU. Base, images and cache are kept in `out`."""
     shape, side = (NARROW, 128) if dry else (FULL, 1024)
-    # In a process that ends: what it holds on the GPU would be counted as the runs'.
-    with get_context("spawn").Pool(1) as elsewhere:
-        base = elsewhere.apply(random_base, (out / "base", shape))
-        peak = None if dry else elsewhere.apply(matmul_rate)
-        device = None if dry else elsewhere.apply(torch.cuda.get_device_name)
+    # In another process, which ends: its memory on the GPU would be counted as that of the runs.
+    with get_context("spawn").Pool(1) as process:
+        base = process.apply(random_base, (out / "base", shape))
+        peak = None if dry else process.apply(matmul_rate)
+        device = None if dry else process.apply(torch.cuda.get_device_name)
     overrides = [
         "stage=train", "experiment=sdxl", f"model.base={base}", "model.vae=null", "model.judge=null", "tracker=off",
-        f"dataset.root={tofu(out / 'pictures', side)}", f"model.resolution={side}", f"cache={out / 'cache'}",
+        f"dataset.root={resized_demo(out / 'pictures', side)}", f"model.resolution={side}", f"cache={out / 'cache'}",
     ]  # fmt: skip
     machine = {
         "device": device or platform.processor() or "CPU",
@@ -48,7 +48,7 @@ def prepare(out: Path, dry: bool) -> Bench:
 
 
 def random_base(folder: Path, shape: Shape) -> Path:
-    """SDXL in float16 as a diffusers folder, made once."""
+    """SDXL in float16 with random weights as a diffusers folder; made if it is missing."""
     if not (folder / "model_index.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         pipe = pipeline(shape, "cuda" if torch.cuda.is_available() else "cpu", torch.float16)
@@ -59,8 +59,8 @@ def random_base(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def tofu(folder: Path, side: int) -> Path:
-    """The demo's 24 pictures, side x side."""
+def resized_demo(folder: Path, side: int) -> Path:
+    """The demo's 24 images, resized to side x side pixels."""
     if not folder.is_dir():
         shutil.copytree(demo.TOFU, folder)
         for file in folder.glob("*.png"):
@@ -69,15 +69,15 @@ def tofu(folder: Path, side: int) -> Path:
 
 
 def matmul_rate() -> float:
-    """The device's bf16 rate in TFLOP/s: median of 12 products of random matrices, by events."""
+    """The device's bf16 rate in TFLOP/s: the median of 12 products of random matrices, timed by CUDA events."""
     a, b = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
-    for mark in marks:
-        mark.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
+    for event in events:
+        event.record()
         a @ b
     torch.cuda.synchronize()
-    times = sorted(x.elapsed_time(y) for x, y in pairwise(marks))
+    times = sorted(start.elapsed_time(end) for start, end in pairwise(events))
     torch.cuda.empty_cache()
     return 2 * MATMUL**3 / times[len(times) // 2] / 1e9

@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def write_table(file: Path, machine: dict, rows: Sequence[dict], head: Sequence, lines: Sequence[Sequence]) -> None:
-    """`file`.json of `rows`, `file`.md of `lines`, each below the command and the machine; printed as well."""
+    """Write `rows` as `file`.json, and `lines` under `head` as `file`.md, with the command and the machine; print the
+    latter."""
     table = {"command": " ".join(sys.argv[1:]), "machine": machine, "rows": rows}
     file.with_suffix(".json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    drawn = [f"| {' | '.join(map(str, line))} |" for line in (head, *lines)]
-    drawn.insert(1, "|" + "---|" * len(head))
-    text = "\n".join([", ".join(f"{name} {value}" for name, value in machine.items()), "", *drawn]) + "\n"
+    table_lines = [f"| {' | '.join(map(str, line))} |" for line in (head, *lines)]
+    table_lines.insert(1, "|" + "---|" * len(head))
+    text = "\n".join([", ".join(f"{name} {value}" for name, value in machine.items()), "", *table_lines]) + "\n"
     file.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""How much there is to compute, counted and not measured."""
+"""How many floating-point operations a training step has: counted, not measured."""
 
 import torch
 from peft import LoraConfig
@@ -8,9 +8,9 @@ from tests.sdxl_structure import Shape, unet_of
 
 
 def training_flops(shape: Shape, side: int) -> float:
-    """Floating-point operations of one picture's forward and backward pass with a LoRA of rank 16 on the attention.
+    """Floating-point operations of one image's forward and backward pass with a LoRA of rank 16 on the attention.
 
-    Counted on tensors without memory; recomputing activations is not work but its price, and is left out."""
+    They are counted on tensors without memory. Recomputed activations (gradient checkpointing) do not count."""
     with torch.device("meta"):
         unet = unet_of(shape).requires_grad_(False)
         unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
+from lora_lab.base.sdxl import SDXL
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training.data import TrainingData, encode_dataset
@@ -85,13 +85,13 @@ def resolved(*overrides: str) -> ResolvedTraining:
     return resolve_training(compose(*FAST, *overrides), Path("none").absolute())
 
 
-def encoded(*overrides: str) -> tuple[ResolvedTraining, TrainingData, StableDiffusionXLPipeline]:
+def encoded(*overrides: str) -> tuple[ResolvedTraining, TrainingData, SDXL]:
     """The training that `overrides` describe, its data, and the base that encoded them."""
     training = resolved(*overrides)
-    pipe = load_base(training.model, training.device)
-    encoder = Encoder(pipe, training.device, Cache(None), False)
+    base = load_base(training.model, training.device)
+    encoder = Encoder(base, training.device, Cache(None), False)
     files, crops = training.files, training.images.crops
-    return training, encode_dataset(files.samples, crops, files.texts, training.dataset.flip, encoder), pipe
+    return training, encode_dataset(files.samples, crops, files.texts, training.dataset.flip, encoder), base
 
 
 def cut_out(folder: Path, box: tuple[int, int, int, int]) -> Path:

@@ -1,1 +1,1 @@
-"""What is learned: the adapter, its file, and wearing it."""
+"""The adapter: inject it into the base, attach it from a file, and the file."""

@@ -1,103 +1,75 @@
-"""Put a LoRA file on the base for a while: validation, img2img and everything else that draws goes through here."""
+"""Attach a LoRA file to the base within a context: validation, img2img and everything else that samples does so."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils.peft_utils import (
+    delete_adapter_layers,
+    recurse_remove_peft_layers,
+    set_weights_and_activate_adapters,
+)
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_lab.adapters.files import PREFIX, adapter_kind, config_from_state, peft_state
-from lora_lab.adapters.tokens import is_embeddings_file, read_tokens, tokens_disabled, tokens_installed
+from lora_lab.adapters.keys import adapter_kind, config_from_state, peft_state
+from lora_lab.adapters.tokens import read_tokens, tokens_disabled, tokens_installed
 from lora_lab.base.load import DTYPES
+from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
 
-MODELS = Path("models") / "lora"  # beside where the user works
-
-
-def find_lora(value: str, key: str = "lora") -> Path:
-    """The file that `key`=`value` means: a file, a name in models/lora, or a run folder. Raises InputError."""
-    path = Path(value)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        result = path / "result.json"
-        lora = json.loads(result.read_text(encoding="utf-8")).get("lora") if result.is_file() else None
-        inside = [Path(lora)] if lora else []
-        # By name backwards stands the finished NAME.safetensors, then the newest of the NAME-000100.safetensors.
-        snapshots = sorted(_loras(path / "lora"), reverse=True)
-        inside += [path / "lora" / Path(lora).name] if lora else snapshots
-        for file in inside:
-            if file.is_file():
-                return file
-        raise InputError(
-            f"{key}={value}: this folder has no finished LoRA (neither result.json nor lora/*.safetensors)"
-        )
-    named = MODELS / f"{value}.safetensors"
-    if named.is_file():
-        return named
-    names = sorted(f.stem for f in _loras(MODELS))
-    close = difflib.get_close_matches(value, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"{MODELS} has {', '.join(names) or 'none yet: train one'}"
-    raise InputError(f"{key}={value}: no such file, run folder or name; {hint}")
-
-
-def _loras(folder: Path) -> list[Path]:
-    return [file for file in folder.glob("*.safetensors") if not is_embeddings_file(file)]
+ATTACHED = "attached"  # peft's name of an adapter from a file
 
 
 @contextmanager
-def lora_attached(
-    pipe: StableDiffusionXLPipeline, lora: Path | None, weight: float = 1.0, fuse: bool = False
-) -> Iterator[None]:
-    """Within the context `pipe` draws with the file's LoRA at `weight`, and reads its trigger as the file's new tokens
-    if it has any; what is in training is set aside.
+def lora_attached(base: BaseModel, lora: Path | None, weight: float = 1.0, fuse: bool = False) -> Iterator[None]:
+    """Within the context `base` computes with the file's LoRA at `weight`, and reads the trigger as the file's new
+    tokens if it has any; adapters in training are disabled.
 
-    The file itself is loaded, also in the middle of training: a validation picture is what inference will give.
-    With `fuse` what the file adds is summed into the UNet's weights: see _fused.
+    The file itself is loaded, also in the middle of training: a validation image is what inference will give.
+    With `fuse` the LoRA is added to the network's weights: see _fused_weights.
     Raises InputError if the file is not a LoRA for this base."""
-    parts = [getattr(pipe, part) for part in PREFIX]
-    training = [p for part in parts for p in part.parameters() if p.requires_grad]
-    adapted = [getattr(pipe, part) for part in pipe.get_list_adapters()] if training else []
-    active = [part.active_adapters() for part in adapted]
-    for part in adapted:
-        part.disable_adapters()
+    components = list(base.components.values())
+    trainable = [p for component in components for p in component.parameters() if p.requires_grad]
+    adapted = [component for component in components if getattr(component, "peft_config", None)] if trainable else []
+    active = [component.active_adapters() for component in adapted]
+    for component in adapted:
+        component.disable_adapters()
     try:
-        with tokens_disabled(pipe), ExitStack() as stack:
+        with tokens_disabled(base), ExitStack() as stack:
             if lora is not None and weight:
-                _load_lora(pipe, lora, weight)
+                _load_lora(base, lora, weight)
                 if tokens := read_tokens(lora):
-                    stack.enter_context(tokens_installed(pipe, *tokens))
+                    stack.enter_context(tokens_installed(base, *tokens))
             if fuse:
-                stack.enter_context(_merged(pipe.unet))
+                stack.enter_context(_fused_weights(base.network))
             yield
     finally:
-        if training:
-            pipe.delete_adapters("attached")
-            for part, names in zip(adapted, active, strict=True):
-                part.enable_adapters()
-                part.set_adapter(names)  # asks for gradients of all of these
-            for part in parts:
-                part.requires_grad_(False)
-            for parameter in training:
+        if trainable:
+            _delete_attached(components)
+            for component, names in zip(adapted, active, strict=True):
+                component.enable_adapters()
+                component.set_adapter(names)  # sets requires_grad for all of these
+            for component in components:
+                component.requires_grad_(False)
+            for parameter in trainable:
                 parameter.requires_grad_(True)
         elif lora is not None and weight:
-            pipe.unload_lora_weights()  # leaves no wrapped layers behind
+            _unwrap(components)
 
 
 @contextmanager
 def adapters_disabled(*networks: nn.Module) -> Iterator[None]:
-    """Within the context `networks` compute what the base's alone would, in the middle of a training step.
+    """Within the context `networks` compute as without adapters, in the middle of a training step.
 
-    peft's and diffusers' own switches also set what asks for gradients: they would freeze what learns, and let learn
-    what PiSSA keeps."""
+    The switches of peft and diffusers also set requires_grad: they would freeze the adapter in training, and train the
+    frozen one of PiSSA."""
     layers = [layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         layer._disable_adapters = True
@@ -108,55 +80,82 @@ def adapters_disabled(*networks: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _load_lora(pipe: StableDiffusionXLPipeline, lora: Path, weight: float) -> None:
+def load_own_keys(base: BaseModel, component: str, file: Path, adapter: str) -> None:
+    """Put a file of this package's keys into a new adapter of one component, whatever kind it is.
+
+    Raises ValueError for a key that the component has no module for."""
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata() or {}
+    state, model, key_of = load_file(str(file)), base.components[component], partial(base.lora_key, component)
+    factor = int(json.loads(metadata.get("ss_network_args", "{}")).get("factor", -1))
+    model.add_adapter(config_from_state(model, state, key_of, factor), adapter)
+    model.requires_grad_(False)
+    set_peft_model_state_dict(model, peft_state(model, state, key_of, adapter), adapter)
+
+
+def attached_components(base: BaseModel) -> list[str]:
+    """The components that the attached file changes."""
+    return [name for name, module in base.components.items() if ATTACHED in getattr(module, "peft_config", ())]
+
+
+def _load_lora(base: BaseModel, lora: Path, weight: float) -> None:
     try:
         with safe_open(str(lora), "pt") as file:
-            kind, notes = adapter_kind(file.keys()), file.metadata() or {}
+            kind = adapter_kind(file.keys())
         if kind == "LoRA":
-            # Without use_safetensors a damaged file would be tried as a pickle.
-            pipe.load_lora_weights(
-                str(lora.parent), weight_name=lora.name, adapter_name="attached", use_safetensors=True
-            )
+            base.load_lora(lora, ATTACHED)
         else:  # diffusers refuses LoHa and LoKr, and reads DoRA without its magnitudes
-            _load_into_unet(pipe, load_file(str(lora)), notes)
-        pipe.set_adapters(["attached"], [weight])
-    except Exception as error:  # a file that does not fit makes diffusers and peft raise nearly anything
+            load_own_keys(base, base.network_name, lora, ATTACHED)
+        names = attached_components(base)
+        if not names:
+            raise ValueError("it has no key of this base")
+        for component in base.components.values():
+            set_weights_and_activate_adapters(component, [ATTACHED], [weight])
+    except Exception as error:  # for a file that does not fit, diffusers and peft raise nearly anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{lora}: does not fit this base as a LoRA ({' '.join(lines[:2])[:200]})") from error
-    for part, adapters in pipe.get_list_adapters().items():
-        if "attached" in adapters:  # a file need not be about all parts
-            getattr(pipe, part).enable_adapters()
+    for name in names:
+        base.components[name].enable_adapters()
 
 
-def _load_into_unet(pipe: StableDiffusionXLPipeline, state: dict[str, Tensor], notes: dict[str, str]) -> None:
-    factor = int(json.loads(notes.get("ss_network_args", "{}")).get("factor", -1))
-    pipe.unet.add_adapter(config_from_state(pipe.unet, state, factor), "attached")
-    pipe.unet.requires_grad_(False)
-    set_peft_model_state_dict(pipe.unet, peft_state(pipe.unet, state, "attached"), "attached")
+def _delete_attached(components: list[nn.Module]) -> None:
+    for component in components:
+        delete_adapter_layers(component, ATTACHED)
+        if hasattr(component, "peft_config"):
+            component.peft_config.pop(ATTACHED, None)
+
+
+def _unwrap(components: list[nn.Module]) -> None:
+    """Replace peft's layers by the layers that they wrap, as diffusers' unload_lora_weights does."""
+    for component in components:
+        recurse_remove_peft_layers(component)
+        if hasattr(component, "peft_config"):
+            del component.peft_config
+        if hasattr(component, "_hf_peft_config_loaded"):
+            component._hf_peft_config_loaded = None
 
 
 @contextmanager
-def _merged(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Within the context layers that wear a file compute W x with W = W0 + what it adds, instead of two more products.
+def _fused_weights(network: nn.Module) -> Iterator[None]:
+    """Within the context layers with an attached LoRA compute W x with W = W0 + change, in place of two more products.
 
-    W is a tensor of its own, rounded to the base's precision; W0 stays where it is, untouched, and comes back. That is
-    the price: these weights twice, for SDXL's attention 1.9 GB in bfloat16. What is no plain layer keeps its products:
-    a quantised one has no weights that could be added to."""
-    before: list[tuple[BaseTunerLayer, list[tuple[nn.Parameter, Tensor]]]] = []
+    W is a separate tensor, rounded to the base's precision; W0 is restored unchanged. The price is these weights twice,
+    1.9 GB in bfloat16 for SDXL's attention. Quantized layers keep their products: nothing can be added to them."""
+    replaced: list[tuple[BaseTunerLayer, list[tuple[nn.Parameter, Tensor]]]] = []
     try:
         with torch.no_grad():
-            for layer in unet.modules():
-                if not isinstance(layer, BaseTunerLayer) or "attached" not in layer.scaling:
+            for layer in network.modules():
+                if not isinstance(layer, BaseTunerLayer) or ATTACHED not in layer.scaling:
                     continue
-                base = layer.get_base_layer()
-                if type(base) in (nn.Linear, nn.Conv2d) and base.weight.dtype in DTYPES.values():
-                    before.append((layer, [(parameter, parameter.data) for parameter in base.parameters()]))
-                    for parameter in base.parameters():
+                wrapped = layer.get_base_layer()
+                if type(wrapped) in (nn.Linear, nn.Conv2d) and wrapped.weight.dtype in DTYPES.values():
+                    replaced.append((layer, [(parameter, parameter.data) for parameter in wrapped.parameters()]))
+                    for parameter in wrapped.parameters():
                         parameter.data = parameter.data.clone()
-                    layer.merge(adapter_names=["attached"])
+                    layer.merge(adapter_names=[ATTACHED])
         yield
     finally:
-        for layer, whole in before:
+        for layer, weights in replaced:
             layer.merged_adapters.clear()  # not unmerged: W - (W - W0) is not W0
-            for parameter, data in whole:
+            for parameter, data in weights:
                 parameter.data = data

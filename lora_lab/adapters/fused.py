@@ -1,8 +1,8 @@
-"""Linear layers with their LoRA in few products; q, k and v of an attention as one layer.
+"""Linear layers and their LoRA in few products; q, k and v of an attention as one layer.
 
-A LoRA's matrices are small, and three quarters of a step's products at batch 1 are theirs. The mathematics is that of
-peft's layers, whose parameters these are: only who multiplies them is changed. Sums are made where they lie, so that
-nothing of a layer's size is copied or read once more."""
+A LoRA's matrices are small, and three quarters of the products of a step at batch size 1 are theirs. The parameters and
+the mathematics are those of peft's layers; only the products are organised otherwise. Sums are computed in place, so
+that no tensor of a layer's size is copied or read once more."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,20 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_lab.base.quantize import FrozenWeight, QuantizedLinear, joined
+from lora_lab.base.quantize import FrozenWeight, QuantizedLinear, concatenate_weights
 
 ADAPTER = "default"  # peft's name of the adapter in training
 
 
 @dataclass(frozen=True)
 class Projections:
-    """K linear layers on one input (B, N, I), each giving (B, N, O), with the LoRAs of J jobs: the first B / J samples
-    meet those of the first, and so on."""
+    """K linear layers of one input (B, N, I), each with an output (B, N, O), and J LoRAs for each of them: the first
+    B / J samples go through the first LoRA, and so on."""
 
     frozen: FrozenWeight  # of the weights (K * O, I)
     bias: Tensor | None  # (K * O,)
@@ -33,9 +32,10 @@ class Projections:
     scale: float | Tensor  # of the LoRAs; (J, 1, 1), float32, where they differ
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (B, N, I) -> K tensors (B, N, O)."""
         rows = x.reshape(-1, x.shape[-1])
-        each = _Projected.apply(rows, self.down, self.up, self.scale, self.frozen, self.bias)
-        return tuple(out.view(*x.shape[:-1], -1) for out in each)
+        outputs = _Projected.apply(rows, self.down, self.up, self.scale, self.frozen, self.bias)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outputs)
 
 
 class _Projected(torch.autograd.Function):
@@ -65,37 +65,37 @@ class _Projected(torch.autograd.Function):
         d_down = _scaled(d_down, ctx.scale) if isinstance(ctx.scale, Tensor) else d_down
         d_rows = None
         if ctx.needs_input_grad[0]:
-            d_rows = ctx.frozen.back(gradient.reshape(-1, count * width))
+            d_rows = ctx.frozen.backward_product(gradient.reshape(-1, count * width))
             _add(d_rows.view(jobs, -1, rows.shape[1]), d_small, down)
-        nothing = small.new_empty(())
+        unused = small.new_empty(())  # beta is 0
         d_up = [
-            torch.baddbmm(nothing, of.mT, by, beta=0, alpha=ctx.alpha)
-            for of, by in zip(_each(layers), _each(small), strict=True)
+            torch.baddbmm(unused, outputs.mT, inputs, beta=0, alpha=ctx.alpha)
+            for outputs, inputs in zip(_batches(layers), _batches(small), strict=True)
         ]
         d_up = d_up[0].unsqueeze(0) if jobs == 1 else torch.stack(d_up, 1)
         return d_rows, d_down, d_up, None, None, None
 
 
 def _scaled(down: Tensor, scale: Tensor) -> Tensor:
-    """The matrices are few numbers beside what they meet."""
+    """down (J, K * R, I) times the scales: it has fewer numbers than its products."""
     return (down * scale).to(down.dtype)
 
 
-def _each(layers: Tensor) -> Sequence[Tensor]:
-    """(J, M, K, X) as a few times many matrices: one job's layers (K, M, X), or each layer's jobs (J, M, X)."""
+def _batches(layers: Tensor) -> Sequence[Tensor]:
+    """(J, M, K, X) as batches of matrices: the layers of one LoRA (K, M, X), or for each layer all LoRAs (J, M, X)."""
     return [layers[0].transpose(0, 1)] if len(layers) == 1 else layers.unbind(2)
 
 
 def _products(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta * total + alpha * a b where `total` lies, for K layers of J jobs: (J, M, K, X), (J, M, K, Y) and
+    """beta * total + alpha * a b, in place of `total` (J, M, K, X), for K layers of J LoRAs: a is (J, M, K, Y), b is
     (J, K, Y, X)."""
     matrices = [b[0]] if len(b) == 1 else b.unbind(1)
-    sums = zip(_each(total), _each(a), matrices, strict=True)
+    sums = zip(_batches(total), _batches(a), matrices, strict=True)
     if not torch.compiler.is_compiling():
-        for its, left, right in sums:
-            its.baddbmm_(left, right, beta=beta, alpha=alpha)
+        for result, left, right in sums:
+            result.baddbmm_(left, right, beta=beta, alpha=alpha)
         return total
-    parts = [torch.baddbmm(*each, beta=beta, alpha=alpha) for each in sums]  # a compiler gives sums places of its own
+    parts = [torch.baddbmm(*terms, beta=beta, alpha=alpha) for terms in sums]  # a compiler allocates sums itself
     return parts[0].transpose(0, 1).unsqueeze(0) if len(total) == 1 else torch.stack(parts, 2)
 
 
@@ -111,21 +111,22 @@ def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class FusedLinear(Linear):
-    """What one of peft's layers becomes. While another adapter is worn, or none, it is what it was.
+    """peft's layer with its LoRA fused. While another adapter is active, or none, it computes as peft's.
 
-    Another class, and not another function on each layer: torch.compile would compile every one of those anew."""
+    A subclass, not a new forward on each layer: torch.compile would compile every one of those anew."""
 
-    alone: Projections
+    projections: Projections
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.alone(x)[0] if _in_training(self) else super().forward(x)
+        """(..., I) -> (..., O)."""
+        return self.projections(x)[0] if _in_training(self) else super().forward(x)
 
 
 class FusedAttention:
-    """A processor for diffusers' Attention. While another adapter is worn, or none, it leaves all to the one before."""
+    """A processor for diffusers' Attention. While another adapter is active, or none, the original processor runs."""
 
-    def __init__(self, groups: tuple[Projections, ...], before: AttnProcessor2_0) -> None:
-        self._groups, self._before = groups, before
+    def __init__(self, groups: tuple[Projections, ...], original: AttnProcessor2_0) -> None:
+        self._groups, self._original = groups, original
 
     def __call__(
         self,
@@ -136,67 +137,65 @@ class FusedAttention:
         temb: Tensor | None = None,
         **rest,
     ) -> Tensor:
+        """hidden_states (B, N, I), encoder_hidden_states (B, M, I') -> (B, N, O)."""
         if not _in_training(attn.to_q) or attention_mask is not None:
-            return self._before(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **rest)
+            return self._original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **rest)
         if len(self._groups) == 1:
             q, k, v = self._groups[0](hidden_states)
         else:
             (q,), (k, v) = self._groups[0](hidden_states), self._groups[1](encoder_hidden_states)
-        q, k, v = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (q, k, v))
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](seen))
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](attended))
 
 
-class Learnt(Protocol):
-    """Where the numbers of a UNet's LoRA lie, of one job or of several."""
+class FlatParameters(Protocol):
+    """The memory of a network's LoRA parameters, of one LoRA or of J."""
 
-    params: Sequence[nn.Parameter]  # of the UNet, in the order in which they lie
+    params: Sequence[nn.Parameter]  # of the network, in the order of their memory
 
     def as_parameter(self, start: int, shape: tuple[int, ...]) -> nn.Parameter:
-        """The numbers of J jobs from `start` on, as one parameter (J, *shape)."""
+        """The numbers of J LoRAs from `start` on, as one parameter (J, *shape)."""
 
 
 def scale_of(layer: Linear) -> tuple[float, ...]:
+    """The scale of a layer's LoRA."""
     return (layer.scaling[ADAPTER],)
 
 
 def fuse(
-    unet: UNet2DConditionModel, learnt: Learnt, scales: Callable[[Linear], tuple[float, ...]] = scale_of
+    network: nn.Module, flat: FlatParameters, scales: Callable[[Linear], tuple[float, ...]] = scale_of
 ) -> list[str]:
-    """Let the linear layers of `unet` that wear a LoRA and nothing more compute it as above; returns the names of the
-    layers with an adapter that are left to peft. `scales` are those of a layer's LoRA in every job.
+    """Let the linear layers of `network` with a plain LoRA compute as above; returns the names of the layers with an
+    adapter that are left to peft. `scales` gives a layer's scales, one per LoRA.
 
-    In `learnt` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
+    In `flat` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
     offsets, start = {}, 0
-    for parameter in learnt.params:
+    for parameter in flat.params:
         offsets[parameter] = start
         start += parameter.numel()
-    in_attention, alone = (
-        [],
-        {layer: None for layer in unet.modules() if isinstance(layer, Linear) and _plain_lora(layer)},
-    )
-    for attn in unet.modules():
-        if not isinstance(attn, Attention) or not _plain(attn):
+    plain = {layer: None for layer in network.modules() if isinstance(layer, Linear) and _plain_lora(layer)}
+    in_attention: set[Linear] = set()
+    for attn in network.modules():
+        if not isinstance(attn, Attention) or not _plain_attention(attn):
             continue
         q, k, v = attn.to_q, attn.to_k, attn.to_v
-        if not all(layer in alone and layer.base_layer.bias is None for layer in (q, k, v)):
+        if not all(layer in plain and layer.base_layer.bias is None for layer in (q, k, v)):
             continue
-        together = ((q, k, v),) if q.in_features == k.in_features and not attn.is_cross_attention else ((q,), (k, v))
-        groups = [_projections(layers, learnt, offsets, scales) for layers in together]
+        inputs = ((q, k, v),) if q.in_features == k.in_features and not attn.is_cross_attention else ((q,), (k, v))
+        groups = [_projections(layers, flat, offsets, scales) for layers in inputs]
         if all(groups):
             attn.set_processor(FusedAttention(tuple(groups), attn.processor))
-            in_attention.append((q, k, v))
-            for layer in (q, k, v):
-                del alone[layer]
-    for layer in alone:
-        layer.alone, layer.__class__ = _projections((layer,), learnt, offsets, scales), FusedLinear
-    adapted = ((name, layer) for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer))
-    fused = {layer for group in in_attention for layer in group} | alone.keys()
-    return [name for name, layer in adapted if layer not in fused]
+            in_attention |= {q, k, v}
+    for layer in plain:
+        if layer not in in_attention:
+            layer.projections, layer.__class__ = _projections((layer,), flat, offsets, scales), FusedLinear
+    adapted = ((name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer))
+    return [name for name, layer in adapted if layer not in plain]
 
 
-def _plain(attn: Attention) -> bool:
-    """Whether it is attention as SDXL has it, without what only other models use."""
+def _plain_attention(attn: Attention) -> bool:
+    """Whether it is attention without what FusedAttention does not compute."""
     unused = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
     return (
         type(attn.processor) is AttnProcessor2_0
@@ -211,7 +210,7 @@ def _in_training(layer: Linear) -> bool:
 
 
 def _plain_lora(layer: Linear) -> bool:
-    """Whether a linear layer wears a LoRA, and nothing more than that."""
+    """Whether a linear layer has a LoRA without dropout, bias or DoRA."""
     return (
         layer.active_adapters == [ADAPTER]
         and type(layer.base_layer) in (nn.Linear, QuantizedLinear)
@@ -223,25 +222,25 @@ def _plain_lora(layer: Linear) -> bool:
 
 def _projections(
     layers: Sequence[Linear],
-    learnt: Learnt,
+    flat: FlatParameters,
     offsets: dict[nn.Parameter, int],
     scales: Callable[[Linear], tuple[float, ...]],
 ) -> Projections | None:
-    """The layers as one: a single one, or several without bias. None where they differ in size or scale, or are no
-    neighbours."""
+    """The layers as one: a single one, or several without bias. None where they differ in size or scale, or their
+    parameters are not neighbours."""
     downs = [layer.lora_A[ADAPTER].weight for layer in layers]
     ups = [layer.lora_B[ADAPTER].weight for layer in layers]
-    alike = {(scales(x), d.shape, u.shape) for x, d, u in zip(layers, downs, ups, strict=True)}
-    if len(alike) > 1 or not (_neighbours(downs, offsets) and _neighbours(ups, offsets)):
+    kinds = {(scales(x), d.shape, u.shape) for x, d, u in zip(layers, downs, ups, strict=True)}
+    if len(kinds) > 1 or not (_neighbours(downs, offsets) and _neighbours(ups, offsets)):
         return None
-    frozen = joined([layer.base_layer for layer in layers])
+    frozen = concatenate_weights([layer.base_layer for layer in layers])
     if frozen is None:
         return None
     count, (width, rank) = len(layers), ups[0].shape
-    down = learnt.as_parameter(offsets[downs[0]], (count * rank, downs[0].shape[1]))
-    up = learnt.as_parameter(offsets[ups[0]], (count, width, rank))
-    its = scales(layers[0])
-    scale = its[0] if len(set(its)) == 1 else torch.tensor(its, device=down.device).view(-1, 1, 1)
+    down = flat.as_parameter(offsets[downs[0]], (count * rank, downs[0].shape[1]))
+    up = flat.as_parameter(offsets[ups[0]], (count, width, rank))
+    values = scales(layers[0])
+    scale = values[0] if len(set(values)) == 1 else torch.tensor(values, device=down.device).view(-1, 1, 1)
     return Projections(frozen, layers[0].base_layer.bias, down, up, scale)
 
 

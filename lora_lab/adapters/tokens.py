@@ -1,4 +1,4 @@
-"""New tokens in the place of the trigger: their embeddings, the file that has them, and texts read with them."""
+"""New tokens in place of the trigger: their embeddings, the file that holds them, and tokenizers that know them."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -7,47 +7,46 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
 
-# As ComfyUI, AUTOMATIC1111 and Forge name the embeddings of SDXL's two text encoders.
-KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
 TRIGGER = "modelspec.trigger_phrase"
 
 
 def token_names(count: int) -> list[str]:
-    """What the new tokens are called: <s0>, <s1> and so on, as in diffusers' pages."""
+    """The names of the new tokens: <s0>, <s1> and so on, as in diffusers' documentation."""
     return [f"<s{i}>" for i in range(count)]
 
 
 def with_new_tokens(tokenizer: PreTrainedTokenizerBase, trigger: str, count: int) -> PreTrainedTokenizerBase:
-    """A copy of `tokenizer` that reads `trigger`, spelt so, as `count` new tokens. Raises InputError if it has them."""
+    """A copy of `tokenizer` that reads `trigger`, in this spelling, as `count` new tokens.
+
+    Raises InputError if the tokenizer has tokens of these names."""
     copied, names = copy.deepcopy(tokenizer), token_names(count)
     if copied.add_tokens(names) < count:
-        raise InputError(f"text.tokens={count}: the base's tokenizer has {names[0]} already, say text.tokens=0")
-    rust = copied.backend_tokenizer
-    rust.normalizer = normalizers.Sequence([normalizers.Replace(trigger, "".join(names)), rust.normalizer])
+        raise InputError(f"text.tokens={count}: the base's tokenizer has {names[0]} already, use text.tokens=0")
+    backend = copied.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(trigger, "".join(names)), backend.normalizer])
     return copied
 
 
-def tokenizers_of(pipe: StableDiffusionXLPipeline, trigger: str, count: int) -> list[PreTrainedTokenizerBase]:
-    """The pipeline's two tokenizers, or where there are new tokens copies that read the trigger as these."""
-    both = [pipe.tokenizer, pipe.tokenizer_2]
-    return [with_new_tokens(tokenizer, trigger, count) for tokenizer in both] if count else both
+def tokenizers_of(base: BaseModel, trigger: str, count: int) -> list[PreTrainedTokenizerBase]:
+    """The base's tokenizers, or for `count` new tokens copies that read the trigger as these. Raises InputError."""
+    return [with_new_tokens(tokenizer, trigger, count) if count else tokenizer for tokenizer in base.tokenizers]
 
 
 class NewTokens(nn.Module):
-    """An encoder's table of token embeddings with new ones behind it, which alone learn.
+    """A text encoder's embedding table, frozen, followed by trainable embeddings of new tokens.
 
-    Beside the table and not in it, as the optimizer would then have to hold all of the table."""
+    They are a parameter beside the table: the optimizer would otherwise need state for the whole table."""
 
     def __init__(self, table: nn.Embedding, first: int, vectors: Tensor) -> None:
         """`first` is the id of the first new token, `vectors` (count, width) their embeddings."""
@@ -63,69 +62,75 @@ class NewTokens(nn.Module):
 
 
 def install_tokens(
-    pipe: StableDiffusionXLPipeline, tokenizers: Sequence[PreTrainedTokenizerBase], vectors: dict[str, Tensor]
+    base: BaseModel, tokenizers: Sequence[PreTrainedTokenizerBase], vectors: dict[str, Tensor]
 ) -> dict[str, NewTokens]:
-    """Let both text encoders know the new tokens of `tokenizers`; returns what they know them by, by the names of KEYS.
+    """Let the text encoders know the new tokens of `tokenizers`; `vectors` (count, width) and the result are by
+    `base.embedding_keys`.
 
-    Raises InputError for vectors that are not of this base's width."""
-    put = {}
-    for (part, key), tokenizer in zip(KEYS.items(), tokenizers, strict=True):
-        encoder = getattr(pipe, part)
+    Raises InputError for vectors that lack a text encoder's, or have another width than the base."""
+    if vectors.keys() != set(base.embedding_keys.values()):
+        keys = ", ".join(base.embedding_keys.values())
+        raise InputError(f"the new tokens' embeddings are {', '.join(vectors)}, but those of this base are {keys}")
+    installed: dict[str, NewTokens] = {}
+    for (name, encoder), tokenizer in zip(base.text_encoders.items(), tokenizers, strict=True):
+        key = base.embedding_keys[name]
         table, first = encoder.get_input_embeddings(), tokenizer.convert_tokens_to_ids(token_names(1)[0])
         if vectors[key].shape[1] != table.embedding_dim:
-            raise InputError(f"the new tokens' {key} is of another base: it has other widths")
-        put[part] = NewTokens(table, first, vectors[key])
-    for part, tokens in put.items():
-        getattr(pipe, part).set_input_embeddings(tokens)
-    # SDXL's configuration names an end of text that makes transformers take the largest id for it, which a new token
-    # would be. Of texts without new tokens both are the same place.
-    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
-    return {KEYS[part]: tokens for part, tokens in put.items()}
+            raise InputError(f"the new tokens' {key} is of another base: it has another width")
+        installed[key] = NewTokens(table, first, vectors[key])
+    for (name, encoder), tokenizer in zip(base.text_encoders.items(), tokenizers, strict=True):
+        encoder.set_input_embeddings(installed[base.embedding_keys[name]])
+        # SDXL's configuration names an end of text for which transformers takes the largest id, which would be that of
+        # a new token. Without new tokens both find the same place.
+        if hasattr(getattr(encoder, "text_model", None), "eos_token_id"):
+            encoder.text_model.eos_token_id = tokenizer.eos_token_id
+    return installed
 
 
-def installed_tokens(pipe: StableDiffusionXLPipeline) -> dict[str, NewTokens]:
-    """What `put_in` put there; {} if it did not."""
-    tables = {key: getattr(pipe, part).get_input_embeddings() for part, key in KEYS.items()}
+def installed_tokens(base: BaseModel) -> dict[str, NewTokens]:
+    """What install_tokens returned, or {} if it was not called."""
+    tables = {base.embedding_keys[name]: e.get_input_embeddings() for name, e in base.text_encoders.items()}
     return {key: table for key, table in tables.items() if isinstance(table, NewTokens)}
 
 
 @contextmanager
-def tokens_disabled(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
-    """Within the context the text encoders have their own tables alone, as the base has."""
-    aside = installed_tokens(pipe)
-    encoders = {key: getattr(pipe, part) for part, key in KEYS.items()}
-    for key, tokens in aside.items():
+def tokens_disabled(base: BaseModel) -> Iterator[None]:
+    """Within the context the text encoders have only the base's embedding tables."""
+    installed = installed_tokens(base)
+    encoders = {base.embedding_keys[name]: encoder for name, encoder in base.text_encoders.items()}
+    for key, tokens in installed.items():
         encoders[key].set_input_embeddings(tokens.table)
     try:
         yield
     finally:
-        for key, tokens in aside.items():
+        for key, tokens in installed.items():
             encoders[key].set_input_embeddings(tokens)
 
 
 @contextmanager
-def tokens_installed(pipe: StableDiffusionXLPipeline, trigger: str, vectors: dict[str, Tensor]) -> Iterator[None]:
-    """Within the context `pipe`, whose encoders have their own tables, draws the trigger by `vectors`."""
-    own = [pipe.tokenizer, pipe.tokenizer_2]
-    pipe.tokenizer, pipe.tokenizer_2 = copies = tokenizers_of(pipe, trigger, len(vectors["clip_l"]))
-    put = {}
+def tokens_installed(base: BaseModel, trigger: str, vectors: dict[str, Tensor]) -> Iterator[None]:
+    """Within the context `base`, whose text encoders have only their own tables, reads the trigger as new tokens with
+    the embeddings `vectors` (count, width), by `base.embedding_keys`. Raises InputError for those of another base."""
+    tokenizers = base.tokenizers
+    base.tokenizers = copies = tokenizers_of(base, trigger, len(next(iter(vectors.values()))))
+    installed = {}
     try:
-        put = install_tokens(pipe, copies, vectors)
-        for tokens in put.values():
+        installed = install_tokens(base, copies, vectors)
+        for tokens in installed.values():
             tokens.requires_grad_(False)
         yield
     finally:
-        pipe.tokenizer, pipe.tokenizer_2 = own
-        for part, key in KEYS.items():
-            if key in put:
-                getattr(pipe, part).set_input_embeddings(put[key].table)
+        base.tokenizers = tokenizers
+        for name, encoder in base.text_encoders.items():
+            if base.embedding_keys[name] in installed:
+                encoder.set_input_embeddings(installed[base.embedding_keys[name]].table)
 
 
 def initial_vectors(
     encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, text: str | None, source: torch.Generator
 ) -> Tensor:
-    """Embeddings (count, width) that new tokens begin with: those of `text`'s tokens in turn, or normal random numbers
-    with the mean and the spread that the table has in each dimension."""
+    """Initial embeddings (count, width) of new tokens, float32: those of `text`'s tokens, repeated as needed, or normal
+    random numbers with the mean and standard deviation that the table has in each dimension."""
     table = encoder.get_input_embeddings().weight.detach().float()
     if text is None:
         noise = torch.randn((count, table.shape[1]), generator=source).to(table.device)
@@ -135,41 +140,41 @@ def initial_vectors(
 
 
 def embeddings_path(lora: Path) -> Path:
-    """Where the embeddings of a LoRA file's trigger lie: NAME_emb.safetensors beside NAME.safetensors."""
+    """The path of the embeddings of a LoRA file's trigger: NAME_emb.safetensors beside NAME.safetensors."""
     return lora.with_name(f"{lora.stem}_emb.safetensors")
 
 
 def is_embeddings_file(file: Path) -> bool:
-    """Whether a file is the embeddings of a LoRA file that is there too, and no LoRA itself."""
+    """Whether a file holds the embeddings of a LoRA file beside it, and is no LoRA itself."""
     return file.stem.endswith("_emb") and file.with_name(f"{file.stem.removesuffix('_emb')}.safetensors").is_file()
 
 
-def save_tokens(file: Path, vectors: dict[str, Tensor], notes: dict[str, str]) -> Path:
-    """Write the embeddings, in float32: they are few."""
+def save_tokens(file: Path, vectors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write the embeddings (count, width) by their keys, in float32: they are few numbers."""
     state = {key: value.detach().float().cpu().contiguous() for key, value in vectors.items()}
-    return write_atomically(file, lambda path: save_file(state, str(path), metadata=notes))
+    return write_atomically(file, lambda path: save_file(state, str(path), metadata=metadata))
 
 
 def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
-    """The trigger of a LoRA file and the embeddings of the tokens that stand for it; None if it is plain words.
+    """The trigger of a LoRA file and the embeddings (count, width) of the tokens that stand for it, by their keys; None
+    if the trigger is plain words.
 
-    Raises InputError where the embeddings should be beside the file, and are not."""
+    Raises InputError where the embeddings that the file needs are missing, or are not as many as it says."""
     try:
         with safe_open(str(lora), "pt") as opened:
-            notes = opened.metadata() or {}
+            metadata = opened.metadata() or {}
     except (OSError, SafetensorError):
-        return None  # whoever loads the LoRA says so
-    if COUNT not in notes or TRIGGER not in notes:
+        return None  # whoever loads the LoRA reports it
+    if COUNT not in metadata or TRIGGER not in metadata:
         return None
-    file = embeddings_path(lora)
+    file, trigger, count = embeddings_path(lora), metadata[TRIGGER], metadata[COUNT]
     try:
         vectors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{lora}: its trigger {notes[TRIGGER]} is {notes[COUNT]} new tokens, whose embeddings should be in {file}: "
+            f"{lora}: its trigger {trigger} is {count} new tokens, whose embeddings should be in {file}: "
             f"put that file there ({str(error).splitlines()[0][:100]})"
         ) from error
-    shapes = {key: vectors[key].ndim == 2 and str(len(vectors[key])) for key in vectors}
-    if shapes != dict.fromkeys(KEYS.values(), notes[COUNT]):
-        raise InputError(f"{file}: does not hold the {notes[COUNT]} embeddings clip_l and clip_g of {lora.name}")
-    return notes[TRIGGER], vectors
+    if not vectors or any(value.ndim != 2 or str(len(value)) != count for value in vectors.values()):
+        raise InputError(f"{file}: does not hold the embeddings of the {count} new tokens of {lora.name}")
+    return trigger, vectors

@@ -1,12 +1,11 @@
-"""A function of tensors as a CUDA graph: one launch instead of the thousands that Python would issue one by one.
+"""A function of tensors as a CUDA graph: one launch in place of thousands of kernels that Python would launch.
 
-Nothing here knows what the function does. It must do all its work on the device, by tensors that stay where they are,
-and wait for none of them."""
+Nothing here knows what the function does. It must do all its work on the device, on tensors that keep their addresses,
+and must not wait for the device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar
+from dataclasses import dataclass, field
+from functools import cached_property
 from weakref import WeakSet
 
 import torch
@@ -14,13 +13,43 @@ from torch import Tensor
 
 from lora_lab.console import say
 
-WARM_UP_CALLS = 3  # of a shape before it is recorded: libraries choose their kernels and workspaces in them
+WARM_UP_CALLS = 3  # eager calls per shape before capture: libraries choose kernels and workspaces in them
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass
-class _Recording:
+class GraphPool:
+    """The memory that the CUDA graphs on `device` share: together they take what the largest takes.
+
+    Whoever runs graphs that take turns (training, and sampling between its steps) gives all of them one pool."""
+
+    device: torch.device
+    graphs: WeakSet = field(default_factory=WeakSet)  # the living CUDA graphs
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream of every capture: memory is reused only on the stream that it was allocated on."""
+        return torch.cuda.Stream(self.device)
+
+    def capture(self, function: Callable[[Tensors], Tensor], inputs: Tensors) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Record `function(inputs)`, which runs nothing; returns the graph and its output, of the function's shape.
+
+        Raises RuntimeError for a function that cannot be captured, and has then changed nothing."""
+        graph, others = torch.cuda.CUDAGraph(), list(self.graphs)
+        # The memory is freed with the last graph that uses it: `others` keeps it until this capture has begun.
+        pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            output = function(inputs)
+        self.graphs.add(graph)
+        return graph, output
+
+
+@dataclass
+class _Capture:
+    """What is known of one combination of input shapes."""
+
     calls: int = 0
     graph: torch.cuda.CUDAGraph | None = None
     inputs: Tensors | None = None
@@ -28,61 +57,46 @@ class _Recording:
 
 
 class GraphedCallable:
-    """`function(inputs) -> tensor`, recorded once for every combination of shapes and replayed from then on.
+    """`function(inputs) -> tensor`, captured once for every combination of shapes and replayed from then on.
 
-    The first calls of a shape run eagerly and count like any other, so recording changes nothing but the speed. What
-    comes back is overwritten by the next call, of this or of another: all graphs that are alive share their memory, so
-    that together they take what the largest takes."""
+    The first calls of a shape run eagerly and count like any other, so capturing changes nothing but the speed. The
+    next call, of this or of another GraphedCallable with the same pool, overwrites the result."""
 
-    _graphs: ClassVar["WeakSet[torch.cuda.CUDAGraph]"] = WeakSet()  # of all
-
-    def __init__(self, function: Callable[[Tensors], Tensor], device: torch.device) -> None:
-        self._function, self._stream = function, _stream_of(device)
-        self._recorded: dict[tuple, _Recording] = {}
-        self._refused = False  # the function does what no graph can hold, so it stays eager
+    def __init__(self, function: Callable[[Tensors], Tensor], pool: GraphPool) -> None:
+        self._function, self._pool = function, pool
+        self._captures: dict[tuple, _Capture] = {}
+        self._failed = False  # the function cannot be captured, so it stays eager
 
     def __call__(self, inputs: Tensors) -> Tensor:
+        """The function's result, which the next call overwrites."""
         shapes = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
-        known = self._recorded.setdefault(shapes, _Recording())
-        known.calls += 1
-        if known.calls <= WARM_UP_CALLS or self._refused:
+        capture = self._captures.setdefault(shapes, _Capture())
+        capture.calls += 1
+        if capture.calls <= WARM_UP_CALLS or self._failed:
             return self._eagerly(inputs)
-        if known.graph is None and not self._record(known, inputs):
+        if capture.graph is None and not self._capture(capture, inputs):
             return self._eagerly(inputs)
         for name, value in inputs.items():
-            known.inputs[name].copy_(value, non_blocking=True)
-        known.graph.replay()
-        return known.output
+            capture.inputs[name].copy_(value, non_blocking=True)
+        capture.graph.replay()
+        return capture.output
 
     def _eagerly(self, inputs: Tensors) -> Tensor:
-        """On the stream that will be recorded: autograd remembers where a parameter was first used."""
-        here = torch.cuda.current_stream()
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
+        """On the stream of the capture: autograd remembers on which stream a parameter was first used."""
+        current, stream = torch.cuda.current_stream(), self._pool.stream
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             output = self._function(inputs)
-        here.wait_stream(self._stream)
+        current.wait_stream(stream)
         return output
 
-    def _record(self, known: _Recording, inputs: Tensors) -> bool:
-        """Recording runs nothing, so a failed one has changed nothing either."""
-        known.inputs = {name: value.clone() for name, value in inputs.items()}
-        graph, others = torch.cuda.CUDAGraph(), list(GraphedCallable._graphs)
-        # Their memory ends with the last of them, which may be an earlier job's: it is held until this one has begun.
-        pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
+    def _capture(self, capture: _Capture, inputs: Tensors) -> bool:
+        """Whether it succeeded."""
+        capture.inputs = {name: value.clone() for name, value in inputs.items()}
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                known.output = self._function(known.inputs)
+            capture.graph, capture.output = self._pool.capture(self._function, capture.inputs)
         except RuntimeError as error:
-            self._refused = True
-            say(f"a step can't be recorded and is launched kernel by kernel: {str(error).splitlines()[0]}")
+            self._failed = True
+            say(f"a step can't be captured and is launched kernel by kernel: {str(error).splitlines()[0]}")
             return False
-        known.graph = graph
-        GraphedCallable._graphs.add(graph)
         return True
-
-
-@cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """Of all graphs there: memory is used again on the stream alone that it was taken on."""
-    return torch.cuda.Stream(device)

@@ -1,8 +1,9 @@
-"""The transformer blocks' gated layers (GEGLU, Shazeer 2020, arXiv 2002.05202) in products of half the width.
+"""GEGLU (Shazeer 2020, arXiv 2002.05202), the gated layers of transformer blocks, as two products of half the width.
 
-What one product makes as two halves of its rows, kernels read number by number; two products make two matrices, which
-are read in whole lines, and their gradients need not be put together again. A seventh of SDXL's step on a GPU is gating
-otherwise. Of the gelu nothing is kept for the way back: it is made again."""
+One product gives values and gates as two halves of each row, which the following kernels read element by element. Two
+products give two matrices, which are read in whole lines, and whose gradients need not be concatenated. Gating takes a
+seventh of SDXL's training step on a GPU otherwise. The GELU's result is not stored but computed again in the backward
+pass."""
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from lora_lab.base.quantize import Dense, Fp8Matmul, FrozenWeight, QuantizedLine
 
 
 class SplitGEGLU(GEGLU):
-    """What diffusers' layer becomes in training. It is what it was where its projection wears a LoRA, in compiled code,
-    and in evaluation mode, so that what is drawn is what diffusers draws."""
+    """diffusers' layer in training. It computes as diffusers' class does where its projection has a LoRA, in compiled
+    code, and in evaluation mode, so that sampled images are bit-identical to diffusers."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -26,37 +27,37 @@ class SplitGEGLU(GEGLU):
 
 
 class _SplitGEGLUFunction(torch.autograd.Function):
-    """(x V.T + b) * gelu(x G.T + c), all but x frozen."""
+    """(x V.T + b) * gelu(x G.T + c), where all but x (..., I) is frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, values: FrozenWeight, gates: FrozenWeight, b: Tensor, c: Tensor) -> Tensor:
-        value, split_geglu_ = values.product(x, b), gates.product(x, c)
-        ctx.save_for_backward(value, split_geglu_)
+        value, gate = values.product(x, b), gates.product(x, c)
+        ctx.save_for_backward(value, gate)
         ctx.values, ctx.gates = values, gates
-        return value * F.gelu(split_geglu_)
+        return value * F.gelu(gate)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        value, split_geglu_ = ctx.saved_tensors
-        back = ctx.values.back(gradient * F.gelu(split_geglu_))
-        back += ctx.gates.back(torch.ops.aten.gelu_backward(gradient * value, split_geglu_))
-        return back, None, None, None, None
+        value, gate = ctx.saved_tensors
+        d_x = ctx.values.backward_product(gradient * F.gelu(gate))
+        d_x += ctx.gates.backward_product(torch.ops.aten.gelu_backward(gradient * value, gate))
+        return d_x, None, None, None, None
 
 
-def split_geglu_(unet: nn.Module) -> None:
-    """Let the gated layers of a `unet` whose base does not learn compute as above."""
-    for module in unet.modules():
+def split_geglu_(network: nn.Module) -> None:
+    """Let the gated layers of a frozen `network` compute as above."""
+    for module in network.modules():
         if type(module) is GEGLU:
             module.__class__ = SplitGEGLU
 
 
 def _halves(proj: nn.Linear) -> list[FrozenWeight]:
-    """Of the values' weight and the gates', in the memory of both."""
+    """The weights of values and gates, in the memory of the whole."""
     if isinstance(proj, QuantizedLinear):
-        return proj.stored.cut(2)
+        return proj.stored.split_rows(2)
     return [Dense(half) for half in proj.weight.detach().chunk(2)]
 
 
 def _in_fp8(proj: nn.Linear) -> bool:
-    """Whether it multiplies in fp8, for which half of a weight would need a copy of its own."""
+    """Whether it multiplies in fp8, for which half of a weight would need a copy."""
     return isinstance(proj, QuantizedLinear) and isinstance(proj.stored, Fp8Matmul)

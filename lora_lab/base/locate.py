@@ -13,9 +13,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate_folder(key: str, value: str | None) -> Path:
-    """A folder (or file) that must exist: `demo:tofu` is the package's own. `key` is named when it does not."""
+    """The existing folder or file that `value` names; `demo:NAME` lies in the package.
+
+    Raises InputError, naming `key`, if there is none."""
     if value is None:
-        raise InputError(f"{key} is missing: say {key}=FOLDER")
+        raise InputError(f"{key} is missing: set {key}=FOLDER")
     path = demo.HERE / value.removeprefix("demo:") if value.startswith("demo:") else Path(value)
     if not path.exists():
         raise InputError(f"{key}={value}: there is no such file or folder{_nearest(path)}")
@@ -23,28 +25,28 @@ def locate_folder(key: str, value: str | None) -> Path:
 
 
 def locate_model(key: str, value: str) -> str:
-    """A folder or file that exists, else a hub id (`owner/name`) for the libraries to fetch."""
+    """A folder or file that exists, else a hub id (`owner/name`) that the libraries download. Raises InputError."""
     if value.startswith("demo:") or Path(value).exists():
         return str(locate_folder(key, value))
-    # Something with a suffix or an absolute path is a file that is not there, never a repository.
+    # A name with a suffix or an absolute path is a missing file, never a repository.
     if HUB_ID.fullmatch(value) and not value.endswith((".safetensors", ".ckpt")) and not value.startswith((".", "/")):
         return value
     raise InputError(f"{key}={value}: no such file or folder, and not a hub id like owner/name{_nearest(Path(value))}")
 
 
 def hash_model(location: str) -> str:
-    """What tells a model of `locate_model` from others: its files, of the hub the id."""
+    """What tells the model at a location of `locate_model` from others: a hash of its files, or its hub id."""
     return hash_files(Path(location)) if Path(location).exists() else f"hub:{location}"
 
 
 def _nearest(path: Path) -> str:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    found = difflib.get_close_matches(path.name, siblings, n=1)
-    return f", did you mean {path.parent / found[0]}?" if found else ""
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f", did you mean {path.parent / close[0]}?" if close else ""
 
 
 def writable_folder(key: str, value: str | None) -> Path:
-    """A folder of the user's that can be written to; the package's own never is."""
+    """A folder of the user's that can be written to. Raises InputError, also for a folder of the package."""
     path = locate_folder(key, value)
     if demo.HERE in (path.resolve(), *path.resolve().parents):
         raise InputError(f"{key}={value}: the bundled files are not written to, copy the folder and name the copy")

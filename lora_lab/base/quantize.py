@@ -1,7 +1,6 @@
-"""Frozen weights kept in fewer bits: layers that hold 8 or 4 bits a number and give whole ones when they multiply.
+"""Frozen weights in 8 or 4 bits per number, dequantized when they are multiplied.
 
-A product keeps nothing of the whole weight for its backward pass, but makes it again: it is the reading of an eighth
-of a number, and what is saved is the memory of a base that does not learn."""
+A product does not store the dequantized weight for its backward pass but dequantizes it again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from torch import Tensor, nn
 
 from lora_lab.errors import InputError
 
-BLOCK = 64  # numbers that share a scale in NF4; SDXL has no layer that is no multiple
-BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # the ends and the time embedding are small, and stay as they are
-LEAST = 1024  # rows and outputs of a product in fp8: with fewer, rounding x takes longer than the product saves (H100)
+BLOCK = 64  # numbers that share a scale in NF4; every linear layer of SDXL has a multiple of it
+FP8_MIN_SIZE = 1024  # rows and outputs of a product in fp8: below, rounding x takes longer than is saved (H100)
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class RowwiseQuantized(nn.Module):
-    """8 bits a number and a scale a row: the largest number of an output becomes the largest that the type has.
+    """8 bits per number and one scale per row (output): a row's largest number becomes the largest of the type.
 
     The relative error of a product is about 2.7 % in fp8 (three bits of fraction), 0.8 % in int8."""
 
@@ -30,69 +28,78 @@ class RowwiseQuantized(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor, dtype: torch.dtype) -> "RowwiseQuantized":
+        """Quantize `weight` (outputs, ...) to `dtype`, int8 or float8_e4m3fn."""
         rows = weight.detach().flatten(1).float()
-        most = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
-        scale = (rows.abs().amax(1).clamp(min=1e-12) / most).to(weight.dtype)  # rounded first, so that codes fit it
+        largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+        scale = (rows.abs().amax(1).clamp(min=1e-12) / largest).to(
+            weight.dtype
+        )  # rounded first, so that the codes fit it
         codes = rows / scale.float()[:, None]
         codes = codes.round() if dtype == torch.int8 else codes
         return cls(codes.to(dtype).view_as(weight), scale)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight (outputs, ...)."""
         return self.codes.to(dtype) * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., I) W.T + bias (O,) -> (..., O)."""
         out = F.linear(x, self.codes.to(x.dtype))
-        # The scale belongs to the outputs, which are fewer than the weights.
+        # The scale is applied to the outputs, which are fewer numbers than the weight.
         return out * self.scale if bias is None else torch.addcmul(bias, out, self.scale)
 
-    def back(self, gradient: Tensor) -> Tensor:
+    def backward_product(self, gradient: Tensor) -> Tensor:
+        """gradient (..., O) W -> (..., I)."""
         return (gradient * self.scale) @ self.codes.to(gradient.dtype)
 
     def convolve(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        """The convolution of `layer` without its bias: x (B, I, H, W) -> (B, O, H', W')."""
         return _Convolution.apply(x, self.codes, layer) * self.scale.view(-1, 1, 1)
 
     @classmethod
-    def joined(cls, parts: Sequence["RowwiseQuantized"]) -> "RowwiseQuantized":
+    def concatenated(cls, parts: Sequence["RowwiseQuantized"]) -> "RowwiseQuantized":
+        """The rows of all `parts`, in new memory."""
         return cls(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]))
 
-    def cut(self, count: int) -> list["RowwiseQuantized"]:
+    def split_rows(self, count: int) -> list["RowwiseQuantized"]:
         """`count` parts of equally many rows, in the same memory."""
         return [type(self)(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
 
 
 class Fp8Matmul(RowwiseQuantized):
-    """fp8 in the products too, forward and backward, where the hardware multiplies fp8 twice as fast as bf16.
+    """Products in fp8 too, forward and backward, on hardware that multiplies fp8 twice as fast as bf16.
 
-    What is multiplied with the weight is rounded to fp8 with a scale of its own for each row. A second copy of the
-    codes lies the other way round, as the backward product needs it: memory is that of bf16. Products that would not
-    gain by it are made of whole numbers."""
+    The other factor is rounded to fp8 with one scale per row. A transposed copy of the codes serves the backward
+    product, so memory is that of bf16. Products that fp8 would not speed up are computed with dequantized weights."""
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__(codes, scale)
-        self.register_buffer("turned", codes.t().contiguous(), persistent=False)
+        self.register_buffer("transposed", codes.t().contiguous(), persistent=False)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., I) W.T + bias (O,) -> (..., O)."""
         if not _fp8_pays(x, self.codes):
             return super().product(x, bias)
         out = _fp8_product(x, self.codes, self.scale)
         return out if bias is None else out + bias
 
-    def back(self, gradient: Tensor) -> Tensor:
-        """The rows' scale belongs to the gradient's columns."""
-        if not _fp8_pays(gradient, self.turned):
-            return super().back(gradient)
-        ones = torch.ones_like(self.scale[:1]).expand(len(self.turned))
-        return _fp8_product(gradient * self.scale, self.turned, ones)
+    def backward_product(self, gradient: Tensor) -> Tensor:
+        """gradient (..., O) W -> (..., I); the weight's scale is applied to the gradient's columns."""
+        if not _fp8_pays(gradient, self.transposed):
+            return super().backward_product(gradient)
+        ones = torch.ones_like(self.scale[:1]).expand(len(self.transposed))
+        return _fp8_product(gradient * self.scale, self.transposed, ones)
 
-    def cut(self, count: int) -> list[RowwiseQuantized]:
+    def split_rows(self, count: int) -> list[RowwiseQuantized]:
+        """`count` parts of equally many rows, in the same memory, without fp8 products."""
         return [RowwiseQuantized(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
 
 
 class Nf4(nn.Module):
-    """4 bits a number and a scale for 64 of them (Dettmers et al. 2023, arXiv 2305.14314); by bitsandbytes.
+    """NF4: 4 bits per number and one scale per 64 numbers (Dettmers et al. 2023, arXiv 2305.14314); by bitsandbytes.
 
-    The relative error of a product is about 9 %. bitsandbytes is shown rows of 64, whatever the weight's shape: on a
-    CPU (0.50.2) it gives wrong numbers for rows that are no whole number of blocks."""
+    The relative error of a product is about 9 %. bitsandbytes gets rows of 64, whatever the weight's shape: on a CPU
+    (0.50.2) its results are wrong for rows that are no whole number of blocks."""
 
     def __init__(self, codes: Tensor, scale: Tensor, levels: Tensor, shape: torch.Size) -> None:
         super().__init__()
@@ -103,13 +110,14 @@ class Nf4(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor) -> "Nf4":
-        """Of a weight whose numbers are a multiple of 64."""
+        """Quantize `weight` (outputs, ...), whose count of numbers is a multiple of 64."""
         from bitsandbytes.functional import quantize_4bit
 
         codes, state = quantize_4bit(weight.detach().reshape(-1, BLOCK), blocksize=BLOCK, quant_type="nf4")
         return cls(codes, state.absmax, state.code, weight.shape)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight (outputs, ...)."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         rows = torch.Size((self.shape.numel() // BLOCK, BLOCK))
@@ -117,18 +125,22 @@ class Nf4(nn.Module):
         return dequantize_4bit(self.codes, state).view(self.shape)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., I) W.T + bias (O,) -> (..., O)."""
         return F.linear(x, self.weight(x.dtype), bias)
 
-    def back(self, gradient: Tensor) -> Tensor:
+    def backward_product(self, gradient: Tensor) -> Tensor:
+        """gradient (..., O) W -> (..., I)."""
         return gradient @ self.weight(gradient.dtype)
 
     @classmethod
-    def joined(cls, parts: Sequence["Nf4"]) -> "Nf4":
+    def concatenated(cls, parts: Sequence["Nf4"]) -> "Nf4":
+        """The rows of all `parts`, in new memory."""
         codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
         shape = torch.Size((sum(p.shape[0] for p in parts), *parts[0].shape[1:]))
         return cls(codes, scale, parts[0].levels, shape)
 
-    def cut(self, count: int) -> list["Nf4"]:
+    def split_rows(self, count: int) -> list["Nf4"]:
+        """`count` parts of equally many rows, in the same memory."""
         shape = torch.Size((self.shape[0] // count, *self.shape[1:]))
         parts = zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)
         return [Nf4(codes, scale, self.levels, shape) for codes, scale in parts]
@@ -136,22 +148,24 @@ class Nf4(nn.Module):
 
 @dataclass(frozen=True)
 class Dense:
-    """A weight as it is, with what the stored ones can do."""
+    """A weight that is not quantized, with the products of those that are."""
 
     matrix: Tensor  # (outputs, inputs)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., I) W.T + bias (O,) -> (..., O)."""
         return F.linear(x, self.matrix, bias)
 
-    def back(self, gradient: Tensor) -> Tensor:
+    def backward_product(self, gradient: Tensor) -> Tensor:
+        """gradient (..., O) W -> (..., I)."""
         return gradient @ self.matrix
 
 
-FrozenWeight = RowwiseQuantized | Nf4 | Dense  # product(x, bias), back(gradient)
+FrozenWeight = RowwiseQuantized | Nf4 | Dense
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose weight is `stored` as one of the above."""
+    """A frozen linear layer whose weight is `stored` in one of the quantized forms."""
 
     def __init__(self, inputs: int, outputs: int, bias: nn.Parameter | None, stored: nn.Module, dtype: torch.dtype):
         nn.Module.__init__(self)
@@ -160,10 +174,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The whole weight, made anew."""
+        """The dequantized weight (O, I), computed anew."""
         return self.stored.weight(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
         return _Product.apply(x, self.stored, self.bias)
 
 
@@ -183,34 +198,37 @@ class QuantizedConv2d(nn.Conv2d):
 
     @property
     def weight(self) -> Tensor:
-        """The whole weight, made anew."""
+        """The dequantized weight (O, I, height, width), computed anew."""
         return self.stored.weight(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, O, H', W')."""
         out = self.stored.convolve(x, self)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
 def validate_quantization(linears: str, convolutions: str, device: torch.device) -> None:
-    """Raise InputError for what `device` cannot keep or multiply."""
+    """Raise InputError for a quantized form that `device` cannot store or multiply."""
     if device.type == "cuda" and linears == "fp8_products" and torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(
-            "memory.linear_weights=fp8_products: this GPU multiplies no fp8 (Ada, Hopper and later do), say base, or "
-            "fp8 to save memory"
+            "memory.linear_weights=fp8_products: this GPU cannot multiply fp8 (Ada, Hopper and later can), use base, "
+            "or fp8 to save memory"
         )
     for key, form in (("linear_weights", linears), ("convolution_weights", convolutions)):
         if device.type == "mps" and form not in ("base", "int8"):
-            raise InputError(f"memory.{key}={form}: there is no {form} on this device, say base or int8")
+            raise InputError(f"memory.{key}={form}: there is no {form} on this device, use base or int8")
 
 
-def quantize_(unet: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
-    """Put the frozen `unet` on `device`, its blocks' weights stored as asked: base, fp8, int8, and of linear layers nf4
-    and fp8_products.
+def quantize_(network: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    """Move the frozen `network` to `device`, with the weights of its blocks quantized: `linears` is base (not at all),
+    fp8, int8, nf4 or fp8_products, `convolutions` is base, fp8 or int8.
 
-    Layer by layer, so that the device never holds all of it in full precision."""
-    for name in BLOCKS:
-        _replace(getattr(unet, name), linears, convolutions, device)
-    unet.to(device)
+    Blocks are the children that diffusers' models name ..._block or ..._blocks; the layers around them are small. Layer
+    by layer, so that the device never holds all of them in full precision."""
+    for name, child in network.named_children():
+        if name.endswith(("_block", "_blocks")):
+            _replace(child, linears, convolutions, device)
+    network.to(device)
 
 
 def _replace(module: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
@@ -235,10 +253,10 @@ def _quantized_linear(layer: nn.Linear, form: str) -> QuantizedLinear:
     return QuantizedLinear(layer.in_features, layer.out_features, layer.bias, stored, weight.dtype)
 
 
-def joined(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
-    """The weights of `layers`, of one input and one output size, one below the other: they make one product.
+def concatenate_weights(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
+    """The weights of `layers`, of one input and one output size, with their rows one below the other: one product.
 
-    The layers share its memory from now on. None where they can't be one."""
+    From now on the layers share its memory. None where they have different forms."""
     if all(type(layer) is nn.Linear for layer in layers):
         whole = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
         for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
@@ -249,14 +267,14 @@ def joined(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
         return None
     if len(layers) == 1:
         return layers[0].stored
-    whole = kinds.pop().joined([layer.stored for layer in layers])
-    for layer, part in zip(layers, whole.cut(len(layers)), strict=True):
+    whole = kinds.pop().concatenated([layer.stored for layer in layers])
+    for layer, part in zip(layers, whole.split_rows(len(layers)), strict=True):
         layer.stored = part
     return whole
 
 
 class _Product(torch.autograd.Function):
-    """x times a stored weight, of which nothing whole is kept for the way back."""
+    """x (..., I) times a stored weight, which is dequantized again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, stored: FrozenWeight, bias: Tensor | None) -> Tensor:
@@ -265,11 +283,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.stored.back(gradient), None, None
+        return ctx.stored.backward_product(gradient), None, None
 
 
 class _Convolution(torch.autograd.Function):
-    """`layer`'s convolution by `codes`, without its bias; likewise."""
+    """`layer`'s convolution with `codes`, without its bias; likewise."""
 
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -283,19 +301,19 @@ class _Convolution(torch.autograd.Function):
 
 
 def _fp8_pays(x: Tensor, codes: Tensor) -> bool:
-    return min(x.shape[:-1].numel(), len(codes)) >= LEAST
+    return min(x.shape[:-1].numel(), len(codes)) >= FP8_MIN_SIZE
 
 
 def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x (..., I) times codes (O, I) with the scales of their rows."""
+    """x (..., I) times codes (O, I) with one scale per row of each -> (..., O)."""
     rows = x.reshape(-1, x.shape[-1])
-    its = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(codes.dtype).max
+    row_scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(codes.dtype).max
     out = torch._scaled_mm(
-        (rows / its).to(codes.dtype),
+        (rows / row_scale).to(codes.dtype),
         codes.t(),
-        scale_a=its,
+        scale_a=row_scale,
         scale_b=scale.float()[None].contiguous(),
-        out_dtype=torch.bfloat16,  # the only one that scales by rows have
+        out_dtype=torch.bfloat16,  # the only output type that row-wise scales support
         use_fast_accum=True,
     )
     return out.to(x.dtype).view(*x.shape[:-1], -1)

@@ -1,1 +1,1 @@
-"""How good a LoRA is, read from the pictures that it draws."""
+"""How good a LoRA is, measured on the images that it renders."""

@@ -1,4 +1,4 @@
-"""The models that look at pictures for a score: CLIP, DINOv2 and the captioner, each loaded for its turn and let go."""
+"""The models that evaluation looks at images with: CLIP, DINOv2 and the captioner, each loaded for one call only."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Model
 
-BATCH = 16  # pictures that a model sees at once
+BATCH = 16  # images per forward pass
 
 
 @dataclass(frozen=True)
 class ImageEmbeddings:
-    """What one judge makes of N pictures: float32, on the CPU."""
+    """One model's embeddings of N images: float32, on the CPU."""
 
     whole: Tensor  # (N, D), unit vectors
-    parts: Tensor  # (N, P, E), a vector for each patch: where the marks are that the whole forgets
+    parts: Tensor  # (N, P, E), one vector per patch: local detail that the whole loses
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What the judges made of some pictures and texts."""
+    """The embeddings of N images and T texts."""
 
     clip: ImageEmbeddings
     dino: ImageEmbeddings | None  # None without model.dino
@@ -37,61 +37,62 @@ class Embeddings:
 
 
 def locate_embedders(model: Model) -> tuple[str, str | None]:
-    """Where CLIP and DINOv2 lie, for `look`. Raises InputError for a folder that is not there."""
+    """The locations of CLIP and DINOv2, for `embed`. Raises InputError for a missing folder."""
     return locate_model("model.judge", model.judge), model.dino and locate_model("model.dino", model.dino)
 
 
 @torch.inference_mode()
-def embed(model: Model, pictures: Sequence[Image.Image], texts: Sequence[str], device: torch.device) -> Embeddings:
-    """Embed RGB pictures of any size, and texts of which CLIP reads the first 77 tokens. Raises InputError for a model
-    that cannot be loaded or is of another kind."""
-    judge, dino = locate_embedders(model)
-    seen, read = _clip(judge, pictures, texts, device)
-    _let_go(device)
-    seen_by_dino = None if dino is None else _dino(dino, pictures, device)
-    _let_go(device)
-    return Embeddings(seen, seen_by_dino, read)
+def embed(model: Model, images: Sequence[Image.Image], texts: Sequence[str], device: torch.device) -> Embeddings:
+    """Embed RGB images of any size, and texts, of which CLIP reads the first 77 tokens.
+
+    Raises InputError for a model that cannot be loaded or is of another kind."""
+    clip_location, dino_location = locate_embedders(model)
+    clip, text_embeddings = _clip(clip_location, images, texts, device)
+    _free_gpu_memory(device)
+    dino = None if dino_location is None else _dino(dino_location, images, device)
+    _free_gpu_memory(device)
+    return Embeddings(clip, dino, text_embeddings)
 
 
 def _clip(
-    location: str, pictures: Sequence[Image.Image], texts: Sequence[str], device: torch.device
+    location: str, images: Sequence[Image.Image], texts: Sequence[str], device: torch.device
 ) -> tuple[ImageEmbeddings, Tensor]:
     clip, processor = _load("model.judge", location, "clip", CLIPModel, CLIPProcessor, device)
 
-    def of_pictures(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    def embed_images(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         pixels = processor(images=list(batch), return_tensors="pt").pixel_values.to(device, clip.dtype)
-        seen = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
-        # Of the last layer but one: in the last the patches only serve the whole (Liu et al. 2023, LLaVA).
-        return clip.visual_projection(seen.pooler_output), seen.hidden_states[-2][:, 1:]
+        output = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
+        # Patches of the last layer but one: in the last layer they only serve the whole (Liu et al. 2023, LLaVA).
+        return clip.visual_projection(output.pooler_output), output.hidden_states[-2][:, 1:]
 
-    def of_texts(batch: Sequence[str]) -> tuple[Tensor]:
+    def embed_texts(batch: Sequence[str]) -> tuple[Tensor]:
         ids = processor(text=list(batch), padding=True, truncation=True, return_tensors="pt").to(device)
         return (clip.get_text_features(ids.input_ids, ids.attention_mask).pooler_output,)
 
-    whole, parts = _batched(of_pictures, pictures)
-    (read,) = _batched(of_texts, texts) if texts else (torch.empty(0),)
-    return ImageEmbeddings(normalize(whole, dim=-1), parts), normalize(read, dim=-1)
+    whole, parts = _batched(embed_images, images)
+    (text_embeddings,) = _batched(embed_texts, texts) if texts else (torch.empty(0),)
+    return ImageEmbeddings(normalize(whole, dim=-1), parts), normalize(text_embeddings, dim=-1)
 
 
-def _dino(location: str, pictures: Sequence[Image.Image], device: torch.device) -> ImageEmbeddings:
+def _dino(location: str, images: Sequence[Image.Image], device: torch.device) -> ImageEmbeddings:
     dino, processor = _load("model.dino", location, "dino", AutoModel, AutoImageProcessor, device)
-    first = 1 + getattr(dino.config, "num_register_tokens", 0)  # the picture's own and, in some, the registers
+    first = 1 + getattr(dino.config, "num_register_tokens", 0)  # the class token and, in some models, registers
 
-    def of_pictures(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    def embed_images(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         pixels = processor(images=list(batch), return_tensors="pt").pixel_values
-        seen = dino(pixel_values=pixels.to(device, dino.dtype)).last_hidden_state
-        return seen[:, 0], seen[:, first:]
+        states = dino(pixel_values=pixels.to(device, dino.dtype)).last_hidden_state
+        return states[:, 0], states[:, first:]
 
-    whole, parts = _batched(of_pictures, pictures)
+    whole, parts = _batched(embed_images, images)
     return ImageEmbeddings(normalize(whole, dim=-1), parts)
 
 
-def caption_images(captioner: Mapping[str, Any], pictures: Sequence[Image.Image], device: torch.device) -> list[str]:
-    """The captions of RGB pictures, by the captioner of these settings, loaded for this call only.
+def caption_images(captioner: Mapping[str, Any], images: Sequence[Image.Image], device: torch.device) -> list[str]:
+    """The captions of RGB images, by the captioner of these settings, loaded for this call only.
 
     Raises InputError if it cannot be loaded."""
-    captions = run_captioner(load_captioner(captioner, device), pictures)
-    _let_go(device)
+    captions = run_captioner(load_captioner(captioner, device), images)
+    _free_gpu_memory(device)
     return captions
 
 
@@ -99,22 +100,24 @@ def _load(key: str, location: str, kind: str, network: type, processor: type, de
     quiet_loading()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
-        found = AutoConfig.from_pretrained(location).model_type
-        if not found.startswith(kind):  # it would load, with random weights
-            raise InputError(f"{key}={location} is a {found} model, not one of {kind}: name another, or say {key}=null")
+        model_type = AutoConfig.from_pretrained(location).model_type
+        if not model_type.startswith(kind):  # it would load, with random weights
+            raise InputError(
+                f"{key}={location} is a {model_type} model, not one of {kind}: name another, or set {key}=null"
+            )
         return network.from_pretrained(location, dtype=dtype).to(device).eval(), processor.from_pretrained(location)
     except (OSError, ValueError) as error:  # not found, offline, damaged
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{key}={location}: cannot be loaded ({reason}); name another or a local folder, or say {key}=null"
+            f"{key}={location}: cannot be loaded ({reason}); name another or a local folder, or set {key}=null"
         ) from error
 
 
-def _batched(embed: Callable[[Sequence], tuple[Tensor, ...]], items: Sequence) -> list[Tensor]:
-    parts = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-    return [torch.cat(each).float().cpu() for each in zip(*parts, strict=True)]
+def _batched(function: Callable[[Sequence], tuple[Tensor, ...]], items: Sequence) -> list[Tensor]:
+    outputs = [function(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+    return [torch.cat(batches).float().cpu() for batches in zip(*outputs, strict=True)]
 
 
-def _let_go(device: torch.device) -> None:
+def _free_gpu_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -104,7 +104,7 @@ def check(overrides: list[str], multirun: bool) -> Command:
         composition = config.with_hydra(overrides)
         if composition.hydra.mode == RunMode.MULTIRUN:  # set by a recipe
             return _check_sweep(overrides, parsed)
-        return Command(composition, [config.resolve(composition, overrides)])
+        return Command(composition, [config.resolve(composition)])
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from error
 
@@ -114,7 +114,7 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
     composition = config.with_hydra([*grid.without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     grid.refuse_none_at_once(composition.hydra)
     points = grid.points(grid.with_params(parsed, composition.hydra))
-    runs = [config.resolve(config.with_hydra(grid.without_mode(point)), point) for point in points]
+    runs = [config.resolve(config.with_hydra(grid.without_mode(point))) for point in points]
     if grid.searches(composition.hydra):
         grid.refuse_unscored(runs)
     return Command(composition, runs)

@@ -12,6 +12,11 @@ OUT_OF_MEMORY = "the way on from out of memory"  # training.memory advises it
 @section
 class Model(Section):
     name: str = setting("name of the option", decides="nothing")
+    _target_: str = setting(
+        "class of the base model, as lora_lab/base/protocol.py describes it",
+        decides=BOTH,
+        default="lora_lab.base.sdxl.SDXL",
+    )
     base: ModelLocation = setting(
         "hub id, diffusers folder, or one .safetensors checkpoint; demo: is the package's folder",
         decides=BOTH,

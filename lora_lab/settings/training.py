@@ -7,12 +7,7 @@ from lora_lab.errors import InputError
 from lora_lab.settings.setting import MaskSource, Section, section, setting
 
 TIMESTEPS = 1000  # of SDXL's noise schedule
-TEXT_ENCODERS = {
-    "none": (),
-    "first": ("text_encoder",),
-    "second": ("text_encoder_2",),
-    "both": ("text_encoder", "text_encoder_2"),
-}
+TEXT_ENCODERS = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}  # positions among the base's
 
 
 @section
@@ -198,8 +193,8 @@ class Text(Section):
             raise InputError("text.tokens_from: name a word such as character, or set text.tokens_from=null")
 
     @property
-    def adapted(self) -> tuple[str, ...]:
-        """The parts of the pipeline that get a LoRA beside the UNet."""
+    def adapted(self) -> tuple[int, ...]:
+        """The positions of the text encoders that get a LoRA beside the network."""
         return TEXT_ENCODERS[self.encoders]
 
     @property

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.given import prediction_from_metadata, resolve_lora
+from lora_lab.adapters.files import resolve_lora
+from lora_lab.adapters.metadata import prediction_from_metadata
 from lora_lab.base import quantize
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import pick_device
+from lora_lab.base.load import pick_device, validate_prediction
 from lora_lab.base.locate import locate_folder
-from lora_lab.base.prediction import validate_prediction
 from lora_lab.captions.captioner import check_captioner, load_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.console import say
@@ -60,8 +60,8 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     paths = find_photos(stage.photo)
     photos = [open_picture(path) for path in paths]
     lora = _lora(config)
-    loss = prediction_from_metadata(config, lora)
-    validate_prediction(config.model.base, loss)
+    loss = prediction_from_metadata(config.loss, config.model.base, lora)
+    validate_prediction(config.model, loss)
     device = pick_device(config.device)
     quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
@@ -69,7 +69,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     photo_requests = _photo_requests(config, photos, device)
     torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
-    encoder = load_base_for_sampling(config, loss, device)
+    encoder = load_base_for_sampling(config.model, config.memory, loss, device)
     images = list(_draw(config, paths, photo_requests, lora, encoder, folder))
     rows = "".join(json.dumps(asdict(image), ensure_ascii=False) + "\n" for image in images)
     write_text(folder / "prompts.jsonl", rows)
@@ -135,8 +135,8 @@ def _draw(
         for path, name, item in zip(paths, distinct_names(paths), photo_requests, strict=True)
         for seed in stage.seeds
     ]
-    with lora_attached(encoder.pipe, lora, stage.lora_weight, config.sampler.fuse):
-        images = generate(encoder.pipe, [request for *_, request in jobs], config.sampler, encoder)
+    with lora_attached(encoder.base, lora, stage.lora_weight, config.sampler.fuse):
+        images = generate(encoder.base, [request for *_, request in jobs], config.sampler, encoder)
         for (path, name, caption, request), image in zip(jobs, images, strict=True):
             file = folder / f"{name}-s{request.seed}.png"
             metadata = {

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lora_lab.adapters.attach import MODELS
-from lora_lab.adapters.files import keep_older, kohya_state, metadata, network_metadata, same_tensors, save_lora
+from lora_lab.adapters.files import MODELS, keep_older, same_tensors, save_lora
+from lora_lab.adapters.keys import kohya_state
+from lora_lab.adapters.metadata import metadata, network_metadata
 from lora_lab.adapters.tokens import TRIGGER, embeddings_path, save_tokens
-from lora_lab.base.load import DTYPES
+from lora_lab.base.load import DTYPES, base_class
 from lora_lab.console import say
 from lora_lab.runs import write_atomically
 from lora_lab.training.checkpoint import save_checkpoint
@@ -51,9 +52,9 @@ class RunArtifacts(Observer):
         file = resolved.folder / "lora" / f"{name}.safetensors"
         with training.swap_in_saved_weights():  # until the file is written: on a CPU the weights are views
             weights = training.weights()
-            state = kohya_state(training.adapted_components, learnt=weights)
+            state = kohya_state(training.adapted_components, base_class(resolved.model).lora_key, values=weights)
             network = network_metadata(resolved.adapter, state, resolved.settings.lora_plus_ratio)
-            network |= text_metadata(resolved.config)
+            network |= text_metadata(resolved.text, resolved.lr)
             tokens = training.text_encoders.tokens if training.text_encoders else {}
             if tokens:
                 by_parameter = dict(zip(training.params.params, weights.values(), strict=True))
@@ -87,6 +88,8 @@ def lora_metadata(
         resolution=resolved.model.resolution,
         captions=[", ".join(variants[0] for variants in captions) for captions in resolved.files.texts],
         loss=training.objective.settings,
+        prediction=training.objective.schedule.prediction,
+        kind_of_base=base_class(resolved.model).lora_metadata,
         dataset_hash=resolved.hashes["dataset"],
         base_hash=resolved.hashes["base"],
     )

@@ -8,10 +8,10 @@ import torch
 from lora_lab.adapters.tokens import tokenizers_of
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import load_base, tile_vae
-from lora_lab.base.prediction import apply_prediction_type
+from lora_lab.base.load import load_base
 from lora_lab.base.quantize import quantize_
-from lora_lab.evaluation.scores import Evaluation, ScoredImages
+from lora_lab.evaluation.prompts import ScorePrompts
+from lora_lab.evaluation.scores import ScoredImages, Scorer
 from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
 from lora_lab.training.engine import StepBatches
 from lora_lab.training.lora_training import LoRATraining
@@ -30,7 +30,7 @@ class BaseContext:
     data: TrainingData
     prior: PriorData | None
     validation_data: TrainingData
-    evaluation: Evaluation | None
+    scorer: Scorer | None
     base_scores: ScoredImages | None  # of the base alone; None without model.judge
 
     def batches(self, training: LoRATraining, step: int) -> StepBatches:
@@ -46,7 +46,7 @@ class BaseContext:
                     part=part,
                     parts=parts,
                     batch_size=training.batch_size,
-                    asked=training.objective,
+                    objective=training.objective,
                     **options,
                 )
                 for part in range(parts)
@@ -70,28 +70,47 @@ def prepare_base(training: ResolvedTraining) -> BaseContext:
     free_gpu_memory(training.device)
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
-    images, files, config = training.images, training.files, training.config
-    evaluation = None
-    if training.model.judge:
-        fitted = [image.picture for image in images.fitted]
-        evaluation = Evaluation(config, training.device, fitted, images.references)
-    # Modules are moved to the GPU one at a time; the UNet stays there.
-    pipe = load_base(training.model, training.device, waiting=True)
+    images, files = training.images, training.files
+    scorer = _load_scorer(training) if training.model.judge else None
+    # Modules are moved to the GPU one at a time; the network stays there.
+    base = load_base(training.model, training.device, waiting=True)
     if training.memory.vae_tiling:
-        tile_vae(pipe.vae, training.model.resolution // 2)
-    apply_prediction_type(pipe, training.loss)
-    tokenizers = tokenizers_of(pipe, training.trigger, training.text.tokens) if training.text.learns else None
-    encoder = Encoder(pipe, training.device, Cache(training.cache), True, tokenizers)
+        base.enable_tiling(training.model.resolution // 2)
+    base.apply_loss(training.loss)
+    tokenizers = tokenizers_of(base, training.trigger, training.text.tokens) if training.text.learns else None
+    encoder = Encoder(base, training.device, Cache(training.cache), True, tokenizers)
     data = encode_dataset(files.samples, images.crops, files.texts, training.dataset.flip, encoder)
     validation_data = _held_out_data(training, encoder) if files.held_out else data
-    quantize_(pipe.unet, training.memory.linear_weights, training.memory.convolution_weights, training.device)
-    prior = prior_data(config, training, data, encoder)
+    quantize_(base.network, training.memory.linear_weights, training.memory.convolution_weights, training.device)
+    prior = prior_data(
+        training.prior,
+        training.trigger,
+        data,
+        files.texts,
+        files.class_samples,
+        images.class_images,
+        training.model,
+        training.render,
+        encoder,
+    )
     if training.text.learns:  # a text's embedding changes with every step from now on
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
-    base_scores = None
-    if evaluation:
-        base_scores = evaluation.begin(encoder, training.hashes["base"], training.dtype, training.folder)
-    return BaseContext(encoder, data, prior, validation_data, evaluation, base_scores)
+    base_scores = scorer and scorer.score_base(training.render, training.folder, encoder)
+    return BaseContext(encoder, data, prior, validation_data, scorer, base_scores)
+
+
+def _load_scorer(training: ResolvedTraining) -> Scorer:
+    """Scores LoRAs by held-out images, or by the training images where none are held out. Raises InputError."""
+    return Scorer.load(
+        ScorePrompts.of(training.score, training.trigger, training.class_noun),
+        training.model,
+        training.captioner,
+        training.refiner,
+        training.trigger,
+        [image.picture for image in training.images.fitted],
+        training.images.references,
+        training.device,
+    )
 
 
 def _held_out_data(training: ResolvedTraining, encoder: Encoder) -> TrainingData:

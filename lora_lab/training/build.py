@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora_lab.adapters.inject import DROPOUTS, inject_adapter, load_adapter_weights
+from lora_lab.base.load import base_class
 from lora_lab.training.base_context import BaseContext
 from lora_lab.training.checkpoint import load_checkpoint
 from lora_lab.training.flat import FlatParams
@@ -31,15 +32,17 @@ class ParameterGroup:
 def start_training(resolved: ResolvedTraining, context: BaseContext, network: nn.Module) -> LoRATraining:
     """Build the training on `network` (the base's, or a clone that shares its weights), and load the checkpoint or the
     LoRA that it starts from. Raises InputError for one that does not fit."""
-    pipe = context.encoder.pipe
+    base = context.encoder.base
     with gc_paused():
-        text_encoders = inject_text_adapters(pipe, resolved.device, resolved.config, resolved.adapter)
-        training = build_training(network, objective(resolved.loss, pipe.scheduler.config), resolved, text_encoders)
+        text_encoders = inject_text_adapters(
+            base, resolved.device, resolved.text, resolved.trigger, resolved.seed, resolved.adapter
+        )
+        training = build_training(network, objective(resolved.loss, base), resolved, text_encoders)
     if resolved.resume_from:
         load_checkpoint(resolved.resume_from, training)
     elif resolved.start_lora:
         with training.params.in_fp32():
-            load_adapter_weights(pipe, resolved.start_lora)
+            load_adapter_weights(base, resolved.start_lora)
         if training.average is not None:
             training.average.copy_(training.params.master.detach())
     return training
@@ -71,6 +74,7 @@ def build_training(
     frozen_from = [group.freeze_after for group in groups]
     return LoRATraining(
         network=network,
+        network_name=base_class(resolved.model).network_name,
         params=params,
         optimizer=optimizer,
         schedule=learning_rate_schedule(optimizer, resolved.schedule, resolved.steps, frozen_from),
@@ -97,10 +101,10 @@ def parameter_groups(
     """All trainable parameters: the network's adapter first, then those of the text encoders, then new tokens."""
     text, ratio = resolved.text, resolved.settings.lora_plus_ratio
     groups = _adapter_groups(network, resolved.lr, ratio, {}, None)
-    for component in text.adapted:
+    for position in text.adapted:
         lr = resolved.lr if text.encoder_lr is None else text.encoder_lr
         last_step = _last_step(text.encoder_stop, resolved.steps)
-        groups += _adapter_groups(text_encoders.encoders[component], lr, ratio, {"lr": lr}, last_step)
+        groups += _adapter_groups(list(text_encoders.encoders.values())[position], lr, ratio, {"lr": lr}, last_step)
     if text.tokens:
         vectors = [tokens.vectors for tokens in text_encoders.tokens.values()]
         options = {

@@ -1,10 +1,8 @@
-"""Pictures of a character's class for prior preservation: the user's, or drawn by the base before it is trained."""
+"""Class images for prior preservation: the user's, or rendered by the base before it is trained."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from lora_lab.base.cache import key_of
 from lora_lab.base.encode import Encoder
@@ -15,52 +13,51 @@ from lora_lab.images.dataset import Sample, read_dataset
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import hash_files, hash_text, save_picture
 from lora_lab.sampling.generate import Request, generate
-from lora_lab.sampling.render import base_image_key, image_side
-from lora_lab.settings.schema import Config
+from lora_lab.sampling.render import RenderSettings
+from lora_lab.settings.schema import Prior
 from lora_lab.training.randomness import seed_of
 
 
 def class_samples(
-    config: Config, folder: Path, base: str, dtype: torch.dtype, character: Sequence[Sample]
+    prior: Prior, trigger: str, character: Sequence[Sample], render: RenderSettings, folder: Path
 ) -> list[Sample]:
-    """The class pictures with their captions, those still to be drawn included; [] where none are asked for.
+    """The class images with their captions, including those not yet rendered; [] for a prior without class images.
 
-    `base` is the hash of the base's files, `character` what the LoRA is to learn. Raises InputError."""
-    prior = config.prior
+    `character` is what the LoRA is trained on, `folder` the run's. Raises InputError."""
     for key in ("prompt", "class_noun"):
         value = getattr(prior, key)
-        if value and config.trigger in value:
+        if value and trigger in value:
             raise InputError(
-                f"prior.{key}={value}: the trigger {config.trigger} is the character's own, say what others of its "
-                "kind are called, such as character"
+                f"prior.{key}={value}: the trigger {trigger} is the character's name, use a word for the class, such "
+                "as character"
             )
     if prior.kind == "pictures":
-        samples = _given(config)
-        _refuse_the_character(samples, config.trigger, character)
+        samples = _user_samples(prior)
+        _refuse_the_character(samples, trigger, character)
         return samples
     if prior.kind == "generated":
-        place = _drawn_folder(config, folder, base, dtype)
+        place = _generated_folder(prior, render, folder)
         return [Sample(f"{i:05d}.png", place / f"{i:05d}.png", (prior.prompt,)) for i in range(prior.number)]
     return []
 
 
-def _given(config: Config) -> list[Sample]:
-    root, prompt = locate_folder("prior.root", config.prior.root), config.prior.prompt
+def _user_samples(prior: Prior) -> list[Sample]:
+    root = locate_folder("prior.root", prior.root)
     pictures = find_pictures(root, "prior.root")
-    if prompt is not None:
-        return [Sample(name, path, (prompt,)) for name, path in pictures.items()]
+    if prior.prompt is not None:
+        return [Sample(name, path, (prior.prompt,)) for name, path in pictures.items()]
     try:
         return read_dataset(root)
     except InputError as error:
-        raise InputError(f"prior.root: {error}, or say one caption for all of them with prior.prompt=") from error
+        raise InputError(f"prior.root: {error}, or set one caption for all of them with prior.prompt=") from error
 
 
 def _refuse_the_character(samples: Sequence[Sample], trigger: str, character: Sequence[Sample]) -> None:
-    """Class pictures show others."""
-    theirs = {sample.path.resolve() for sample in character}
+    """Raise InputError where class images show the character."""
+    paths = {sample.path.resolve() for sample in character}
     for sample in samples:
-        if sample.path.resolve() in theirs:
-            raise InputError(f"prior.root: {sample.path} is in dataset.root too, keep the two in folders of their own")
+        if sample.path.resolve() in paths:
+            raise InputError(f"prior.root: {sample.path} is in dataset.root too, keep the two in different folders")
         if any(trigger in caption for caption in sample.captions):
             raise InputError(
                 f"prior.root: the caption of {sample.path} has the trigger {trigger}, but class pictures show others: "
@@ -68,36 +65,34 @@ def _refuse_the_character(samples: Sequence[Sample], trigger: str, character: Se
             )
 
 
-def _drawn_folder(config: Config, folder: Path, base: str, dtype: torch.dtype) -> Path:
-    """Where the base's class pictures lie: a name of all that decides what they show, so that runs find each other's.
+def _generated_folder(prior: Prior, render: RenderSettings, folder: Path) -> Path:
+    """The folder of the base's class images, named by all that decides what they show, so that runs share them.
 
-    Their number is no part of it: asking for more adds to them. Without a cache they lie in the run `folder`."""
-    prior = config.prior
-    key = key_of("class pictures", base_image_key(config, base, dtype), prior.prompt, prior.seed, image_side(config))
-    return (folder if config.cache is None else Path(config.cache)) / "class" / key
+    Their number is not part of it: a larger one adds to them. Without a cache they lie in the run `folder`."""
+    key = key_of("class pictures", render.base_key, prior.prompt, prior.seed, render.side)
+    return (render.cache or folder) / "class" / key
 
 
-def hash_of(samples: Sequence[Sample], config: Config) -> str:
-    """What runs that train on the same class pictures have in common. Of drawn ones it is known before they are."""
-    if config.prior.kind == "generated":
+def hash_of(samples: Sequence[Sample], prior: Prior) -> str:
+    """What runs on the same class images have in common. For generated ones it is known before they are rendered."""
+    if prior.kind == "generated":
         return samples[0].path.parent.name
     captions = "\n".join("\t".join([s.name, *s.captions]) for s in samples)
     return hash_text(hash_files(*(s.path for s in samples)) + captions)
 
 
-def draw_missing(samples: Sequence[Sample], config: Config, encoder: Encoder) -> None:
-    """Let the base, without an adapter, draw those of `samples` that are not on disk.
+def draw_missing(samples: Sequence[Sample], prior: Prior, render: RenderSettings, encoder: Encoder) -> None:
+    """Let the base, without an adapter, render those of `samples` that are not on disk.
 
-    Each is saved as it is done, so whoever stops it loses the one being drawn; two runs that draw the same write the
-    same."""
-    missing, side = [s for s in samples if not s.path.is_file()], image_side(config)
+    Each is saved when it is finished, so an interrupted run loses one image at most; two runs that render the same
+    image write the same file. Raises RunError for non-finite values."""
+    missing = [sample for sample in samples if not sample.path.is_file()]
     if not missing:
         return
-    requests = [
-        Request(s.captions[0], seed_of("class picture", config.prior.seed, s.name), (side, side)) for s in missing
-    ]
-    say(f"drawing {len(missing)} class pictures into {missing[0].path.parent}, where a run that is stopped leaves them")
-    whole = replace(encoder, tokenizers=None)  # nothing of the text has begun to learn
-    for sample, request in zip(missing, requests, strict=True):  # one at a time, also where parts take turns
-        (picture,) = generate(whole.pipe, [request], config.sampler, whole)
-        save_picture(sample.path, picture, {"prompt": request.prompt, "seed": request.seed, "lora": "none"})
+    size = (render.side, render.side)
+    requests = [Request(s.captions[0], seed_of("class picture", prior.seed, s.name), size) for s in missing]
+    say(f"drawing {len(missing)} class pictures into {missing[0].path.parent}; an interrupted run leaves them there")
+    encoder = replace(encoder, tokenizers=None)  # text encoders are not trained yet
+    for sample, request in zip(missing, requests, strict=True):  # one at a time, also with offloading
+        (image,) = generate(encoder.base, [request], render.sampler, encoder)
+        save_picture(sample.path, image, {"prompt": request.prompt, "seed": request.seed, "lora": "none"})

@@ -1,49 +1,49 @@
-"""The UNet's blocks compiled by torch: fewer and better kernels, for seconds or minutes before the first step.
+"""Compile the network's blocks with torch: fewer and faster kernels, for seconds or minutes before the first step.
 
-A block is compiled by itself, since SDXL repeats few of them many times. What was compiled lies on disk, where the next
-process that computes the same finds it."""
+Each block is compiled by itself, since a network repeats few kinds of them many times. Compiled code is kept on disk,
+where the next process that computes the same finds it."""
 
 import os
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-SHAPES = 128  # graphs that one function may have: one for every width of a block and size of picture
+RECOMPILE_LIMIT = 128  # compiled variants of one function: one for every width of a block and size of image
 
 
 class GroupNorm(nn.Module):
-    """nn.GroupNorm, whose own forward torch.compile passes over."""
+    """nn.GroupNorm, whose own forward torch.compile skips."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.num_groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C, ...)."""
         return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def compile_blocks(unet: UNet2DConditionModel, how: str, cache: Path | None, backend: str = "inductor") -> None:
-    """Let `unet` compile when it first runs: nothing (`off`), its transformer blocks (`blocks`), or ResNet blocks and
-    norms too, with convolutions in the layout that they prefer (`full`).
+def compile_blocks(network: nn.Module, mode: str, cache: Path | None, backend: str = "inductor") -> None:
+    """Let `network` compile when it first runs: nothing (`off`), its transformer blocks (`blocks`), or ResNet blocks
+    and norms too, with convolutions in the memory layout that they prefer (`full`).
 
-    What it makes is kept in `cache`/compiled, or where torch puts it."""
-    if how == "off":
+    Compiled code is kept in `cache`/compiled, or where torch puts it."""
+    if mode == "off":
         return
     if cache is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute() / "compiled"))
-    torch._dynamo.config.automatic_dynamic_shapes = False  # sizes are few, and each is recorded as a graph of its own
-    torch._dynamo.config.recompile_limit = SHAPES
+    torch._dynamo.config.automatic_dynamic_shapes = False  # there are few sizes, and each has its own CUDA graph
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     kinds = (BasicTransformerBlock,)
-    if how == "full":
+    if mode == "full":
         kinds += (ResnetBlock2D, GroupNorm)
-        unet.to(memory_format=torch.channels_last)
-        for module in [m for m in unet.modules() if isinstance(m, Transformer2DModel)]:
+        network.to(memory_format=torch.channels_last)
+        for module in [m for m in network.modules() if isinstance(m, Transformer2DModel)]:
             module.norm = GroupNorm(module.norm)
-    for module in unet.modules():
+    for module in network.modules():
         if isinstance(module, kinds):
             module.compile(backend=backend, dynamic=False)

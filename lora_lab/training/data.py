@@ -1,4 +1,4 @@
-"""Pictures and captions as tensors, encoded once; and the batch of any step."""
+"""Images and captions as tensors, encoded once; and the batch of any step."""
 
 import time
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_lab.base.encode import Encoder, TextEmbedding, TextIds, micro_conditioning
+from lora_lab.base.encode import Encoder
+from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.console import say
 from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
 from lora_lab.images.dataset import Sample, apply_caption_affixes, require_trigger
@@ -23,20 +24,20 @@ from lora_lab.training.randomness import batch_indices, choose, sample_randomnes
 
 @dataclass(frozen=True)
 class View:
-    """A picture as one sample sees it: cut, perhaps mirrored; on the device."""
+    """An image as one sample uses it: cropped, perhaps mirrored; on the device."""
 
-    latents: Tensor
-    mask: Tensor | None  # (1, height / 8, width / 8), 0 to 1, of the latents; None learns all of the picture
-    time_ids: Tensor
+    latents: Tensor  # (C, h, w)
+    mask: Tensor | None  # (1, h, w), 0 to 1, weights of the latents; None trains on the whole image
+    conditioning: Conditioning  # on the image's sizes, without a batch dimension
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture: its crops, each upright and, if flipping, mirrored; its captions, each in all its orders."""
+    """One image: its crops, each upright and, with flipping, mirrored; its captions, each in all tag orders."""
 
     name: str
     crops: list[list[View]]
-    texts: list[list[TextEmbedding]] | list[list[TextIds]]
+    texts: list[list[Conditioning]]  # without a batch dimension
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,23 @@ class TrainingData:
     """All examples, grouped by size; `empty` stands in for a dropped caption."""
 
     examples: list[Example]
-    empty: TextEmbedding | TextIds
+    empty: Conditioning
     buckets: list[list[int]] = field(default_factory=list)
 
     def batch(
-        self, *, seed: int, step: int, part: int, parts: int, batch_size: int, asked: Objective, caption_dropout: float
+        self,
+        *,
+        seed: int,
+        step: int,
+        part: int,
+        parts: int,
+        batch_size: int,
+        objective: Objective,
+        caption_dropout: float,
     ) -> Batch:
         """Batch `part` of the `parts` that step `step` accumulates; a function of its arguments alone."""
-        pictures = batch_indices(seed, step * parts + part, self.buckets, batch_size)
-        examples = [self.examples[i] for i in pictures]
-        shape, loss = tuple(examples[0].crops[0][0].latents.shape), asked.settings
+        examples = [self.examples[i] for i in batch_indices(seed, step * parts + part, self.buckets, batch_size)]
+        shape, loss = tuple(examples[0].crops[0][0].latents.shape), objective.settings
         draws = [
             sample_randomness(seed, step, part * batch_size + i, shape, loss, caption_dropout)
             for i in range(batch_size)
@@ -68,25 +76,29 @@ class TrainingData:
         device = views[0].latents.device
         return Batch(
             latents=torch.stack([view.latents for view in views]),
-            noise=_sent(torch.stack([d.noise for d in draws]), device),
-            timesteps=_sent(timesteps, device),
-            **{name: torch.stack([vars(text)[name] for text in texts]) for name in vars(texts[0])},
-            time_ids=torch.stack([view.time_ids for view in views]),
-            weights=_sent(asked.weights[timesteps], device),
-            huber_delta=_sent(asked.huber_delta[timesteps], device),
+            noise=_to_device(torch.stack([d.noise for d in draws]), device),
+            timesteps=_to_device(timesteps, device),
+            conditioning=_stacked(texts) | _stacked([view.conditioning for view in views]),
+            loss_weights=_to_device(objective.loss_weights[timesteps], device),
+            huber_delta=_to_device(objective.huber_delta[timesteps], device),
             mask=loss.unmasked_weight + (1 - loss.unmasked_weight) * torch.stack(masks) if masks else None,
         )
 
     def names(self, *, seed: int, step: int, parts: int, batch_size: int) -> list[str]:
-        """The pictures of step `step`."""
+        """The names of the images of step `step`."""
         batches = (batch_indices(seed, step * parts + part, self.buckets, batch_size) for part in range(parts))
-        return [self.examples[i].name for pictures in batches for i in pictures]
+        return [self.examples[i].name for indices in batches for i in indices]
+
+
+def _stacked(conditionings: Sequence[Conditioning]) -> Conditioning:
+    return {name: torch.stack([values[name] for values in conditionings]) for name in conditionings[0]}
 
 
 def fit_pictures(samples: list[Sample], resolution: int, step: int, masks: Masks | None) -> list[Fitted]:
-    """Every picture in its bucket, its mask cut as it is.
+    """Every image, resized and cropped at the centre to its bucket, with its mask likewise. `resolution` and `step` are
+    model.resolution and model.bucket_step, in pixels.
 
-    Raises InputError at one that cannot be read; nothing heavy is loaded for that."""
+    Raises InputError for an image that cannot be read; no model is loaded for that."""
     sizes = aspect_buckets(resolution, step)
     fitted = []
     for sample in samples:
@@ -99,24 +111,24 @@ def fit_pictures(samples: list[Sample], resolution: int, step: int, masks: Masks
     return fitted
 
 
-def crop_pictures(samples: list[Sample], pictures: list[Fitted], masks: Masks | None, most: int) -> list[list[Fitted]]:
-    """Of every picture of `fit_pictures` up to `most` crops, its mask cut as each."""
-    if most == 1:
+def crop_pictures(samples: list[Sample], pictures: list[Fitted], masks: Masks | None, count: int) -> list[list[Fitted]]:
+    """Up to `count` crops of every image of `fit_pictures`, with its mask cropped likewise. Raises InputError."""
+    if count == 1:
         return [[fitted] for fitted in pictures]
     crops = []
     for sample, fitted in zip(samples, pictures, strict=True):
         picture, bucket = open_picture(sample.path), fitted.picture.size
-        cuts = fit_crops(picture, bucket, most)
+        cuts = fit_crops(picture, bucket, count)
         if masks:
             mask = masks.open(sample.name, sample.path, picture.size)
-            same = fit_crops(mask, bucket, most, Image.Resampling.BOX)
-            cuts = [replace(cut, mask=other.picture) for cut, other in zip(cuts, same, strict=True)]
+            mask_cuts = fit_crops(mask, bucket, count, Image.Resampling.BOX)
+            cuts = [replace(cut, mask=mask_cut.picture) for cut, mask_cut in zip(cuts, mask_cuts, strict=True)]
         crops.append(cuts)
     return crops
 
 
 def caption_texts(captions: Sequence[str], settings: Dataset, trigger: str) -> list[list[str]]:
-    """Every text that a picture of these captions is trained with: of each caption its orders."""
+    """Every text that an image with these captions is trained with: for each caption its tag orders."""
     return [
         [
             apply_caption_affixes(order, settings.caption_prefix, settings.caption_suffix, trigger)
@@ -131,7 +143,7 @@ def caption_texts(captions: Sequence[str], settings: Dataset, trigger: str) -> l
 
 
 def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
-    """A mask (L) as weights (1, height, width) of the latent pixels: the mean of what each stands for, 0 to 1."""
+    """A mask (mode L) as weights (1, height, width) of the latents: the mean over each latent's pixels, 0 to 1."""
     pixels = torch.from_numpy(np.array(mask)).float() / 255
     return interpolate(pixels[None, None], (height, width), mode="area")[0]
 
@@ -139,51 +151,64 @@ def latent_mask(mask: Image.Image, height: int, width: int) -> Tensor:
 def encode_dataset(
     samples: list[Sample], crops: list[list[Fitted]], texts: list[list[list[str]]], flip: bool, encoder: Encoder
 ) -> TrainingData:
-    """Latents and text embeddings of the whole dataset on the encoder's device (SDXL at 1024 px: 0.6 MB a picture).
+    """Latents and conditioning of the whole dataset on the encoder's device (SDXL at 1024 px: 0.6 MB per image).
 
-    All texts come first, then all pictures, so that no more than one frozen part has to be on the device."""
-    began = time.perf_counter()
-    embedded, new_texts = encoder.captions([*(text for t in texts for orders in t for text in orders), ""])
+    Texts come before images, so that one component at a time has to be on the device. Raises RunError, naming the
+    image or text, for non-finite values."""
+    start = time.perf_counter()
+    encoded, new_texts = encoder.encode_texts([*(text for t in texts for orders in t for text in orders), ""])
     views = [
         (s.name, v) for s, cuts in zip(samples, crops, strict=True) for cut in cuts for v in _views(cut.picture, flip)
     ]
-    latents, new_views = encoder.pictures(views)
+    latents, new_views = encoder.encode_images(views)
     if folder := encoder.cache.folder:
-        made = f"{new_views} of {len(latents)} views of pictures"
+        new = f"{new_views} of {len(latents)} views of pictures"
         if encoder.tokenizers is None:
-            made = f"{new_texts} of {len(embedded)} texts and {made}"
-        say(f"encoded {made} in {time.perf_counter() - began:.1f} s, the rest was in {folder}")
-    device, every = encoder.device, iter(latents)
-    here = {text: embedding.to(device) for text, embedding in embedded.items()}
+            new = f"{new_texts} of {len(encoded)} texts and {new}"
+        say(f"encoded {new} in {time.perf_counter() - start:.1f} s, the rest was in {folder}")
+    device, next_latents = encoder.device, iter(latents)
+    conditioning = to_device(encoded, device)
     examples, buckets = [], {}
-    for i, (sample, cuts, its_texts) in enumerate(zip(samples, crops, texts, strict=True)):
-        seen = [_seen(cut, [next(every).to(device) for _ in _views(cut.picture, flip)]) for cut in cuts]
-        examples.append(Example(sample.name, seen, [[here[text] for text in orders] for orders in its_texts]))
+    for i, (sample, cuts, captions) in enumerate(zip(samples, crops, texts, strict=True)):
+        crop_views = [
+            _crop_views(cut, [next(next_latents).to(device) for _ in _views(cut.picture, flip)], encoder.base)
+            for cut in cuts
+        ]
+        examples.append(
+            Example(sample.name, crop_views, [[conditioning[text] for text in orders] for orders in captions])
+        )
         buckets.setdefault(cuts[0].picture.size, []).extend([i] * sample.repeats)
-    empty = here[""]
-    if encoder.pipe.config.force_zeros_for_empty_prompt:  # what inference takes for no prompt: of SDXL zeros
-        empty = empty.left_out()
+    empty = conditioning[""]
+    if encoder.base.zeros_for_empty_text:  # as sampling has it for an empty prompt
+        empty = encoder.base.drop_text(empty)
     return TrainingData(examples, empty, [buckets[size] for size in sorted(buckets)])
 
 
-def _seen(cut: Fitted, latents: list[Tensor]) -> list[View]:
-    """The views of one crop, whose latents are upright and, if flipping, mirrored."""
+def to_device(encoded: dict[str, Conditioning], device: torch.device) -> dict[str, Conditioning]:
+    """The conditioning of every text, of any shape, on `device`."""
+    return {text: {name: value.to(device) for name, value in values.items()} for text, values in encoded.items()}
+
+
+def _crop_views(cut: Fitted, latents: list[Tensor], base: BaseModel) -> list[View]:
+    """The views of one crop, whose `latents` are upright and, with flipping, mirrored."""
     device, size = latents[0].device, latents[0].shape[1:]
     masks = [latent_mask(view, *size).to(device) for view in _views(cut.mask, True)] or [None, None]
-    places = [cut.crop_top_left, cut.mirrored_top_left]
-    time_ids = [micro_conditioning(cut.original_size, place, cut.target_size).to(device) for place in places]
-    return [View(*view) for view in zip(latents, masks, time_ids, strict=False)]  # no second one without flipping
+    views = []
+    for view, mask, corner in zip(latents, masks, [cut.crop_top_left, cut.mirrored_top_left], strict=False):
+        sizes = base.size_conditioning(cut.original_size, corner, cut.target_size)
+        views.append(View(view, mask, {name: value.to(device) for name, value in sizes.items()}))
+    return views  # without flipping one
 
 
 def _views(picture: Image.Image | None, flip: bool) -> list[Image.Image]:
-    """The picture and, if flipping, its mirror image; [] of none."""
+    """The image and, with `flip`, its mirror image; [] for None."""
     if picture is None:
         return []
     return [picture, ImageOps.mirror(picture)] if flip else [picture]
 
 
 def count_buckets(pictures: list[Fitted]) -> dict[tuple[int, int], int]:
-    """How many pictures have which size (width, height)."""
+    """The number of images of each size (width, height) in pixels."""
     counts: dict[tuple[int, int], int] = {}
     for fitted in pictures:
         counts[fitted.picture.size] = counts.get(fitted.picture.size, 0) + 1
@@ -195,6 +220,6 @@ def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
     require_trigger([[text for orders in image_texts for text in orders] for image_texts in texts], trigger)
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`, without waiting for the steps that it has not done yet: it fetches the numbers itself."""
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, copied without waiting for the steps that the device has not finished."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

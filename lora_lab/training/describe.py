@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_lab.adapters.attach import MODELS
+from lora_lab.adapters.files import MODELS
 from lora_lab.training.data import count_buckets
 from lora_lab.training.memory import describe_memory
 from lora_lab.training.randomness import batches_per_epoch
@@ -69,18 +69,16 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
         "memory": training.device.type == "cuda" and _describe_memory(training),
         "crops": training.dataset.random_crop and f"{sum(map(len, images.crops))} of {len(images.fitted)} images",
         "captions": training.dataset.shuffle_captions and f"{len(orders)} orders",
-        "text": training.text.learns and describe_text(training.config),
+        "text": training.text.learns and describe_text(training.text, training.trigger, training.lr, training.steps),
         "resumes": training.resume_from and f"from {training.resume_from}",
     }
     return {name: line for name, line in lines.items() if line}
 
 
 def _describe_lr(training: ResolvedTraining) -> str | None:
-    config = training.config
-    if training.lr == config.lr:
+    if training.lr == training.unused_lr:
         return None
-    optimizer = config.optimizer["_target_"].rpartition(".")[2]
-    return f"{optimizer} with its own lr, {training.lr:g}; lr={config.lr:g} is not used"
+    return f"{training.optimizer_name} with its own lr, {training.lr:g}; lr={training.unused_lr:g} is not used"
 
 
 def _describe_memory(training: ResolvedTraining) -> str:

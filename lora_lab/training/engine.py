@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_lab.adapters.attach import adapters_disabled
 from lora_lab.adapters.fused import fuse
-from lora_lab.base.cuda_graph import GraphedCallable, Tensors
+from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.settings.schema import Memory
 from lora_lab.training.compile import compile_blocks
 from lora_lab.training.lora_training import LoRATraining
@@ -70,9 +70,15 @@ class SingleStep:
 
 
 def build_single_step(
-    training: LoRATraining, memory: Memory, compile_mode: str, cache: Path | None, base_is_prior: bool
+    training: LoRATraining,
+    memory: Memory,
+    compile_mode: str,
+    cache: Path | None,
+    base_is_prior: bool,
+    graphs: GraphPool | None = None,
 ) -> SingleStep:
-    """The engine for one training: fused LoRA layers, compiled blocks, a captured step, as the settings ask.
+    """The engine for one training: fused LoRA layers, compiled blocks, and a step captured in `graphs`, as the settings
+    ask. Without `graphs` it runs eagerly.
 
     With `base_is_prior` the target of a prior batch is what the base predicts, which costs a forward pass."""
     fuse(training.network, training.params)
@@ -92,23 +98,23 @@ def build_single_step(
         training.params.accumulate_grads()
         return loss.detach()
 
-    device = training.params.master.device
-    return SingleStep(training, captured(backward, device, training.captures, memory.cudnn_benchmark))
+    pool = graphs if training.captures else None
+    return SingleStep(training, captured(backward, pool, memory.cudnn_benchmark))
 
 
 def captured(
-    backward: Callable[[Batch], Tensor], device: torch.device, capture: bool, cudnn_benchmark: bool
+    backward: Callable[[Batch], Tensor], graphs: GraphPool | None, cudnn_benchmark: bool
 ) -> Callable[[Batch], Tensor]:
-    """`backward` run eagerly or, with `capture`, as one CUDA graph for each shape of batch.
+    """`backward` run eagerly or, with `graphs`, as one CUDA graph for each shape of batch.
 
     With `cudnn_benchmark` the first batches of a shape let cuDNN try its convolutions; a graph keeps the fastest."""
 
     def run(tensors: Tensors) -> Tensor:
         before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
         try:
-            return backward(Batch(**tensors))
+            return backward(Batch.from_tensors(tensors))
         finally:
             torch.backends.cudnn.benchmark = before
 
-    run = GraphedCallable(run, device) if capture else run
-    return lambda batch: run({name: value for name, value in vars(batch).items() if value is not None})
+    run = GraphedCallable(run, graphs) if graphs else run
+    return lambda batch: run(batch.tensors())

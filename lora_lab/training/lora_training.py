@@ -31,6 +31,7 @@ class LoRATraining:
     Two runs share one training where one of them is the other's beginning (a sweep over steps)."""
 
     network: nn.Module
+    network_name: str  # of the base's component
     params: FlatParams
     optimizer: torch.optim.Optimizer  # of params.master, as one tensor, by groups or matrix by matrix
     schedule: LRScheduler
@@ -48,8 +49,8 @@ class LoRATraining:
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The modules that run inside a step, by their names in the pipeline."""
-        return {"unet": self.network} | (self.text_encoders.encoders if self.text_encoders else {})
+        """The modules that run inside a step, by their names in the base."""
+        return {self.network_name: self.network} | (self.text_encoders.encoders if self.text_encoders else {})
 
     @property
     def adapted_components(self) -> dict[str, nn.Module]:

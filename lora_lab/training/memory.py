@@ -1,6 +1,7 @@
 """How much GPU memory a training is expected to take, and what to change where that is too much.
 
-The constants are fitted to what `python -m benchmarks` measures at SDXL's size (docs/performance.md)."""
+The base's figures (base.protocol.MemoryProfile) are fitted to what `python -m benchmarks` measures.
+"""
 
 import gc
 from collections.abc import Iterator
@@ -10,24 +11,19 @@ from pathlib import Path
 
 import torch
 
+from lora_lab.base.protocol import MemoryProfile
 from lora_lab.errors import RunError
 from lora_lab.settings.schema import Memory
 
-LINEAR_WEIGHTS, CONVOLUTION_WEIGHTS = 2.233e9, 0.333e9  # numbers of SDXL's UNet; all others are few
-TEXT_ENCODER_WEIGHTS = 0.818e9  # numbers; text encoders stay on the GPU only while a part of them is trained
 BYTES_PER_WEIGHT = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}
 CONTEXT = 750  # MiB of the process beside torch's tensors: CUDA itself and its libraries
-WEIGHTS_PER_RANK = 1.45e6  # numbers of a LoRA on the attention layers
-ACTIVATIONS = {False: (350, 4610), True: (450, 560)}  # MiB (fixed, per image) without and with gradient checkpointing
-UNET_SAMPLING = 1300  # MiB of the UNet's activations while it samples
-TILED_DECODING = 1050  # MiB of the VAE in tiles; where 3,400 are free it decodes whole images
-IMAGE_AREA = 1024 * 1024  # px of the images that these numbers are of
 
 
 @dataclass(frozen=True)
 class TrainingSize:
     """What decides the memory of a training."""
 
+    profile: MemoryProfile  # of the base
     memory: Memory
     rank: int
     batch_size: int
@@ -41,16 +37,18 @@ def expected_mib(size: TrainingSize) -> float:
     """The GPU memory in MiB of a training in half precision, validation images included, as nvidia-smi shows it.
 
     A captured step keeps its activations; without capture the VAE can use that memory between steps."""
-    memory = size.memory
-    base = LINEAR_WEIGHTS * BYTES_PER_WEIGHT[memory.linear_weights]
-    base += CONVOLUTION_WEIGHTS * BYTES_PER_WEIGHT[memory.convolution_weights]
-    base += TEXT_ENCODER_WEIGHTS * BYTES_PER_WEIGHT["base"] * size.trains_text
+    memory, profile = size.memory, size.profile
+    base = profile.linears * BYTES_PER_WEIGHT[memory.linear_weights]
+    base += profile.convolutions * BYTES_PER_WEIGHT[memory.convolution_weights]
+    # Text encoders stay on the GPU only while a part of them is trained.
+    base += profile.text_encoders * BYTES_PER_WEIGHT["base"] * size.trains_text
     copies = 2 + 4 + 2 + 4  # bytes: the model's copy, the master, and a gradient of each
     average = 4 if size.keeps_average else 0
-    trainable = size.rank * WEIGHTS_PER_RANK * (copies + size.optimizer_state_bytes + average)
-    fixed, per_image = ACTIVATIONS[memory.gradient_checkpointing]
-    activations = max(fixed + per_image * size.batch_size * size.resolution**2 / IMAGE_AREA, UNET_SAMPLING)
-    activations = activations + TILED_DECODING if memory.capture else max(activations, TILED_DECODING)
+    trainable = size.rank * profile.adapter * (copies + size.optimizer_state_bytes + average)
+    fixed, per_image = profile.activations[memory.gradient_checkpointing]
+    images = size.batch_size * size.resolution**2 / profile.image_area
+    activations = max(fixed + per_image * images, profile.sampling)
+    activations = activations + profile.decoding if memory.capture else max(activations, profile.decoding)
     return CONTEXT + (base + trainable) / 2**20 + activations
 
 

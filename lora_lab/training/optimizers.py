@@ -1,5 +1,5 @@
-"""bitsandbytes' optimizers in 8 bits without the waiting: theirs stop at every tensor until the GPU is done, and then
-the GPU stands still while Python gets the next step ready."""
+"""bitsandbytes' 8-bit optimizers without synchronization: theirs wait for the GPU at every tensor, and the GPU is then
+idle while Python prepares the next step."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,10 @@ from bitsandbytes import optim
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
 
-class _Unwaiting(Optimizer8bit):
+class _Asynchronous(Optimizer8bit):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> float | None:
+        """One update; bitsandbytes' own, which synchronizes, for a closure and for the first step."""
         if closure is not None or not self.initialized:
             return super().step(closure)
         for i, group in enumerate(self.param_groups):
@@ -23,9 +24,9 @@ class _Unwaiting(Optimizer8bit):
         return None
 
 
-class AdamW8bit(_Unwaiting, optim.AdamW8bit):
+class AdamW8bit(_Asynchronous, optim.AdamW8bit):
     """torch.optim.AdamW with its state in 8 bits; the keys are those of bitsandbytes'."""
 
 
-class Lion8bit(_Unwaiting, optim.Lion8bit):
+class Lion8bit(_Asynchronous, optim.Lion8bit):
     """Lion with its state in 8 bits; the keys are those of bitsandbytes'."""

@@ -14,6 +14,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from lora_lab.adapters.fused import fuse, scale_of
+from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.settings.schema import Memory
 from lora_lab.training.compile import compile_blocks
 from lora_lab.training.engine import Losses, StepBatches, captured
@@ -106,7 +107,11 @@ class PackedStep:
 
 
 def build_packed_step(
-    trainings: Sequence[LoRATraining], memory: Memory, compile_mode: str, cache: Path | None
+    trainings: Sequence[LoRATraining],
+    memory: Memory,
+    compile_mode: str,
+    cache: Path | None,
+    graphs: GraphPool | None = None,
 ) -> PackedStep:
     """The engine for several trainings of plain LoRAs on linear layers. Raises ValueError for another adapter."""
     stack = StackedLoRAs([training.params for training in trainings])
@@ -132,9 +137,8 @@ def build_packed_step(
         stack.accumulate_grads()
         return losses.detach()
 
-    device = largest.params.master.device
-    capture = memory.capture and device.type == "cuda"
-    return PackedStep(trainings, stack, captured(backward, device, capture, memory.cudnn_benchmark))
+    capture = memory.capture and graphs is not None and graphs.device.type == "cuda"
+    return PackedStep(trainings, stack, captured(backward, graphs if capture else None, memory.cudnn_benchmark))
 
 
 def split_evenly(items: list[T], max_size: int) -> list[list[T]]:
@@ -145,5 +149,5 @@ def split_evenly(items: list[T], max_size: int) -> list[list[T]]:
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """J batches of B samples and one shape as one batch of J * B samples."""
-    names = [name for name, value in vars(batches[0]).items() if value is not None]
-    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+    tensors = [batch.tensors() for batch in batches]
+    return Batch.from_tensors({name: torch.cat([values[name] for values in tensors]) for name in tensors[0]})

@@ -81,13 +81,19 @@ def _train_one_pack(
 
     False if memory ran out. Then nothing of the pack is referred to any more: an exception would keep it alive."""
     first = next(iter(resolved.values()))
-    make_engine = partial(build_packed_step, memory=first.memory, compile_mode=first.compile, cache=first.cache)
+    make_engine = partial(
+        build_packed_step,
+        memory=first.memory,
+        compile_mode=first.compile,
+        cache=first.cache,
+        graphs=context.encoder.graphs,
+    )
     free_gpu_memory(context.encoder.device)
     try:
         with ExitStack() as stack:
             runs: dict[int, TrainingRun] = {}
             for indices in loras:
-                network = clone_sharing_weights(context.encoder.pipe.unet)
+                network = clone_sharing_weights(context.encoder.base.network)
                 training = start_training(resolved[indices[0]], context, network)
                 for i in indices:
                     runs[i] = stack.enter_context(open_run(resolved[i], training, context))

@@ -1,66 +1,80 @@
-"""What keeps the base's idea of the class while one of it is learnt: class pictures, or what the base itself predicts.
+"""Prior preservation (Ruiz et al. 2022, arXiv 2208.12242): training on class images, or on the base's own predictions,
+beside the character. Without it every character of the class comes to look like the one that is trained."""
 
-Without it every character comes to look like the one that is trained on."""
-
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_lab.base.encode import Encoder
-from lora_lab.settings.schema import Config
+from lora_lab.images.buckets import Fitted
+from lora_lab.images.dataset import Sample
+from lora_lab.sampling.render import RenderSettings
+from lora_lab.settings.schema import Model, Prior
 from lora_lab.training.class_pictures import draw_missing
-from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures
+from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures, to_device
 from lora_lab.training.loss import Batch
 from lora_lab.training.randomness import seed_of
-from lora_lab.training.resolve import ResolvedTraining
 
 
 @dataclass(frozen=True)
 class PriorData:
-    """What every step trains on beside the character: as many samples again, of its class."""
+    """What every step trains on beside the character: as many samples of its class."""
 
     data: TrainingData
     weight: Tensor  # () of their loss, on the device
 
-    def batch(self, *, seed: int, **which) -> Batch:
-        """TrainingData.batch by draws of its own: those of the character are what they are without a prior.
+    def batch(self, *, seed: int, **arguments) -> Batch:
+        """TrainingData.batch with separate randomness: the character's batches are the same without a prior.
 
-        No caption is dropped: what the base draws without one is the character's to change, if anybody's."""
-        batch = self.data.batch(seed=seed_of(seed, "prior"), caption_dropout=0.0, **which)
+        No caption is dropped: what the base renders without a caption may change with the character."""
+        batch = self.data.batch(seed=seed_of(seed, "prior"), caption_dropout=0.0, **arguments)
         return replace(batch, mask=None, prior_weight=self.weight)
 
-    def names(self, *, seed: int, **which) -> list[str]:
-        return self.data.names(seed=seed_of(seed, "prior"), **which)
+    def names(self, *, seed: int, **arguments) -> list[str]:
+        """The names of the images of a step."""
+        return self.data.names(seed=seed_of(seed, "prior"), **arguments)
 
 
-def prior_data(config: Config, resolved: ResolvedTraining, data: TrainingData, encoder: Encoder) -> PriorData | None:
-    """What `config.prior` asks for, with class pictures drawn where they are missing; nothing wears an adapter yet.
+def prior_data(
+    prior: Prior,
+    trigger: str,
+    data: TrainingData,
+    texts: list[list[list[str]]],
+    samples: Sequence[Sample],
+    pictures: Sequence[Fitted],
+    model: Model,
+    render: RenderSettings,
+    encoder: Encoder,
+) -> PriorData | None:
+    """What `prior` describes, before an adapter is injected; missing class images are rendered. None for prior=none.
 
-    For prior=prediction it is the character's own `data`, with captions that name the class."""
-    if config.prior.kind == "none":
+    For prior=prediction it is the character's own `data`, whose `texts` name the class in place of the trigger; else
+    the class images `samples`, of which `pictures` are on disk. Raises RunError for non-finite values."""
+    if prior.kind == "none":
         return None
-    if config.prior.kind == "prediction":
-        of_class = renamed(data, resolved.files.texts, config.trigger, config.prior.class_noun, encoder)
+    if prior.kind == "prediction":
+        class_data = with_class_noun(data, texts, trigger, prior.class_noun, encoder)
     else:
-        samples, pictures = resolved.files.class_samples, resolved.images.class_images
         if len(pictures) < len(samples):
-            draw_missing(samples, config, encoder)
-            pictures = fit_pictures(samples, config.model.resolution, config.model.bucket_step, None)
-        texts = [[[caption] for caption in sample.captions] for sample in samples]
-        of_class = encode_dataset(samples, [[fitted] for fitted in pictures], texts, False, encoder)
-    return PriorData(of_class, torch.tensor(config.prior.weight, device=resolved.device))
+            draw_missing(samples, prior, render, encoder)
+            pictures = fit_pictures(list(samples), model.resolution, model.bucket_step, None)
+        captions = [[[caption] for caption in sample.captions] for sample in samples]
+        class_data = encode_dataset(list(samples), [[fitted] for fitted in pictures], captions, False, encoder)
+    return PriorData(class_data, torch.tensor(prior.weight, device=encoder.device))
 
 
-def renamed(
+def with_class_noun(
     data: TrainingData, texts: list[list[list[str]]], trigger: str, noun: str, encoder: Encoder
 ) -> TrainingData:
-    """`data` of `texts` with `noun` in the place of the trigger in every one of them."""
-    named = [[[text.replace(trigger, noun) for text in orders] for orders in its] for its in texts]
-    embedded, _ = encoder.captions([text for its in named for orders in its for text in orders])
-    here = {text: embedding.to(encoder.device) for text, embedding in embedded.items()}
+    """`data`, whose captions are `texts`, with `noun` in place of the trigger in every one of them. Raises RunError for
+    non-finite values."""
+    renamed = [[[text.replace(trigger, noun) for text in orders] for orders in captions] for captions in texts]
+    encoded, _ = encoder.encode_texts([text for captions in renamed for orders in captions for text in orders])
+    conditioning = to_device(encoded, encoder.device)
     examples = [
-        replace(example, texts=[[here[text] for text in orders] for orders in its])
-        for example, its in zip(data.examples, named, strict=True)
+        replace(example, texts=[[conditioning[text] for text in orders] for orders in captions])
+        for example, captions in zip(data.examples, renamed, strict=True)
     ]
     return replace(data, examples=examples)

@@ -1,6 +1,6 @@
-"""Randomness that is counted, not consumed: every draw is a function of (seed, step, sample).
+"""Counted randomness: every random number is a function of (seed, step, sample), not of what was drawn before.
 
-Nothing has to be saved to go on with a run, and neither batch companions nor the number of processes change a draw."""
+A checkpoint needs no generator state, and neither the rest of a batch nor the number of processes changes a number."""
 
 import hashlib
 import math
@@ -17,46 +17,44 @@ from lora_lab.settings.schema import Loss
 
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit seed that depends on the whole key: near keys give unrelated seeds."""
+    """A 63-bit seed that depends on the whole key: similar keys give unrelated seeds."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator, so that a draw is the same on every device."""
+    """A CPU generator, so that its numbers are the same on every device."""
     return torch.Generator("cpu").manual_seed(seed_of(*key))
 
 
 @dataclass(frozen=True)
 class SampleRandomness:
-    """What one sample of one step needs: `timestep`, `noise` of the latents' shape, two coins, three choices.
-
-    A choice is a share, 0 to 1 without 1: of the picture's crops, its captions, and that caption's orders."""
+    """The random numbers of one sample of one step. The last three are fractions in [0, 1), for `choose`."""
 
     timestep: int
-    noise: Tensor
+    noise: Tensor  # (C, h, w)
     flip: bool
     drop_caption: bool
-    crop: float
-    caption: float
-    order: float
+    crop: float  # which of the image's crops
+    caption: float  # which of its captions
+    order: float  # which of that caption's tag orders
 
 
 def sample_randomness(
     seed: int, step: int, index: int, shape: tuple[int, int, int], loss: Loss, caption_dropout: float
 ) -> SampleRandomness:
-    """The draws of sample `index` (counted over the whole step, accumulated batches included) of step `step`.
+    """The random numbers of sample `index` of a step, counted over all batches that the step accumulates.
 
-    `shape` is that of the latents: channels, height, width. Options of the noise and the timestep draw from generators
-    of their own, so that switching one on changes no other draw."""
+    `shape` is that of the latents (C, h, w). Options of noise and timestep use separate generators, so that turning one
+    on changes no other number."""
     source = generator(seed, "sample", step, index)
     timestep = int(torch.randint(loss.min_timestep, loss.max_timestep, (1,), generator=source))
     flip, drop = torch.rand(2, generator=source).tolist()
     noise = torch.randn(shape, generator=source)
     if loss.timestep_sampling == "logit_normal":
         normal = torch.randn((), generator=generator(seed, "timestep", step, index))
-        share = torch.sigmoid(loss.logit_mean + loss.logit_std * normal)
-        timestep = timestep_at(share.item(), loss.min_timestep, loss.max_timestep)
+        fraction = torch.sigmoid(loss.logit_mean + loss.logit_std * normal)
+        timestep = timestep_at(fraction.item(), loss.min_timestep, loss.max_timestep)
     if loss.noise_offset:
         noise = offset_noise(noise, loss.noise_offset, generator(seed, "offset noise", step, index))
     if loss.pyramid_iterations:
@@ -69,48 +67,50 @@ def sample_randomness(
 T = TypeVar("T")
 
 
-def choose(share: float, among: Sequence[T]) -> T:
-    """What lies at `share`, 0 to 1 without 1; every one of a kind is as likely."""
-    return among[int(share * len(among))]
+def choose(fraction: float, items: Sequence[T]) -> T:
+    """The item at `fraction` in [0, 1) of the list: for a uniform fraction all are equally likely."""
+    return items[int(fraction * len(items))]
 
 
-def shuffle_caption_tags(caption: str, kept: int, most: int) -> list[str]:
-    """`most` different orders of the phrases that commas part, or all if there are no more; the first `kept` stay.
+def shuffle_caption_tags(caption: str, kept: int, count: int) -> list[str]:
+    """`count` different orders of the caption's comma-separated tags, or all if there are fewer; the first `kept` tags
+    stay in place.
 
-    They depend on the caption alone: runs of any seed share what is encoded, and differ in which they draw when."""
+    They depend on the caption alone: runs with any seed share the encoded texts."""
     phrases = [phrase.strip() for phrase in caption.split(",") if phrase.strip()]
     front, rest = phrases[:kept], phrases[kept:]
-    if math.factorial(len(rest)) <= most:
+    if math.factorial(len(rest)) <= count:
         orders = list(permutations(range(len(rest))))
     else:
-        source, seen = generator("shuffled caption", caption), {}
-        while len(seen) < most:
-            seen[tuple(torch.randperm(len(rest), generator=source).tolist())] = None
-        orders = list(seen)
+        source, distinct = generator("shuffled caption", caption), {}
+        while len(distinct) < count:
+            distinct[tuple(torch.randperm(len(rest), generator=source).tolist())] = None
+        orders = list(distinct)
     return [", ".join([*front, *(rest[i] for i in order)]) for order in orders]
 
 
-def timestep_at(share: float, first: int, end: int) -> int:
-    """The timestep of [first, end) that lies at `share` (0 to 1) of the way from picture to noise.
+def timestep_at(fraction: float, first: int, end: int) -> int:
+    """The timestep of [first, end) at `fraction` (0 to 1) of the way from image to noise.
 
-    A share that is the sigmoid of a normal draw is logit-normal: Esser et al. 2024, arXiv 2403.03206, section 3.1."""
-    return min(first + int(share * (end - first)), end - 1)  # a sigmoid of much is 1
+    The sigmoid of a normal number is logit-normal: Esser et al. 2024, arXiv 2403.03206, section 3.1."""
+    return min(first + int(fraction * (end - first)), end - 1)  # a sigmoid can round to 1
 
 
 def offset_noise(noise: Tensor, offset: float, source: torch.Generator) -> Tensor:
-    """`noise` (channels, height, width) plus `offset` times one normal number a channel.
+    """`noise` (C, h, w) plus `offset` times one normal number per channel.
 
-    The mean of a picture outlasts white noise nearly to the last timestep; so that it is learnt, the noise shifts it.
-    Source: Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise; sd-scripts' --noise_offset."""
+    White noise hardly changes an image's mean until the last timesteps; the offset makes the network learn to predict
+    it. Source: Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise; as in sd-scripts'
+    --noise_offset."""
     return noise + offset * torch.randn((len(noise), 1, 1), generator=source)
 
 
 def pyramid_noise(noise: Tensor, iterations: int, discount: float, source: torch.Generator) -> Tensor:
-    """`noise` (channels, height, width) plus, for i = 0, 1, ..., discount ** i times noise of 1 / r ** i of its size,
-    enlarged, r being drawn from [2, 4) each time and 1 pixel the end; divided by the standard deviation of the whole.
+    """`noise` (C, h, w) plus, for i = 0, 1, ..., discount ** i times noise of 1 / r ** i of its size, enlarged, until
+    that is 1 pixel; r is uniform in [2, 4). The sum is divided by its standard deviation.
 
-    Source: Whitaker 2023, multi-resolution noise, as sd-scripts' --multires_noise_iterations and _discount have it, but
-    that those divide by the deviation of the whole batch: here no sample may depend on its company."""
+    Source: Whitaker 2023, multi-resolution noise, as in sd-scripts' --multires_noise_iterations and _discount; those
+    divide by the standard deviation of the whole batch, while here no sample may depend on the rest of its batch."""
     height, width = noise.shape[1:]
     for i in range(iterations):
         scale = (2 + 2 * torch.rand((), generator=source).item()) ** i
@@ -123,18 +123,19 @@ def pyramid_noise(noise: Tensor, iterations: int, discount: float, source: torch
 
 
 def batches_per_epoch(buckets: list[list[int]], batch_size: int) -> int:
+    """The number of batches that show every image once; `buckets` lists the images of each size."""
     return sum(math.ceil(len(bucket) / batch_size) for bucket in buckets)
 
 
 def batch_indices(seed: int, batch: int, buckets: list[list[int]], batch_size: int) -> list[int]:
-    """The pictures of batch number `batch`: each epoch shows every picture, in a new order, one bucket a batch.
+    """The images of batch number `batch`: each epoch shows every image, in a new order; a batch has one bucket.
 
-    `buckets` lists the pictures of each size. A bucket that batches do not fill is filled from its own beginning."""
+    `buckets` lists the images of each size. A bucket's last batch is filled up from the bucket's beginning."""
     epoch, position = divmod(batch, batches_per_epoch(buckets, batch_size))
     source = generator(seed, "order", epoch)
-    plan = []
+    batches = []
     for bucket in buckets:
         order = [bucket[i] for i in torch.randperm(len(bucket), generator=source)]
         for start in range(0, len(order), batch_size):
-            plan.append([order[(start + i) % len(order)] for i in range(batch_size)])
-    return plan[torch.randperm(len(plan), generator=source)[position]]
+            batches.append([order[(start + i) % len(order)] for i in range(batch_size)])
+    return batches[torch.randperm(len(batches), generator=source)[position]]

@@ -14,18 +14,18 @@ from PIL import Image
 
 from lora_lab import track
 from lora_lab.adapters import inject
-from lora_lab.adapters.attach import find_lora
+from lora_lab.adapters.files import find_lora
 from lora_lab.adapters.tokens import embeddings_path, read_tokens
 from lora_lab.base import quantize
-from lora_lab.base.load import pick_device, pick_dtype
+from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.base.prediction import validate_prediction
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.buckets import Fitted
 from lora_lab.images.dataset import Sample, read_dataset, read_folders
 from lora_lab.images.masks import find_masks
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used, write_manifest
+from lora_lab.sampling.render import RenderSettings, render_settings
 from lora_lab.settings.decides import training_fingerprint
 from lora_lab.settings.schema import (
     Config,
@@ -35,8 +35,8 @@ from lora_lab.settings.schema import (
     Model,
     OptimizerTraits,
     Prior,
-    Sampler,
     Schedule,
+    Score,
     Text,
     Tracker,
     Train,
@@ -77,11 +77,12 @@ class TrainingImages:
 class ResolvedTraining:
     """One training, all of whose inputs exist and fit together."""
 
-    config: Config
     folder: Path
     trigger: str
+    class_noun: str
     name: str  # of the LoRA file
     lr: float  # the optimizer's own where its option sets one
+    unused_lr: float  # the key lr, which is another number there
     rank: int
     steps: int
     batch_size: int
@@ -96,13 +97,17 @@ class ResolvedTraining:
     loss: Loss
     prior: Prior
     schedule: Schedule
-    sampler: Sampler
+    render: RenderSettings
+    score: Score
+    captioner: dict[str, Any]  # settings
+    refiner: dict[str, Any]  # settings
     memory: Memory
     tracker: Tracker
     files: TrainingFiles
     images: TrainingImages
     adapter: PeftConfig
     make_optimizer: MakeOptimizer
+    optimizer_name: str
     elementwise: bool  # whether the optimizer may get all trainable parameters as one tensor
     start_lora: Path | None  # whose weights the adapter starts from
     device: torch.device
@@ -127,7 +132,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     `reuse_from` is a training of the same base and the same images, which are not read again then."""
     start_time = time.perf_counter()
     base = locate_model("model.base", config.model.base)
-    validate_prediction(config.model.base, config.loss)
+    validate_prediction(config.model, config.loss)
     device = pick_device(config.device)
     # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
     adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
@@ -135,8 +140,9 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     start_lora = find_lora(settings.start_from, "stage.start_from") if settings.start_from else None
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
     make_optimizer = resolve_optimizer(config.optimizer, device)
-    text_encoders.validate_text(config, adapter, make_optimizer([_probe()]), start_lora)
     traits, _ = OptimizerTraits.split(config.optimizer)
+    optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
+    text_encoders.validate_text(config.text, adapter, optimizer_name, traits, start_lora)
     if settings.ema_decay and traits.averages_weights:
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, use stage.ema_decay=0")
     quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
@@ -152,11 +158,12 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     if resume_from:
         validate_fingerprint(resume_from, fingerprint)
     return ResolvedTraining(
-        config=config,
         folder=folder,
         trigger=config.trigger,
+        class_noun=config.class_noun,
         name=config.name,
         lr=config.rate,
+        unused_lr=config.lr,
         rank=config.rank,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -171,13 +178,17 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         loss=config.loss,
         prior=config.prior,
         schedule=config.schedule,
-        sampler=config.sampler,
+        render=_render(config, hashes["base"], dtype),
+        score=config.score,
+        captioner=config.captioner,
+        refiner=config.refiner,
         memory=config.memory,
         tracker=config.tracker,
         files=files,
         images=reuse_from.images if reuse_from else _open_images(config, files),
         adapter=adapter,
         make_optimizer=make_optimizer,
+        optimizer_name=optimizer_name,
         elementwise=traits.elementwise,
         start_lora=start_lora,
         device=device,
@@ -215,6 +226,7 @@ def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOpt
 def training_size(config: Config) -> TrainingSize:
     """What decides the memory of the training that `config` describes."""
     return TrainingSize(
+        profile=base_class(config.model).memory,
         memory=config.memory,
         rank=config.rank,
         batch_size=config.batch_size,
@@ -248,6 +260,11 @@ def _probe() -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(1))
 
 
+def _render(config: Config, base: str, dtype: torch.dtype) -> RenderSettings:
+    """How the run renders; `base` is the hash of the base's files."""
+    return render_settings(config.model, config.loss, config.memory, config.sampler, config.cache, base, dtype)
+
+
 def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:
     dataset, masks = config.dataset, find_masks(config.loss.mask)
     samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
@@ -260,14 +277,15 @@ def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> 
     }
     if config.loss.masks == "folder":
         hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
-    class_samples = class_pictures.class_samples(config, folder, hashes["base"], dtype, samples)
+    render = _render(config, hashes["base"], dtype)
+    class_samples = class_pictures.class_samples(config.prior, config.trigger, samples, render, folder)
     if class_samples:
-        hashes["prior"] = class_pictures.hash_of(class_samples, config)
+        hashes["prior"] = class_pictures.hash_of(class_samples, config.prior)
     held_out = []
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
         hashes["validation"] = hash_files(*(s.path for s in held_out))
-    validate_embedders(config)
+    validate_embedders(config.model, config.score, config.captioner)
     track.refuse_missing(config.tracker.kind)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or use cache=null")
@@ -284,7 +302,7 @@ def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
         fitted=fitted,
         crops=crop_pictures(files.samples, fitted, masks, dataset.crops if dataset.random_crop else 1),
         held_out=held_out,
-        references=held_out_pictures(config) or [image.picture for image in held_out],
+        references=held_out_pictures(config.model, config.score) or [image.picture for image in held_out],
         class_images=fit_pictures(on_disk, resolution, bucket_step, None),
     )
 

@@ -27,7 +27,7 @@ class FinalScores(Observer):
         if context.base_scores is None:
             return
         folder = resolved.folder / "samples" / "score"
-        self.scored = context.evaluation.score(self.artifacts.lora, folder, context.encoder)
+        self.scored = context.scorer.score(self.artifacts.lora, resolved.render, folder, context.encoder)
         write_lines(resolved.folder, [context.base_scores, self.scored])
         say(table([context.base_scores, self.scored]))
         self.tracker.numbers(step, numbers(self.scored.scores))

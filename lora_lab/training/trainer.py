@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch.stopping import stop_on_signal
@@ -30,9 +31,9 @@ def train(resolved: ResolvedTraining) -> TrainResult:
     say(describe(resolved))
     try:
         context = prepare_base(resolved)
-        training = start_training(resolved, context, context.encoder.pipe.unet)
+        training = start_training(resolved, context, context.encoder.base.network)
         with open_run(resolved, training, context) as run:
-            train_runs([run], context, partial(_single_step, resolved))
+            train_runs([run], context, partial(_single_step, resolved, context.encoder.graphs))
             if run.unfinished:
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step}; resume with: python -m lora_lab resume={resolved.folder}"
@@ -186,7 +187,7 @@ class RunGroup:
             raise
 
 
-def _single_step(resolved: ResolvedTraining, trainings: Sequence[LoRATraining]) -> StepEngine:
+def _single_step(resolved: ResolvedTraining, graphs: GraphPool, trainings: Sequence[LoRATraining]) -> StepEngine:
     (training,) = trainings
     base_is_prior = resolved.prior.kind == "prediction"
-    return build_single_step(training, resolved.memory, resolved.compile, resolved.cache, base_is_prior)
+    return build_single_step(training, resolved.memory, resolved.compile, resolved.cache, base_is_prior, graphs)

@@ -34,9 +34,8 @@ class ValidationImages(Observer):
 
     def on_start(self, step: int) -> None:
         """Render what the base makes of the prompts, and what was due at `step` when the run stopped."""
-        resolved, specs = self.resolved, self.specs
-        base, dtype = resolved.hashes["base"], resolved.dtype
-        images, _ = render_base(specs, resolved.config, base, dtype, resolved.folder, self.encoder)
+        specs = self.specs
+        images, _ = render_base(specs, self.resolved.render, self.resolved.folder, self.encoder)
         for spec, image in zip(specs, images, strict=True):
             save_image(self.folder / "base" / f"{spec.name}.png", image, spec, "none")
         if step and not self._folder_of(step).is_dir():
@@ -61,7 +60,7 @@ class ValidationImages(Observer):
 
     def _render(self, lora: Path, step: int) -> None:
         specs = self.specs
-        images = render_with_lora(lora, specs, self._folder_of(step), self.resolved.config, self.encoder)
+        images = render_with_lora(lora, specs, self._folder_of(step), self.resolved.render, self.encoder)
         run = f"rank {self.resolved.rank}, lr {self.resolved.lr:g}, step {step}"
         captioned: dict[str, tuple[Image.Image, str]] = {
             f"validation/{spec.name}": (image, f"{spec.prompt} | {run}, seed {spec.seed}")

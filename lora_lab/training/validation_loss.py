@@ -75,8 +75,7 @@ def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
         latents=latents.expand(count, *latents.shape),
         noise=torch.stack(noise).to(latents.device),
         timesteps=torch.tensor(timesteps, device=latents.device),
-        **{name: value.expand(count, *value.shape) for name, value in vars(text).items()},
-        time_ids=view.time_ids.expand(count, *view.time_ids.shape),
-        weights=ones,
+        conditioning={name: v.expand(count, *v.shape) for name, v in (text | view.conditioning).items()},
+        loss_weights=ones,
         huber_delta=ones,  # squares do not use it
     )

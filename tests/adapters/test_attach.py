@@ -8,8 +8,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from sdxl_structure import NARROW, outputs, pipeline
 
-from lora_lab.adapters.attach import adapters_disabled, find_lora, lora_attached
-from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.adapters.attach import adapters_disabled, lora_attached
+from lora_lab.adapters.files import find_lora, save_lora
+from lora_lab.adapters.keys import kohya_state
+from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 
 UNET = ["to_q", "to_v"]
@@ -30,9 +32,9 @@ def teacher(folder):
     for name, part in parts.items():
         targets = UNET if name == "unet" else TEXT
         part.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
-    save_lora(folder / "kohya.safetensors", kohya_state(parts), torch.float32, {})
+    save_lora(folder / "kohya.safetensors", kohya_state(parts, SDXL.lora_key), torch.float32, {})
     text = {name: part for name, part in parts.items() if name != "unet"}
-    save_lora(folder / "text.safetensors", kohya_state(text), torch.float32, {})
+    save_lora(folder / "text.safetensors", kohya_state(text, SDXL.lora_key), torch.float32, {})
     pipe.save_lora_weights(
         folder / "diffusers",
         unet_lora_layers=get_peft_model_state_dict(pipe.unet),
@@ -64,7 +66,7 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize("file", ["kohya.safetensors", "diffusers/pytorch_lora_weights.safetensors"])
 def test_the_worn_base_is_the_trained_one_to_the_bit(pipe, teacher, folder, file):
-    with lora_attached(pipe, folder / file):
+    with lora_attached(SDXL(pipe), folder / file):
         assert same(outputs(pipe), outputs(teacher))
 
 
@@ -72,13 +74,13 @@ def test_the_worn_base_is_the_trained_one_to_the_bit(pipe, teacher, folder, file
 def test_no_file_or_no_weight_is_the_base(pipe, teacher, folder, nothing):
     name, weight = nothing
     before = outputs(pipe)
-    with lora_attached(pipe, name and folder / name, weight):
+    with lora_attached(SDXL(pipe), name and folder / name, weight):
         assert same(outputs(pipe), before)
 
 
 def test_half_the_weight_is_between_the_base_and_what_was_learnt(pipe, teacher, folder):
     base, whole = outputs(pipe), outputs(teacher)
-    with lora_attached(pipe, folder / "kohya.safetensors", 0.5):
+    with lora_attached(SDXL(pipe), folder / "kohya.safetensors", 0.5):
         half = outputs(pipe)
     for before, between, after in zip(base, half, whole, strict=True):  # in both encoders as in the UNet
         assert 0 < (between - before).norm() < (after - before).norm()
@@ -86,7 +88,7 @@ def test_half_the_weight_is_between_the_base_and_what_was_learnt(pipe, teacher, 
 
 
 def test_an_error_while_drawing_passes_and_leaves_the_base_clean(pipe, teacher, folder):
-    with pytest.raises(KeyboardInterrupt), lora_attached(pipe, folder / "kohya.safetensors"):
+    with pytest.raises(KeyboardInterrupt), lora_attached(SDXL(pipe), folder / "kohya.safetensors"):
         raise KeyboardInterrupt
 
 
@@ -117,17 +119,17 @@ def test_training_is_set_aside_and_goes_on_where_it_was(shared, teacher, folder)
     mine = outputs(pipe)
     learning = {name for name, p in pipe.unet.named_parameters() if p.requires_grad}
     weights = {name: p.detach().clone() for name, p in pipe.unet.named_parameters() if p.requires_grad}
-    with lora_attached(pipe, None):
+    with lora_attached(SDXL(pipe), None):
         assert same(outputs(pipe), base)
-    with lora_attached(pipe, folder / "kohya.safetensors", 0.0):
+    with lora_attached(SDXL(pipe), folder / "kohya.safetensors", 0.0):
         assert same(outputs(pipe), base)
-    with pytest.raises(ZeroDivisionError), lora_attached(pipe, folder / "kohya.safetensors"):
+    with pytest.raises(ZeroDivisionError), lora_attached(SDXL(pipe), folder / "kohya.safetensors"):
         assert same(outputs(pipe), outputs(teacher))
         raise ZeroDivisionError
-    with lora_attached(pipe, folder / "text.safetensors"):
+    with lora_attached(SDXL(pipe), folder / "text.safetensors"):
         words = outputs(pipe)
         assert same(words[:2], outputs(teacher)[:2])
-    with lora_attached(shared, folder / "text.safetensors"):
+    with lora_attached(SDXL(shared), folder / "text.safetensors"):
         assert same(words, outputs(shared))
     assert same(outputs(pipe), mine)
     assert {name for name, p in pipe.unet.named_parameters() if p.requires_grad} == learning
@@ -153,7 +155,7 @@ def test_a_file_that_does_not_fit_is_named_and_leaves_the_base_clean(pipe, tmp_p
     before = outputs(pipe)
     for name in broken_files(tmp_path):
         file = tmp_path / f"{name}.safetensors"
-        with pytest.raises(InputError, match=rf"{name}\.safetensors: does not fit"), lora_attached(pipe, file):
+        with pytest.raises(InputError, match=rf"{name}\.safetensors: does not fit"), lora_attached(SDXL(pipe), file):
             raise AssertionError("drew with a broken file")
         assert same(outputs(pipe), before), name
 
@@ -162,7 +164,7 @@ def test_a_file_that_does_not_fit_leaves_training_as_it_was(tmp_path):
     pipe = training_pipe()
     mine = outputs(pipe)
     for name in broken_files(tmp_path):
-        with pytest.raises(InputError, match=name), lora_attached(pipe, tmp_path / f"{name}.safetensors"):
+        with pytest.raises(InputError, match=name), lora_attached(SDXL(pipe), tmp_path / f"{name}.safetensors"):
             raise AssertionError("drew with a broken file")
         assert same(outputs(pipe), mine), name
         assert pipe.get_list_adapters() == {"unet": ["default"]}

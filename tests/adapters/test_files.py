@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import files
-from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
-from lora_lab.base.prediction import resolve_prediction_type
+from lora_lab.adapters.files import keep_older, save_lora
+from lora_lab.adapters.keys import kohya_state
+from lora_lab.adapters.metadata import metadata
+from lora_lab.base.diffusion import resolve_prediction_type
+from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
 
@@ -54,7 +57,7 @@ def teach(config: dict, targets: list[str], with_text: bool) -> tuple[StableDiff
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_plain_diffusers_loads_exactly_what_was_trained(tmp_path, recipe):
     pipe, parts = teach(*RECIPES[recipe])
-    file = save_lora(tmp_path / "lora.safetensors", kohya_state(parts), torch.float32, {})
+    file = save_lora(tmp_path / "lora.safetensors", kohya_state(parts, SDXL.lora_key), torch.float32, {})
     fresh = copy.deepcopy(BASE)
     base = outputs(fresh)
     fresh.load_lora_weights(str(file))
@@ -66,7 +69,7 @@ def test_plain_diffusers_loads_exactly_what_was_trained(tmp_path, recipe):
 
 def test_the_float16_file_is_the_lora_rounded_and_nothing_else(tmp_path):
     pipe, parts = teach({"r": 4, "lora_alpha": 9}, ["to_q", "to_v"], True)
-    file = save_lora(tmp_path / "lora.safetensors", kohya_state(parts), torch.float16, {})
+    file = save_lora(tmp_path / "lora.safetensors", kohya_state(parts, SDXL.lora_key), torch.float16, {})
     exact = outputs(pipe)
     for part in parts.values():
         for name, parameter in part.named_parameters():
@@ -83,7 +86,7 @@ def test_the_float16_file_is_the_lora_rounded_and_nothing_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def state():
-    return kohya_state(teach({"r": 4, "lora_alpha": 9, "use_rslora": True}, ATTENTION, True)[1])
+    return kohya_state(teach({"r": 4, "lora_alpha": 9, "use_rslora": True}, ATTENTION, True)[1], SDXL.lora_key)
 
 
 def test_the_names_are_those_that_kohya_and_comfyui_look_for(state):
@@ -114,14 +117,16 @@ def test_alpha_over_rank_is_the_scale_that_was_trained(state):
 def test_what_the_format_cannot_hold_is_refused_by_name():
     parts = teach({"r": 2, "lora_alpha": 2, "lora_bias": True}, ["mid_block.attentions.0.proj_in"], False)[1]
     with pytest.raises(InputError, match=r"mid_block\.attentions\.0\.proj_in.*no place in a LoRA file"):
-        kohya_state(parts)
+        kohya_state(parts, SDXL.lora_key)
 
 
 def notes_of(*overrides):
+    loss = resolve_prediction_type(compose(*overrides).loss, {})
     return metadata(
         name="두부", base="demo:tiny-sdxl", trigger="HANA_TOFU", lr=1e-4, steps=300, batch_size=4,
         seed=7, resolution=1024, captions=["A HANA_TOFU, smiling", "A HANA_TOFU, winking, smiling", "한 두부"],
-        loss=resolve_prediction_type(compose(*overrides).loss, {}), dataset_hash="d" * 64, base_hash="b" * 64,
+        loss=loss, prediction=loss.prediction, kind_of_base=SDXL.lora_metadata,
+        dataset_hash="d" * 64, base_hash="b" * 64,
         network={"ss_network_dim": "16", "ss_network_alpha": "8.0"},
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(compose("stage=train").model, torch.device("cpu")).unet
+    return load_base(compose("stage=train").model, torch.device("cpu")).network
 
 
 @pytest.fixture

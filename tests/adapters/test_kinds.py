@@ -13,8 +13,11 @@ from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.files import describe, kohya_state, network_metadata, save_lora
+from lora_lab.adapters.files import save_lora
+from lora_lab.adapters.keys import describe, kohya_state
+from lora_lab.adapters.metadata import network_metadata
 from lora_lab.base.quantize import quantize_
+from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF, compose
 from lora_lab.settings.targets import instantiate_target
@@ -58,7 +61,7 @@ def taught(config, by=0.1):
 
 
 def saved(pipe, config, file, dtype=torch.float32):
-    state = kohya_state({"unet": pipe.unet})
+    state = kohya_state({"unet": pipe.unet}, SDXL.lora_key)
     return save_lora(file, state, dtype, network_metadata(config, state, 1.0))
 
 
@@ -78,13 +81,13 @@ def test_the_file_on_a_fresh_base_gives_what_was_in_training(kind, tmp_path):
     file, trained = saved(pipe, config, tmp_path / "x.safetensors"), outputs(pipe)[2]
     assert far(trained, base) > 0.01
     plain = copy.deepcopy(BASE)
-    with lora_attached(plain, file):
+    with lora_attached(SDXL(plain), file):
         assert far(outputs(plain)[2], trained) < 2e-6
     assert torch.equal(outputs(plain)[2], base) and not plain.get_list_adapters()
     learning = {name for name, p in pipe.unet.named_parameters() if p.requires_grad}
-    with lora_attached(pipe, file):  # a validation picture in the middle of training
+    with lora_attached(SDXL(pipe), file):  # a validation picture in the middle of training
         assert far(outputs(pipe)[2], trained) < 2e-6
-    with lora_attached(pipe, None):
+    with lora_attached(SDXL(pipe), None):
         assert torch.equal(outputs(pipe)[2], base)
     assert torch.equal(outputs(pipe)[2], trained)
     assert {name for name, p in pipe.unet.named_parameters() if p.requires_grad} == learning
@@ -93,14 +96,17 @@ def test_the_file_on_a_fresh_base_gives_what_was_in_training(kind, tmp_path):
 @pytest.mark.parametrize("kind", some(("LoKr",), ("DoRA", "LoHa", "LoKr")))
 def test_a_file_for_another_base_is_named_and_leaves_the_base_clean(kind, tmp_path):
     pipe = taught(KINDS[kind])
-    state = kohya_state({"unet": pipe.unet})
+    state = kohya_state({"unet": pipe.unet}, SDXL.lora_key)
     trained, plain = outputs(pipe)[2], copy.deepcopy(BASE)
     foreign = {key.replace("mid_block", "mid_block_7"): value for key, value in state.items()}
     wider = {key: value if value.ndim < 2 else torch.cat([value, value], dim=1) for key, value in state.items()}
     for name, broken in (("foreign", foreign), ("wider", wider)):
         file = save_lora(tmp_path / f"{name}.safetensors", broken, torch.float32, {})
         for somebody, before in ((plain, outputs(BASE)[2]), (pipe, trained)):
-            with pytest.raises(InputError, match=rf"{name}\.safetensors: does not fit"), lora_attached(somebody, file):
+            with (
+                pytest.raises(InputError, match=rf"{name}\.safetensors: does not fit"),
+                lora_attached(SDXL(somebody), file),
+            ):
                 raise AssertionError("drew with a broken file")
             assert torch.equal(outputs(somebody)[2], before), name
     assert not plain.get_list_adapters() and pipe.get_list_adapters() == {"unet": ["default"]}
@@ -114,9 +120,9 @@ def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(
     for somebody, weight in ((copy.deepcopy(BASE), 0.5), (pipe, 1.0)):  # at inference, and in the middle of training
         unet, before = somebody.unet, outputs(somebody)[2]
         weights = {parameter: (parameter.data_ptr(), parameter.detach().clone()) for parameter in unet.parameters()}
-        with lora_attached(somebody, file, weight):
+        with lora_attached(SDXL(somebody), file, weight):
             apart = outputs(somebody)[2]
-        with pytest.raises(KeyboardInterrupt), lora_attached(somebody, file, weight, fuse=True):
+        with pytest.raises(KeyboardInterrupt), lora_attached(SDXL(somebody), file, weight, fuse=True):
             merged = [layer.merged_adapters for layer in unet.modules() if getattr(layer, "merged_adapters", [])]
             assert merged and all(names == ["attached"] for names in merged)
             assert far(outputs(somebody)[2], apart) < 2e-6
@@ -130,9 +136,9 @@ def test_a_layer_whose_weights_are_kept_in_fewer_bits_keeps_its_lora_beside_it(t
     file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)
     quantize_(plain.unet, "int8", "int8", torch.device("cpu"))
     base = outputs(plain)[2]
-    with lora_attached(plain, file):
+    with lora_attached(SDXL(plain), file):
         beside = outputs(plain)[2]
-    with lora_attached(plain, file, fuse=True):
+    with lora_attached(SDXL(plain), file, fuse=True):
         assert torch.equal(outputs(plain)[2], beside) and far(beside, base) > 0.01
     assert torch.equal(outputs(plain)[2], base)
 
@@ -147,7 +153,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_weight_between_gives_less(kind, t
     pipe = taught(config)
     file, trained = saved(pipe, config, tmp_path / "x.safetensors"), outputs(pipe)[2]
     plain = copy.deepcopy(BASE)
-    with lora_attached(plain, file, 0.5):
+    with lora_attached(SDXL(plain), file, 0.5):
         assert far(outputs(plain)[2], trained) > 0 and far(outputs(plain)[2], base) > 0
 
 
@@ -155,7 +161,7 @@ def test_half_precision_costs_pissa_no_more_than_lora(tmp_path):
     """Its start is as large as the base: rounded as it is, it would drown what was learnt."""
     config = KINDS["PiSSA"]
     pipe = taught(config, by=1e-3)
-    state = kohya_state({"unet": pipe.unet})
+    state = kohya_state({"unet": pipe.unet}, SDXL.lora_key)
 
     def products(state):
         ups = [key for key in state if key.endswith("lora_up.weight")]
@@ -196,7 +202,7 @@ def merged(weight, tensors):
 def test_comfyuis_formula_gives_what_was_in_training(kind):
     pipe = taught(KINDS[kind])
     layers = {}
-    for key, value in kohya_state({"unet": pipe.unet}).items():
+    for key, value in kohya_state({"unet": pipe.unet}, SDXL.lora_key).items():
         stem, _, leaf = key.partition(".")
         layers.setdefault(stem.removeprefix("lora_unet_"), {})[leaf] = value
     plain = copy.deepcopy(BASE)
@@ -209,11 +215,11 @@ def test_comfyuis_formula_gives_what_was_in_training(kind):
 
 
 def test_the_second_matrix_of_a_convolution_stays_one_by_one():
-    state = kohya_state({"unet": taught(KINDS["LoRA"]).unet})
+    state = kohya_state({"unet": taught(KINDS["LoRA"]).unet}, SDXL.lora_key)
     conv = "lora_unet_down_blocks_0_resnets_0_conv1"
     assert state[f"{conv}.lora_down.weight"].shape == (2, 8, 3, 3)
     assert state[f"{conv}.lora_up.weight"].shape == (8, 2, 1, 1)
-    dora = kohya_state({"unet": taught(KINDS["DoRA"]).unet})
+    dora = kohya_state({"unet": taught(KINDS["DoRA"]).unet}, SDXL.lora_key)
     assert dora[f"{conv}.dora_scale"].shape == (8, 1, 1, 1)
     assert dora["lora_unet_mid_block_attentions_0_proj_in.dora_scale"].shape == (32, 1)
 
@@ -232,7 +238,7 @@ def test_the_second_matrix_of_a_convolution_stays_one_by_one():
     ],
 )
 def test_the_metadata_says_what_the_file_holds(kind, module, dim, alpha, args):
-    notes = network_metadata(KINDS[kind], kohya_state({"unet": taught(KINDS[kind]).unet}), 1.0)
+    notes = network_metadata(KINDS[kind], kohya_state({"unet": taught(KINDS[kind]).unet}, SDXL.lora_key), 1.0)
     assert (notes["ss_network_module"], notes["ss_network_dim"], notes["ss_network_alpha"]) == (module, dim, alpha)
     assert json.loads(notes.get("ss_network_args", "{}")).items() >= args.items()
 
@@ -297,7 +303,7 @@ def test_training_begins_with_what_a_file_holds_also_at_another_alpha(kind, tmp_
     again = copy.deepcopy(BASE)
     inject.inject_adapter(again.unet, other)
     assert far(outputs(again)[2], trained) > 0.01
-    inject.load_adapter_weights(again, file)
+    inject.load_adapter_weights(SDXL(again), file)
     assert far(outputs(again)[2], trained) < 2e-6
 
 
@@ -309,7 +315,7 @@ def test_training_begins_with_a_file_of_diffusers_too(tmp_path):
     pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     again = copy.deepcopy(BASE)
     inject.inject_adapter(again.unet, copy.deepcopy(config))
-    inject.load_adapter_weights(again, tmp_path / "pytorch_lora_weights.safetensors")
+    inject.load_adapter_weights(SDXL(again), tmp_path / "pytorch_lora_weights.safetensors")
     assert torch.equal(outputs(again)[2], outputs(pipe)[2])
     assert again.get_list_adapters() == {"unet": ["default"]}
 
@@ -326,4 +332,4 @@ def test_a_file_of_another_rank_kind_or_place_is_refused_with_both_named(tmp_pat
         again = copy.deepcopy(BASE)
         inject.inject_adapter(again.unet, config)
         with pytest.raises(InputError, match=f"holds {there}, but this run trains {here}"):
-            inject.load_adapter_weights(again, file)
+            inject.load_adapter_weights(SDXL(again), file)

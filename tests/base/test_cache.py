@@ -14,6 +14,7 @@ from sdxl_structure import NARROW, pipeline
 
 from lora_lab.base.cache import Cache, identity_of
 from lora_lab.base.encode import Encoder
+from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import RunError
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def pipe():
 
 @pytest.fixture
 def encoder(pipe, tmp_path):
-    return Encoder(pipe, CPU, Cache(tmp_path / "cache"), offload=False)
+    return Encoder(SDXL(pipe), CPU, Cache(tmp_path / "cache"), offload=False)
 
 
 def other_weights(pipe, part):
@@ -52,49 +53,51 @@ def files(encoder):
 
 
 def test_what_is_kept_is_what_is_made_without_a_cache(pipe, encoder):
-    fresh = Encoder(pipe, CPU, Cache(None), offload=False)
+    fresh = Encoder(SDXL(pipe), CPU, Cache(None), offload=False)
     for attempt, count in ((fresh, 1), (encoder, 1), (encoder, 0)):
-        texts, new = attempt.captions(CAPTIONS)
+        texts, new = attempt.encode_texts(CAPTIONS)
         assert new == count * 3
-        expected, _ = fresh.captions(CAPTIONS)
+        expected, _ = fresh.encode_texts(CAPTIONS)
         for caption in CAPTIONS:
-            assert torch.equal(texts[caption].tokens, expected[caption].tokens)
-            assert torch.equal(texts[caption].pooled, expected[caption].pooled)
-        latents, new = attempt.pictures(PICTURES)
+            assert torch.equal(texts[caption]["prompt_embeds"], expected[caption]["prompt_embeds"])
+            assert torch.equal(texts[caption]["pooled_prompt_embeds"], expected[caption]["pooled_prompt_embeds"])
+        latents, new = attempt.encode_images(PICTURES)
         assert new == count * 2
-        assert all(torch.equal(a, b) for a, b in zip(latents, fresh.pictures(PICTURES)[0], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(latents, fresh.encode_images(PICTURES)[0], strict=True))
     assert len(files(encoder)) == 5
 
 
 def test_another_caption_and_another_picture_are_made_alone(encoder):
-    encoder.captions(CAPTIONS)
-    encoder.pictures(PICTURES)
-    assert encoder.captions([*CAPTIONS[1:], "A HANA_TOFU, winking"])[1] == 1
-    assert encoder.pictures([PICTURES[0], ("b.png", picture(2))])[1] == 1
-    assert encoder.pictures([("renamed.png", PICTURES[1][1])])[1] == 0
+    encoder.encode_texts(CAPTIONS)
+    encoder.encode_images(PICTURES)
+    assert encoder.encode_texts([*CAPTIONS[1:], "A HANA_TOFU, winking"])[1] == 1
+    assert encoder.encode_images([PICTURES[0], ("b.png", picture(2))])[1] == 1
+    assert encoder.encode_images([("renamed.png", PICTURES[1][1])])[1] == 0
 
 
 def test_what_other_weights_or_another_precision_made_is_not_taken(pipe, encoder):
-    encoder.captions(CAPTIONS)
-    encoder.pictures(PICTURES)
+    encoder.encode_texts(CAPTIONS)
+    encoder.encode_images(PICTURES)
     for part in ("text_encoder", "text_encoder_2"):
-        assert Encoder(other_weights(pipe, part), CPU, encoder.cache, False).captions(CAPTIONS)[1] == 3
-    other = Encoder(other_weights(pipe, "vae"), CPU, encoder.cache, False)
-    assert other.captions(CAPTIONS)[1] == 0 and other.pictures(PICTURES)[1] == 2
+        assert Encoder(SDXL(other_weights(pipe, part)), CPU, encoder.cache, False).encode_texts(CAPTIONS)[1] == 3
+    other = Encoder(SDXL(other_weights(pipe, "vae")), CPU, encoder.cache, False)
+    assert other.encode_texts(CAPTIONS)[1] == 0 and other.encode_images(PICTURES)[1] == 2
     half = copy.copy(pipe)
     for part in ("vae", "text_encoder", "text_encoder_2"):
         setattr(half, part, copy.deepcopy(getattr(pipe, part)).bfloat16())
-    other = Encoder(half, CPU, encoder.cache, False)
-    assert other.captions(CAPTIONS)[1] == 3 and other.pictures(PICTURES)[1] == 2
-    assert other.captions(CAPTIONS)[0][""].tokens.dtype == torch.bfloat16, "read back in the dtype it was made in"
+    other = Encoder(SDXL(half), CPU, encoder.cache, False)
+    assert other.encode_texts(CAPTIONS)[1] == 3 and other.encode_images(PICTURES)[1] == 2
+    assert other.encode_texts(CAPTIONS)[0][""]["prompt_embeds"].dtype == torch.bfloat16, (
+        "read back in the dtype it was made in"
+    )
 
 
 def test_other_tokens_are_another_text(pipe, encoder):
-    encoder.captions(CAPTIONS)
+    encoder.encode_texts(CAPTIONS)
     other = copy.copy(pipe)
     other.tokenizer_2 = copy.deepcopy(pipe.tokenizer_2)
     other.tokenizer_2.pad_token = "!"
-    assert Encoder(other, CPU, encoder.cache, False).captions(CAPTIONS)[1] == 3
+    assert Encoder(SDXL(other), CPU, encoder.cache, False).encode_texts(CAPTIONS)[1] == 3
 
 
 def test_a_scale_beside_the_weights_counts_as_one_of_them(pipe):
@@ -124,10 +127,10 @@ def another_shape(file):
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, another_shape])
 def test_a_damaged_file_is_made_again_and_said(encoder, damage, capsys):
-    (expected, _), _ = encoder.pictures(PICTURES)
+    (expected, _), _ = encoder.encode_images(PICTURES)
     whole = {file: file.read_bytes() for file in files(encoder)}
     damage(files(encoder)[0])
-    (latents, _), new = encoder.pictures(PICTURES)
+    (latents, _), new = encoder.encode_images(PICTURES)
     assert new == 1 and torch.equal(latents, expected)
     assert capsys.readouterr().out == f"{files(encoder)[0]} is damaged: it is made again\n"
     assert {file: file.read_bytes() for file in files(encoder)} == whole
@@ -147,10 +150,10 @@ def test_numbers_that_are_not_finite_are_named_and_not_kept(pipe, encoder):
         broken = other_weights(pipe, part)
         with torch.no_grad():
             next(getattr(broken, part).parameters()).fill_(float("nan"))
-        other = Encoder(broken, CPU, encoder.cache, False)
+        other = Encoder(SDXL(broken), CPU, encoder.cache, False)
         with pytest.raises(RunError, match=name):
-            other.captions(CAPTIONS)
-            other.pictures(PICTURES[1:])
+            other.encode_texts(CAPTIONS)
+            other.encode_images(PICTURES[1:])
     assert not any(file.parent.name == "latents" for file in files(encoder))
 
 
@@ -207,9 +210,9 @@ def watched(monkeypatch):
 
 
 def encode_all(pipe, cache, offload):
-    encoder = Encoder(pipe, GPU, cache, offload)
-    encoder.captions(CAPTIONS[:2])
-    encoder.pictures(PICTURES)
+    encoder = Encoder(SDXL(pipe), GPU, cache, offload)
+    encoder.encode_texts(CAPTIONS[:2])
+    encoder.encode_images(PICTURES)
 
 
 def test_with_offload_one_part_at_a_time_is_on_the_device(watched, tmp_path):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.encode import encode_captions, encode_picture, micro_conditioning
+from lora_lab.base.sdxl import SDXL
+from lora_lab.base.sdxl.text import micro_conditioning
 from lora_lab.errors import RunError
 
 
@@ -23,21 +24,21 @@ def picture(width, height, seed=0):
 
 
 def test_latents_are_an_eighth_of_the_picture_and_scaled(pipe):
-    latents = encode_picture(pipe, picture(64, 32), "a.png")
+    latents = SDXL(pipe).encode_image(picture(64, 32), "a.png")
     assert latents.shape == (4, 4, 8) and latents.dtype == torch.float32
     pixels = torch.from_numpy(np.asarray(picture(64, 32))).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         mean = pipe.vae.encode(pixels).latent_dist.mean
     assert torch.allclose(latents, mean[0] * 0.13025, atol=1e-6)
-    assert not torch.equal(latents, encode_picture(pipe, picture(64, 32, seed=1), "b.png"))
+    assert not torch.equal(latents, SDXL(pipe).encode_image(picture(64, 32, seed=1), "b.png"))
 
 
 def test_a_float16_vae_that_overflows_is_lifted_for_the_while(pipe):
     half = copy.deepcopy(pipe)
     half.vae.half()
-    latents = encode_picture(half, picture(64, 64), "a.png")
+    latents = SDXL(half).encode_image(picture(64, 64), "a.png")
     assert half.vae.dtype == torch.float16
-    assert torch.allclose(latents, encode_picture(pipe, picture(64, 64), "a.png"), atol=2e-3)
+    assert torch.allclose(latents, SDXL(pipe).encode_image(picture(64, 64), "a.png"), atol=2e-3)
 
 
 def test_numbers_that_are_not_finite_name_the_picture(pipe):
@@ -45,16 +46,17 @@ def test_numbers_that_are_not_finite_name_the_picture(pipe):
     with torch.no_grad():
         broken.vae.encoder.conv_in.bias.fill_(float("nan"))
     with pytest.raises(RunError, match=r"sub/두부\.png: .*model\.vae"):
-        encode_picture(broken, picture(64, 64), "sub/두부.png")
+        SDXL(broken).encode_image(picture(64, 64), "sub/두부.png")
 
 
 def test_a_caption_is_what_the_pipeline_makes_of_a_prompt(pipe):
     for caption in ("A HANA_TOFU, smiling", "", "한국어 두부", "many words " * 99):
-        (ours,) = encode_captions(pipe, [caption], torch.device("cpu"), offload=False)
+        (ours,) = SDXL(pipe).encode_texts([caption], torch.device("cpu"), offload=False)
         tokens, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
-        assert ours.tokens.shape == (77, 16 + 24) and ours.pooled.shape == (24,)
-        assert torch.equal(ours.tokens, tokens[0]) and torch.equal(ours.pooled, pooled[0])
-        assert not ours.tokens.requires_grad
+        embeds = ours["prompt_embeds"]
+        assert embeds.shape == (77, 16 + 24) and ours["pooled_prompt_embeds"].shape == (24,)
+        assert torch.equal(embeds, tokens[0]) and torch.equal(ours["pooled_prompt_embeds"], pooled[0])
+        assert not embeds.requires_grad
 
 
 def test_the_six_numbers_stand_in_sdxls_order(pipe):

@@ -57,7 +57,7 @@ def test_a_folder_and_a_single_file_are_the_same_base(model, source, folder, sin
         replace(model, base=str(folder), variant="fp16"),  # variant is about the hub's files
         replace(model, base=str(single), config=str(folder)),
     ):
-        pipe = load_base(settings, CPU)
+        pipe = load_base(settings, CPU).pipe
         for part in PARTS:
             ours, theirs = getattr(pipe, part).state_dict(), getattr(source, part).state_dict()
             assert ours.keys() == theirs.keys()
@@ -69,7 +69,7 @@ def test_a_folder_and_a_single_file_are_the_same_base(model, source, folder, sin
 
 def test_precision_holds_for_every_part(model, folder, single):
     for settings in (replace(model, base=str(folder)), replace(model, base=str(single), config=str(folder))):
-        pipe = load_base(replace(settings, precision="bf16"), CPU)
+        pipe = load_base(replace(settings, precision="bf16"), CPU).pipe
         assert {p.dtype for part in PARTS for p in getattr(pipe, part).parameters()} == {torch.bfloat16}
 
 
@@ -79,11 +79,11 @@ def test_another_vae_takes_the_place_of_the_bases(model, folder, single, tmp_pat
         other.decoder.conv_out.bias.fill_(0.25)
     other.save_pretrained(tmp_path / "vae")
     for base, config in ((folder, None), (single, str(folder))):
-        pipe = load_base(replace(model, base=str(base), config=config, vae=str(tmp_path / "vae")), CPU)
+        pipe = load_base(replace(model, base=str(base), config=config, vae=str(tmp_path / "vae")), CPU).pipe
         assert (pipe.vae.decoder.conv_out.bias == 0.25).all()
     save_file(without("first_stage_model.")(load_file(single)), str(tmp_path / "no-vae.safetensors"))
     settings = replace(model, base=str(tmp_path / "no-vae.safetensors"), config=str(folder), vae=str(tmp_path / "vae"))
-    assert (load_base(settings, CPU).vae.decoder.conv_out.bias == 0.25).all()
+    assert (load_base(settings, CPU).pipe.vae.decoder.conv_out.bias == 0.25).all()
     with pytest.raises(InputError, match=r"model\.vae=.*cannot be loaded"):
         load_base(replace(model, base=str(folder), vae=str(folder / "unet")), CPU)
 
@@ -159,6 +159,6 @@ def test_auto_precision_follows_the_device(monkeypatch):
 
 def test_a_base_that_waits_for_its_turn_on_a_gpu_has_that_gpus_precision(model, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    pipe = load_base(replace(model, base=str(folder), precision="auto"), torch.device("cuda"), waiting=True)
+    pipe = load_base(replace(model, base=str(folder), precision="auto"), torch.device("cuda"), waiting=True).pipe
     assert {p.dtype for part in PARTS for p in getattr(pipe, part).parameters()} == {torch.bfloat16}
     assert pipe.device.type == "cpu"

@@ -51,7 +51,7 @@ def test_a_typo_gets_its_nearest_neighbour(tmp_path):
 
 
 def test_nothing_named_says_how_to_name_it():
-    with pytest.raises(InputError, match=r"dataset\.root is missing: say dataset\.root=FOLDER"):
+    with pytest.raises(InputError, match=r"dataset\.root is missing: set dataset\.root=FOLDER"):
         locate_folder("dataset.root", None)
 
 

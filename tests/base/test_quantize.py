@@ -11,7 +11,13 @@ from torch import nn
 from lora_lab.adapters.fused import FusedAttention, fuse
 from lora_lab.base import quantize as storing
 from lora_lab.base.load import load_base
-from lora_lab.base.quantize import QuantizedConv2d, QuantizedLinear, joined, quantize_, validate_quantization
+from lora_lab.base.quantize import (
+    QuantizedConv2d,
+    QuantizedLinear,
+    concatenate_weights,
+    quantize_,
+    validate_quantization,
+)
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
@@ -24,7 +30,7 @@ ERROR = {"fp8": 0.03, "int8": 0.012, "nf4": 0.11, "fp8_products": 0.05}  # relat
 @pytest.fixture(autouse=True)
 def products_of_every_size(monkeypatch):
     """These are too small to gain by fp8."""
-    monkeypatch.setattr(storing, "LEAST", 1)
+    monkeypatch.setattr(storing, "FP8_MIN_SIZE", 1)
 
 
 class Blocks(nn.Module):
@@ -75,7 +81,7 @@ def test_a_stored_linear_layer_is_near_the_whole_one_in_both_directions(form):
 
 def test_what_a_device_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(InputError, match="fp8_products: this GPU multiplies no fp8"):
+    with pytest.raises(InputError, match="fp8_products: this GPU cannot multiply fp8"):
         validate_quantization("fp8_products", "base", torch.device("cuda"))
     with pytest.raises(InputError, match=r"memory\.convolution_weights=fp8: there is no fp8 on this device"):
         validate_quantization("int8", "fp8", torch.device("mps"))
@@ -117,7 +123,7 @@ def test_layers_joined_into_one_product_compute_what_each_of_them_does(form):
     quantize_(blocks, form, "base", CPU)
     x, layers = torch.randn(7, 128), list(blocks.up_blocks)
     alone = [layer(x) for layer in layers]
-    together = joined(layers).product(x, None).chunk(3, dim=1)
+    together = concatenate_weights(layers).product(x, None).chunk(3, dim=1)
     for one, other in zip(alone, together, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     assert all(apart(layer(x), one) < ERROR.get(form, 1e-6) for layer, one in zip(layers, alone, strict=True))
@@ -127,18 +133,18 @@ def test_layers_joined_into_one_product_compute_what_each_of_them_does(form):
     ("rows", "forward", "backward"), [(64, False, True), (63, False, False)]
 )  # of 32 outputs and 64 inputs, which are what the way back gives
 def test_only_products_that_gain_by_it_are_made_in_fp8(rows, forward, backward, monkeypatch):
-    monkeypatch.setattr(storing, "LEAST", 64)
+    monkeypatch.setattr(storing, "FP8_MIN_SIZE", 64)
     torch.manual_seed(0)
     stored = storing.Fp8Matmul.of(torch.randn(32, 64), torch.float8_e4m3fn)
     x, gradient, whole = torch.randn(rows, 64), torch.randn(rows, 32), stored.weight(torch.float32)
     assert (apart(stored.product(x, None), x @ whole.T) > 0.01) == forward
-    assert (apart(stored.back(gradient), gradient @ whole) > 0.01) == backward
+    assert (apart(stored.backward_product(gradient), gradient @ whole) > 0.01) == backward
 
 
 @pytest.mark.parametrize("form", ["fp8", "nf4", "fp8_products"])
 def test_fused_attention_over_stored_weights_is_peft_over_them(form):
     def unet(fused: bool) -> nn.Module:
-        unet = load_base(compose("stage=train").model, CPU).unet
+        unet = load_base(compose("stage=train").model, CPU).network
         quantize_(unet, form, "fp8", CPU)
         from peft import LoraConfig
 

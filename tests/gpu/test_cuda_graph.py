@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable
+from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable, GraphPool
 from lora_lab.launch.config import compose
 from lora_lab.stages import run
 from lora_lab.training.lora_training import LoRATraining, Update
@@ -28,7 +28,7 @@ def test_every_call_of_every_shape_counts_once():
         total.add_(inputs["x"].sum(0))
         return total.sum()
 
-    captured = GraphedCallable(add, torch.device("cuda"))
+    captured = GraphedCallable(add, GraphPool(torch.device("cuda")))
     expected = torch.zeros(3)
     for i in range(3 * WARM_UP_CALLS):
         for rows in (1, 4):
@@ -45,10 +45,10 @@ def test_what_no_graph_can_hold_goes_on_eagerly_and_says_so_once(capsys):
         total.add_(inputs["x"].sum().item())  # a wait for the device
         return total
 
-    captured = GraphedCallable(waits, torch.device("cuda"))
+    captured = GraphedCallable(waits, GraphPool(torch.device("cuda")))
     for i in range(2 * WARM_UP_CALLS):
         assert captured({"x": torch.ones(2, device="cuda")}).item() == 2 * (i + 1)
-    assert capsys.readouterr().out.count("can't be recorded") == 1
+    assert capsys.readouterr().out.count("can't be captured") == 1
 
 
 def test_graphs_share_their_memory_and_any_of_them_may_end_first(capsys):
@@ -66,17 +66,18 @@ def test_graphs_share_their_memory_and_any_of_them_may_end_first(capsys):
         return torch.cuda.memory_reserved() >> 20
 
     before = reserved()
-    waiting, first = GraphedCallable(far, torch.device("cuda")), GraphedCallable(far, torch.device("cuda"))
+    pool = GraphPool(torch.device("cuda"))
+    waiting, first = GraphedCallable(far, pool), GraphedCallable(far, pool)
     called(first)
     one = reserved() - before
-    second = GraphedCallable(far, torch.device("cuda"))
+    second = GraphedCallable(far, pool)
     called(second)
     assert one >= 256 and reserved() - before - one < 0.2 * one
     left = first({"x": torch.ones(1, device="cuda")})
     del first, second
-    called(waiting)  # their pool has no graph any more, and is still there for what is left
+    called(waiting)  # the pool has no graph any more, and still the memory of the result
     assert left.item() == pytest.approx(2**26 * 3, rel=1e-4)
-    assert "can't be recorded" not in capsys.readouterr().out
+    assert "can't be captured" not in capsys.readouterr().out
 
 
 def train(folder: str, *overrides: str) -> dict[str, torch.Tensor]:

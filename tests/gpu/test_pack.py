@@ -41,7 +41,7 @@ def test_loras_of_a_pack_look_as_they_do_alone(exit_code_of, capsys, tmp_path):
         code = exit_code_of(*SWEEP, *how, f"hydra.sweep.dir={name}")
         said = capsys.readouterr()
         assert code == 0, said.err
-        assert "can't be recorded" not in said.out and ("4 jobs on one base" in said.out) == (PACKED in how)
+        assert "can't be captured" not in said.out and ("4 jobs on one base" in said.out) == (PACKED in how)
     measured = []
     for job in map(str, range(4)):
         of = {name: tmp_path / name / job for name in SWEEPS}

@@ -48,7 +48,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("form", ERROR)
 @pytest.mark.parametrize("how", ["eager", "graph", "compiled"])
 def test_a_stored_layer_computes_what_the_whole_one_does(form, how, monkeypatch):
-    monkeypatch.setattr(quantize, "LEAST", 1)
+    monkeypatch.setattr(quantize, "FP8_MIN_SIZE", 1)
     torch.manual_seed(0)
     device = torch.device("cuda")
     whole = Blocks().requires_grad_(False)

@@ -1,6 +1,6 @@
 """Drawing at SDXL's real size (random weights, 1024 px) on one GPU: the same pictures, sooner and in less memory.
 
-    python -m pytest tests/gpu/test_draw.py -m gpu -n 0
+    python -m pytest tests/gpu/test_render.py -m gpu -n 0
 
 Every test prints a line `MEASURED {json}`. LORA_LAB_GPU_DRY=1 runs the same lines on a CPU with narrow weights."""
 
@@ -19,10 +19,11 @@ from PIL import Image
 from sdxl_structure import FULL, NARROW, pipeline
 
 from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.adapters.files import save_lora
+from lora_lab.adapters.keys import kohya_state
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import tile_vae
+from lora_lab.base.sdxl import SDXL
 from lora_lab.launch.config import CONF, compose
 from lora_lab.sampling import generate as drawing
 from lora_lab.sampling.generate import Request, generate
@@ -56,7 +57,7 @@ def lora(pipe, tmp_path_factory):
             if ".lora_B." in name:
                 parameter.normal_(std=2e-2)
     file = tmp_path_factory.mktemp("lora") / "made.safetensors"
-    save_lora(file, kohya_state({"unet": pipe.unet}), torch.float32, {})
+    save_lora(file, kohya_state({"unet": pipe.unet}, SDXL.lora_key), torch.float32, {})
     pipe.unet.delete_adapters("default")
     return file
 
@@ -87,7 +88,7 @@ def photos(count: int) -> list[Request]:
 def draw(pipe, requests, sampler=SAMPLER, encoder=None) -> tuple[list[np.ndarray], list[float]]:
     """The pictures, and when each of them was there, in seconds."""
     pictures, times = [], [time.perf_counter()]
-    for picture in generate(pipe, requests, sampler, encoder):
+    for picture in generate(SDXL(pipe), requests, sampler, encoder):
         pictures.append(np.asarray(picture).astype(float))
         times.append(time.perf_counter())
     return pictures, times
@@ -98,17 +99,17 @@ def far(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return round(float(np.mean([np.abs(a - b).mean() for a, b in zip(one, other, strict=True)])), 4)
 
 
-def test_recorded_and_fused_img2img_gives_the_same_pictures(pipe, lora, measured):
+def test_captured_and_fused_img2img_gives_the_same_pictures(pipe, lora, measured):
     requests, drawn = photos(2 if DRY else 5), {}
     ways = {"eager": (False, False), "captured": (True, False), "captured, fused": (True, True)}
     for way, (capture, fuse) in {"warm-up": (False, False), **ways}.items():
         free()
-        with lora_attached(pipe, lora, fuse=fuse):
+        with lora_attached(SDXL(pipe), lora, fuse=fuse):
             drawn[way], times = draw(pipe, requests, replace(SAMPLER, capture=capture))
         each = [round(after - before, 3) for before, after in pairwise(times)]
         seconds = statistics.median(each[1:])  # the first one encodes and records
         measured(f"img2img, {way}", seconds_a_picture=seconds, each=each, peak_gib=peak_gib())
-    with lora_attached(pipe, None):
+    with lora_attached(SDXL(pipe), None):
         bare, _ = draw(pipe, requests)
     apart = {way: far(drawn[way], drawn["eager"]) for way in ways} | {"without the LoRA": far(bare, drawn["eager"])}
     again = far(drawn["warm-up"], drawn["eager"])
@@ -121,7 +122,7 @@ def test_recorded_and_fused_img2img_gives_the_same_pictures(pipe, lora, measured
 @pytest.mark.parametrize("size", [2, 4])
 def test_pictures_drawn_together_are_nearly_those_drawn_alone(pipe, lora, measured, size):
     requests = photos(2 * size)
-    with lora_attached(pipe, lora, fuse=True):
+    with lora_attached(SDXL(pipe), lora, fuse=True):
         alone, _ = draw(pipe, requests)
         free()
         together, times = draw(pipe, requests, replace(SAMPLER, batch_size=size))
@@ -135,8 +136,8 @@ def test_no_step_waits_for_the_device(pipe, monkeypatch, name):
     sampler, real = replace(compose(f"sampler={name}").sampler, steps=6, capture=False), drawing.predictor
     calls = []
 
-    def watched(unet, device, capture):
-        predict = real(unet, device, capture)
+    def watched(base, graphs, capture):
+        predict = real(base, graphs, capture)
 
         def each(inputs):
             calls.append(inputs["timestep"].device.type)
@@ -158,17 +159,17 @@ def test_no_step_waits_for_the_device(pipe, monkeypatch, name):
 
 def test_with_offload_and_tiles_it_takes_less_memory_and_the_pictures_are_the_same(pipe, lora, measured):
     requests = photos(2)
-    with lora_attached(pipe, lora):
+    with lora_attached(SDXL(pipe), lora):
         whole, _ = draw(pipe, requests)
         measured("img2img, all on the device", peak_gib=peak_gib())
     for name in PARTS:
         getattr(pipe, name).to("cpu")
-    encoder = Encoder(pipe, DEVICE, Cache(None), offload=True)
+    encoder = Encoder(SDXL(pipe), DEVICE, Cache(None), offload=True)
     for tiled in (False, True):
         if tiled:
-            tile_vae(pipe.vae, SIDE // 2)
+            encoder.base.enable_tiling(SIDE // 2)
         free()
-        with lora_attached(pipe, lora):
+        with lora_attached(SDXL(pipe), lora):
             drawn, times = draw(pipe, requests, encoder=encoder)
         seconds = round(times[-1] - times[0], 2)
         measured(f"img2img, offload, tiled={tiled}", peak_gib=peak_gib(), seconds=seconds, apart=far(drawn, whole))

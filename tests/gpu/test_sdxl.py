@@ -216,7 +216,7 @@ def test_memory_fast_keeps_the_activations(place, trained, measured):
 def test_a_single_checkpoint_file_is_the_same_base(place, measured):
     config = composed(place, "stage=train").model
     device = torch.device(DEVICE)
-    pipe = load_base(config, device)
+    pipe = load_base(config, device).pipe
     expected = {name: {k: v.cpu() for k, v in part.state_dict().items()} for name, part in parts_of(pipe).items()}
     single = save_single_file(pipe, place.work / "single.safetensors")
     gib = single.stat().st_size / 2**30
@@ -224,7 +224,7 @@ def test_a_single_checkpoint_file_is_the_same_base(place, measured):
     free()
     config.base, config.config = str(single), str(place.base)
     began = time.perf_counter()
-    loaded = load_base(config, device)
+    loaded = load_base(config, device).pipe
     measured("single file", gib=round(gib, 2), seconds=since(began))
     for name, part in parts_of(loaded).items():
         state = part.state_dict()

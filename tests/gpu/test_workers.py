@@ -26,7 +26,7 @@ def test_every_gpu_takes_a_share(exit_code_of, capfd, tmp_path):
     said = capfd.readouterr()
     assert code == 0, said.err
     shared = time.perf_counter() - began
-    assert set(re.findall(r"begins on GPU (\d)", said.out)) == {"0", "1"} and "can't be recorded" not in said.out
+    assert set(re.findall(r"begins on GPU (\d)", said.out)) == {"0", "1"} and "can't be captured" not in said.out
     assert exit_code_of(*SWEEP, "hydra.launcher.workers=1", "hydra.sweep.dir=one") == 0
     assert "begins" not in capfd.readouterr().out
     of = {sweep: [validation(tmp_path / sweep / str(job)) for job in range(4)] for sweep in ("shared", "one")}

@@ -12,8 +12,10 @@ from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
 from lora_lab.base.cache import Cache
+from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.encode import Encoder
-from lora_lab.base.load import load_base, tile_vae
+from lora_lab.base.load import load_base
+from lora_lab.base.sdxl import SDXL, vae
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch.config import CONF, compose
@@ -27,11 +29,11 @@ PROMPT = "a cartoon yellow star with a green background"
 
 @pytest.fixture(scope="module")
 def pipe():
-    return load_base(CONFIG.model, torch.device("cpu"))
+    return load_base(CONFIG.model, torch.device("cpu")).pipe
 
 
 def draw(pipe, *requests, sampler=SAMPLER, encoder=None):
-    return [np.asarray(picture) for picture in generate(pipe, list(requests), sampler, encoder)]
+    return [np.asarray(picture) for picture in generate(SDXL(pipe), list(requests), sampler, encoder)]
 
 
 def far(one, other):
@@ -181,10 +183,13 @@ def test_batches_are_of_one_form_and_the_pictures_nearly_those_drawn_alone(pipe)
         assert ours.shape == alone.shape and far(ours, alone) < 0.1
 
 
+GPU_POOL = GraphPool(torch.device("cuda"))  # its stream is made by the first real capture
+
+
 class Replayed:
     """A CUDA graph as a CPU can have it: fixed inputs per shape, and one output that every call overwrites."""
 
-    def __init__(self, function, device):
+    def __init__(self, function, pool):
         self.function, self.inputs, self.output, self.calls = function, {}, {}, 0
 
     def __call__(self, inputs):
@@ -198,15 +203,15 @@ class Replayed:
         return self.output.setdefault(shapes, output).copy_(output)
 
 
-def test_what_is_recorded_is_a_function_of_tensors_once_a_form(pipe, monkeypatch):
+def test_what_is_captured_is_a_function_of_tensors_once_a_form(pipe, monkeypatch):
     """PNDM keeps what the UNet said in the steps before, as it is where there is no guidance."""
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((48, 32))
     requests = [*(Request(PROMPT, seed, (32, 32)) for seed in (0, 1)), Request(PROMPT, 2, photo.size, photo, 0.5)]
-    recorded, real = [], drawing.predictor
+    captured, real = [], drawing.predictor
 
-    def replayed(function, device):
-        recorded.append(Replayed(function, device))
-        return recorded[-1]
+    def replayed(function, pool):
+        captured.append(Replayed(function, pool))
+        return captured[-1]
 
     pndm = {"_target_": "diffusers.PNDMScheduler.from_config", "_partial_": True, "skip_prk_steps": True}
     for scheduler, guidance in ((pndm, 1.0), (SAMPLER.scheduler, 5.0)):
@@ -214,11 +219,11 @@ def test_what_is_recorded_is_a_function_of_tensors_once_a_form(pipe, monkeypatch
         eager = draw(pipe, *requests, sampler=sampler)
         with monkeypatch.context() as patched:
             patched.setattr(drawing, "GraphedCallable", replayed)
-            patched.setattr(drawing, "predictor", lambda unet, _, capture: real(unet, torch.device("cuda"), capture))
+            patched.setattr(drawing, "predictor", lambda base, _, capture: real(base, GPU_POOL, capture))
             again = draw(pipe, *requests, sampler=sampler)
-            assert len(recorded.pop().inputs) == 2 and not recorded
+            assert len(captured.pop().inputs) == 2 and not captured
             draw(pipe, *requests[:1], sampler=replace(sampler, capture=False))
-            assert not recorded
+            assert not captured
         assert all(np.array_equal(*pair) for pair in zip(eager, again, strict=True))
 
 
@@ -250,7 +255,7 @@ def test_with_offload_one_part_at_a_time_is_on_the_device_and_the_pictures_are_t
     requests = [Request("a star", 0, (64, 64)), *(Request("a cat", s, photo.size, photo, 0.5) for s in (1, 2))]
     plain = draw(pipe, *requests)
     moves.clear()
-    taking_turns = draw(pipe, *requests, encoder=Encoder(pipe, GPU, Cache(None), offload=True))
+    taking_turns = draw(pipe, *requests, encoder=Encoder(SDXL(pipe), GPU, Cache(None), offload=True))
     order = ["text_encoder", "text_encoder_2", "vae", "unet", "vae"]
     assert moves == [(part, where) for part in order for where in ("gpu", "cpu")]
     assert all(np.array_equal(*pair) for pair in zip(plain, taking_turns, strict=True))
@@ -260,13 +265,17 @@ def test_with_offload_what_was_on_the_device_before_stays(watched):
     """Such as the UNet in training, whose weights a recorded step knows by where they lie."""
     pipe, moves = watched
     moves.clear()
-    draw(pipe, Request("a star", 0, (64, 64)), encoder=Encoder(pipe, torch.device("cpu"), Cache(None), offload=True))
+    draw(
+        pipe,
+        Request("a star", 0, (64, 64)),
+        encoder=Encoder(SDXL(pipe), torch.device("cpu"), Cache(None), offload=True),
+    )
     assert "cpu" not in {where for _, where in moves}
 
 
 def test_texts_come_from_the_cache_but_not_those_of_a_lora_for_the_text_encoders(tmp_path):
     pipe, request = pipeline(NARROW), Request("a star", 0, (64, 64))
-    encoder = Encoder(pipe, torch.device("cpu"), Cache(tmp_path), offload=False)
+    encoder = Encoder(SDXL(pipe), torch.device("cpu"), Cache(tmp_path), offload=False)
     (plain,) = draw(pipe, request, encoder=encoder)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     for part in (pipe.text_encoder, pipe.text_encoder_2):
@@ -295,7 +304,7 @@ def overflowing():
 def test_a_vae_that_overflows_decodes_in_a_wider_range_and_gets_its_weights_back(monkeypatch, best, instead):
     """In bfloat16 where the device has it (there `auto` is that), else in float32."""
     pipe, dtypes = overflowing(), []
-    monkeypatch.setattr(drawing, "pick_dtype", lambda precision, device: best)
+    monkeypatch.setattr(vae, "pick_dtype", lambda precision, device: best)
     before = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     pipe.vae.decoder.register_forward_pre_hook(lambda vae, inputs: dtypes.append(inputs[0].dtype))
     (drawn,) = draw(pipe, Request("a star", 0, (64, 64)), sampler=replace(SAMPLER, steps=2))
@@ -310,18 +319,18 @@ def test_numbers_that_are_not_finite_name_the_request_and_are_no_black_picture()
         draw(pipe, Request("a star", 7, (64, 64)), sampler=replace(SAMPLER, steps=1))
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(RunError, match=r"'a cat' with seed 8: the UNet gave .* not finite; use model\.precision"):
+    with pytest.raises(RunError, match=r"'a cat' with seed 8: the unet gave .* not finite; use model\.precision"):
         draw(pipe, Request("a cat", 8, (64, 64)), sampler=replace(SAMPLER, steps=1))
 
 
 def test_a_vae_in_tiles_draws_nearly_the_same_and_has_latents_of_its_own_in_the_cache(tmp_path):
-    pipe = load_base(CONFIG.model, torch.device("cpu"))
+    pipe = load_base(CONFIG.model, torch.device("cpu")).pipe
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((128, 96))
     requests = Request(PROMPT, 0, (128, 96)), Request(PROMPT, 1, photo.size, photo, 0.25)
-    encoder = Encoder(pipe, torch.device("cpu"), Cache(tmp_path), offload=False)
-    whole, ((latents,), _) = draw(pipe, *requests), encoder.pictures([("1.png", photo)])
-    tile_vae(pipe.vae, 64)
-    (tiled,), made = replace(encoder).pictures([("1.png", photo)])
+    encoder = Encoder(SDXL(pipe), torch.device("cpu"), Cache(tmp_path), offload=False)
+    whole, ((latents,), _) = draw(pipe, *requests), encoder.encode_images([("1.png", photo)])
+    encoder.base.enable_tiling(64)
+    (tiled,), made = replace(encoder).encode_images([("1.png", photo)])
     assert made == 1 and not torch.equal(tiled, latents)
     assert (tiled - latents).abs().mean() < 0.1 * latents.std()
     for ours, theirs in zip(draw(pipe, *requests), whole, strict=True):
@@ -329,7 +338,7 @@ def test_a_vae_in_tiles_draws_nearly_the_same_and_has_latents_of_its_own_in_the_
 
 
 def test_where_the_memory_ends_the_vae_goes_on_in_tiles(capsys):
-    pipe = load_base(CONFIG.model, torch.device("cpu"))
+    pipe = load_base(CONFIG.model, torch.device("cpu")).pipe
     requests = [Request(PROMPT, seed, (128, 128)) for seed in (0, 1)]
     whole, decoder = draw(pipe, *requests), pipe.vae.decoder
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lora_lab.launch.config import compose
-from lora_lab.sampling.render import image_specs, load_base_for_sampling, render_base
+from lora_lab.sampling.render import image_specs, load_base_for_sampling, render_base, render_settings
 
 CPU = torch.device("cpu")
 FEW = ("sampler.steps=1",)
@@ -15,17 +15,18 @@ FEW = ("sampler.steps=1",)
 @pytest.fixture(scope="module")
 def encoder():
     config = compose(*FEW)
-    return load_base_for_sampling(config, config.loss, CPU)
+    return load_base_for_sampling(config.model, config.memory, config.loss, CPU)
 
 
 def drawn(encoder, folder, *overrides, prompts=("A {trigger}",), seeds=(0, 1), base="base"):
     """Names of the files, their pixels, and how many times the UNet was asked."""
     asked = []
-    hook = encoder.pipe.unet.register_forward_pre_hook(lambda unet, inputs: asked.append(1))
+    hook = encoder.base.network.register_forward_pre_hook(lambda unet, inputs: asked.append(1))
     config = compose(*FEW, f"cache={folder / 'cache'}", *overrides)
-    pictures, files = render_base(
-        image_specs(prompts, seeds, config.trigger), config, base, torch.float32, folder / "run", encoder
+    render = render_settings(
+        config.model, config.loss, config.memory, config.sampler, config.cache, base, torch.float32
     )
+    pictures, files = render_base(image_specs(prompts, seeds, config.trigger), render, folder / "run", encoder)
     hook.remove()
     assert all(np.array_equal(np.asarray(p), np.asarray(Image.open(f))) for p, f in zip(pictures, files, strict=True))
     return [file.relative_to(folder) for file in files], [np.asarray(p) for p in pictures], len(asked)

@@ -10,8 +10,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_runs import inside, train
 
-from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.adapters.files import save_lora
+from lora_lab.adapters.keys import kohya_state
 from lora_lab.base.load import load_base
+from lora_lab.base.sdxl import SDXL
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
 
@@ -52,12 +54,12 @@ def three_steps(tmp_path_factory, pictures):
 @pytest.fixture(scope="session")
 def made_lora(tmp_path_factory):
     """A LoRA that does something: random matrices in a file of the program's own."""
-    unet = load_base(compose().model, torch.device("cpu")).unet
+    unet = load_base(compose().model, torch.device("cpu")).network
     torch.manual_seed(0)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
     folder = tmp_path_factory.mktemp("lora")
     notes = {"modelspec.trigger_phrase": "HANA_TOFU"}
-    return save_lora(folder / "made.safetensors", kohya_state({"unet": unet}), torch.float32, notes)
+    return save_lora(folder / "made.safetensors", kohya_state({"unet": unet}, SDXL.lora_key), torch.float32, notes)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_held_out_pictures_take_the_training_pictures_place(scored, pictures, tm
 )
 def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monkeypatch, overrides, sentence):
     shutil.copy(made_lora, "made.safetensors")
-    for loader in ("load_base_for_sampling", "Evaluation"):
+    for loader in ("load_base_for_sampling", "Scorer.load"):
         monkeypatch.setattr(f"lora_lab.stages.evaluate.{loader}", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=sentence):
         evaluate("run", *overrides)

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import assert_same, cut_out, encoded, lora, metrics, resolved, reworded, train
 
-from lora_lab.base.encode import encode_picture
 from lora_lab.errors import InputError
 from lora_lab.training.data import latent_mask
 
@@ -56,7 +55,7 @@ def test_random_crops_are_encoded_as_they_are_told(tmp_path):
     root = wide_pictures(tmp_path / "wide")
     masks = wide_pictures(tmp_path / "masks")
     crop = (f"dataset.root={root}", f"loss.mask={masks}", "dataset.random_crop=true", "dataset.flip=true")
-    plan, data, pipe = encoded(*crop, "dataset.crops=3")
+    plan, data, base = encoded(*crop, "dataset.crops=3")
     assert [len(example.crops) for example in data.examples] == [3, 3, 1]
     for example, cuts in zip(data.examples, plan.images.crops, strict=True):
         scaled_width = cuts[-1].crop_top_left[1] + cuts[-1].picture.width
@@ -64,10 +63,10 @@ def test_random_crops_are_encoded_as_they_are_told(tmp_path):
             top, left = cut.crop_top_left
             other = scaled_width - cut.picture.width - left
             told = (*cut.original_size, top, left, *cut.target_size)
-            assert tuple(upright.time_ids.tolist()) == told
-            assert tuple(mirrored.time_ids.tolist()) == (*told[:3], other, *told[4:])
-            assert torch.equal(upright.latents, encode_picture(pipe, cut.picture, ""))
-            assert torch.equal(mirrored.latents, encode_picture(pipe, ImageOps.mirror(cut.picture), ""))
+            assert tuple(upright.conditioning["time_ids"].tolist()) == told
+            assert tuple(mirrored.conditioning["time_ids"].tolist()) == (*told[:3], other, *told[4:])
+            assert torch.equal(upright.latents, base.encode_image(cut.picture, ""))
+            assert torch.equal(mirrored.latents, base.encode_image(ImageOps.mirror(cut.picture), ""))
             assert torch.equal(upright.mask, latent_mask(cut.mask, *upright.latents.shape[1:]))
             assert torch.allclose(mirrored.mask, upright.mask.flip(-1))
     assert not torch.equal(data.examples[0].crops[0][0].mask, data.examples[0].crops[1][0].mask)

@@ -167,19 +167,27 @@ def test_with_a_prior_too_gradient_checkpointing_and_offload_change_nothing(how)
     assert all(torch.allclose(fast[key], balanced[key], atol=1e-6) for key in fast)
 
 
+def class_data(config, training, data, encoder):
+    """The data of the prior of `config`, which may be another than that of `training`."""
+    return prior_data(
+        config.prior, config.trigger, data, training.files.texts, training.files.class_samples,
+        training.images.class_images, config.model, training.render, encoder,
+    )  # fmt: skip
+
+
 def drift(file: Path, *prior: str) -> float:
     """How far the LoRA of `file` moves what the UNet predicts of the batches of `prior`."""
     config = compose(*FAST, *prior)
-    plan, data, pipe = encoded(*prior)
-    of_class = prior_data(config, plan, data, Encoder(pipe, plan.device, Cache(None), False))
-    asked, squares = objective(config.loss, pipe.scheduler.config), []
-    pipe.unet.eval()
+    training, data, base = encoded(*prior)
+    of_class = class_data(config, training, data, Encoder(base, training.device, Cache(None), False))
+    goal, squares = objective(config.loss, base), []
+    base.network.eval()
     for number in range(8):
-        batch = of_class.batch(seed=7, step=number, part=0, parts=1, batch_size=2, asked=asked)
+        batch = of_class.batch(seed=7, step=number, part=0, parts=1, batch_size=2, objective=goal)
         with torch.no_grad():
-            base = predict(pipe.unet, asked, batch)
-            with lora_attached(pipe, file):
-                squares.append((predict(pipe.unet, asked, batch) - base).square().mean().item())
+            before = predict(base.network, goal, batch)
+            with lora_attached(base, file):
+                squares.append((predict(base.network, goal, batch) - before).square().mean().item())
     return sum(squares) / len(squares)
 
 
@@ -202,19 +210,22 @@ def test_what_the_base_predicts_is_read_by_the_bases_text_encoders():
 def test_the_priors_batch_is_its_own_and_seen_whole_under_the_names_of_the_class(tmp_path):
     """Other draws than the character's, no mask, no dropped caption, no trigger."""
     config = compose(*FAST, *PREDICTION, "prior.class_noun='round thing'")
-    plan, data, pipe = encoded(f"loss.mask={cut_out(tmp_path / 'left', (0, 0, 64, 128))}")
-    encoder, asked = Encoder(pipe, plan.device, Cache(None), False), objective(config.loss, pipe.scheduler.config)
-    of_class = prior_data(config, plan, data, encoder)
-    which = {"seed": 0, "step": 0, "part": 0, "parts": 1, "batch_size": 2, "asked": asked}
+    training, data, base = encoded(f"loss.mask={cut_out(tmp_path / 'left', (0, 0, 64, 128))}")
+    encoder, goal = Encoder(base, training.device, Cache(None), False), objective(config.loss, base)
+    of_class = class_data(config, training, data, encoder)
+    which = {"seed": 0, "step": 0, "part": 0, "parts": 1, "batch_size": 2, "objective": goal}
     prior, mine = of_class.batch(**which), data.batch(**which, caption_dropout=1.0)
     assert mine.mask is not None and mine.prior_weight is None and prior.mask is None and prior.prior_weight == 1
     assert not torch.equal(prior.noise, mine.noise) and not torch.equal(prior.timesteps, mine.timesteps)
-    assert torch.equal(mine.tokens[0], data.empty.tokens)
-    assert not any(torch.equal(tokens, data.empty.tokens) for tokens in prior.tokens)
-    named = [sample.captions[0].replace("HANA_TOFU", "round thing") for sample in plan.files.samples]
-    embedded, _ = encoder.captions(named)
+    empty = data.empty["prompt_embeds"]
+    assert torch.equal(mine.conditioning["prompt_embeds"][0], empty)
+    assert not any(torch.equal(embeds, empty) for embeds in prior.conditioning["prompt_embeds"])
+    named = [sample.captions[0].replace("HANA_TOFU", "round thing") for sample in training.files.samples]
+    embedded, _ = encoder.encode_texts(named)
     for example, text in zip(of_class.data.examples, named, strict=True):
-        assert "round thing" in text and torch.equal(example.texts[0][0].tokens, embedded[text].tokens)
+        assert "round thing" in text and torch.equal(
+            example.texts[0][0]["prompt_embeds"], embedded[text]["prompt_embeds"]
+        )
 
 
 def test_a_prior_that_makes_no_sense_is_refused_before_the_base_loads(others, monkeypatch):
@@ -242,7 +253,7 @@ def test_a_prior_that_makes_no_sense_is_refused_before_the_base_loads(others, mo
         ([pictures, f"prior.root={others.with_name('empty')}"], r"no pictures in .*empty: point prior\.root at"),
         (
             [pictures, f"prior.root={others}"],
-            r"prior\.root: no captions in .*others.*or say one caption .* prior\.prompt=",
+            r"prior\.root: no captions in .*others.*or set one caption .* prior\.prompt=",
         ),
         ([pictures, f"prior.root={captioned}"], r"prior\.root: the caption of .*other-0\.png has the trigger"),
         ([pictures, "prior.root=../tofu", "prior.prompt=a"], r"prior\.root: .*00\.png is in dataset\.root too"),

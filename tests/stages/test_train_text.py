@@ -1,6 +1,5 @@
 """Training text encoders and new tokens for the trigger, on the bundled tiny base."""
 
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -16,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import checkpointed, inside, interrupt_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.adapters.attach import find_lora, lora_attached
+from lora_lab.adapters.attach import lora_attached
+from lora_lab.adapters.files import find_lora
 from lora_lab.adapters.tokens import embeddings_path, installed_tokens, tokenizers_of
 from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder, encode_captions
+from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.demo import BASE, PHOTOS, TOFU
 from lora_lab.errors import InputError
@@ -28,7 +28,7 @@ from lora_lab.stages import run
 from lora_lab.training.build import build_training
 from lora_lab.training.data import encode_dataset
 from lora_lab.training.engine import build_single_step
-from lora_lab.training.loss import objective, per_sample_loss
+from lora_lab.training.loss import Batch, objective, per_sample_loss
 from lora_lab.training.resolve import resolve_training
 from lora_lab.training.text_encoders import inject_text_adapters
 
@@ -74,24 +74,34 @@ def train(folder: str, *overrides: str):
     return run(compose(*FAST, *overrides), Path(folder).absolute())
 
 
+def injected(base, config, adapter):
+    return inject_text_adapters(base, CPU, config.text, config.trigger, config.seed, adapter)
+
+
 class Prepared:
     """A run up to its first step."""
 
     def __init__(self, *overrides: str):
         self.config = compose(*FAST, *overrides)
         resolved = resolve_training(self.config, Path("run"))
-        self.pipe = load_base(self.config.model, CPU)
-        tokenizers = tokenizers_of(self.pipe, "HANA_TOFU", self.config.text.tokens)
-        encoder = Encoder(self.pipe, CPU, Cache(Path(self.config.cache)), False, tokenizers)
+        self.base = load_base(self.config.model, CPU)
+        self.pipe = self.base.pipe
+        tokenizers = tokenizers_of(self.base, "HANA_TOFU", self.config.text.tokens)
+        encoder = Encoder(self.base, CPU, Cache(Path(self.config.cache)), False, tokenizers)
         self.data = encode_dataset(resolved.files.samples, resolved.images.crops, resolved.files.texts, False, encoder)
-        self.objective = objective(self.config.loss, self.pipe.scheduler.config)
-        text_encoders = inject_text_adapters(self.pipe, CPU, self.config, resolved.adapter)
+        self.objective = objective(self.config.loss, self.base)
+        text_encoders = injected(self.base, self.config, resolved.adapter)
         self.training = build_training(self.pipe.unet, self.objective, resolved, text_encoders)
 
     def batch(self, step=0, dropout=0.0):
         return self.data.batch(
-            seed=0, step=step, part=0, parts=1, batch_size=2, asked=self.objective, caption_dropout=dropout
+            seed=0, step=step, part=0, parts=1, batch_size=2, objective=self.objective, caption_dropout=dropout
         )
+
+
+def pooled_of(run: Prepared) -> torch.Tensor:
+    """The pooled text of the run's batch, by the text encoders in training."""
+    return run.training.text_encoders(run.batch()).conditioning["pooled_prompt_embeds"]
 
 
 def losses_of_one_batch(*overrides: str) -> list[float]:
@@ -184,36 +194,38 @@ def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
     read = run.training.text_encoders(batch)
     texts = [example.texts[0][0] for example in run.data.examples]
     captions = [row["text"] for row in map(json.loads, Path("../tofu/metadata.jsonl").read_text().splitlines())]
-    for ids, tokens, pooled in zip(batch.ids, read.tokens, read.pooled, strict=True):
-        which = next(i for i, text in enumerate(texts) if torch.equal(text.ids, ids))
-        (alone,) = encode_captions(run.pipe, captions[which : which + 1], CPU, False)  # the LoRA's B is zero yet
-        assert torch.allclose(alone.tokens, tokens, atol=1e-5) and torch.allclose(alone.pooled, pooled, atol=1e-5)
+    ids = batch.conditioning["input_ids"]
+    for i in range(2):
+        which = next(k for k, text in enumerate(texts) if torch.equal(text["input_ids"], ids[i]))
+        (alone,) = run.base.encode_texts(captions[which : which + 1], CPU, False)  # the LoRA's B is zero yet
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            assert torch.allclose(alone[name], read.conditioning[name][i], atol=1e-5)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = {name: value for name, value in vars(batch).items() if value is not None}
-        fake = run.training.text_encoders(
-            replace(batch, **{name: mode.from_tensor(value) for name, value in inputs.items()})
-        )
-    assert fake.tokens.shape == (2, 77, 256) and fake.pooled.shape == (2, 128)
+        inputs = {name: mode.from_tensor(value) for name, value in batch.tensors().items()}
+        fake = run.training.text_encoders(Batch.from_tensors(inputs)).conditioning
+    assert fake["prompt_embeds"].shape == (2, 77, 256) and fake["pooled_prompt_embeds"].shape == (2, 128)
 
 
 @pytest.mark.slow
 def test_a_caption_left_out_is_what_inference_takes_for_no_prompt():
     run = Prepared("text=pivotal")
-    read = run.training.text_encoders(run.batch(dropout=1.0))
-    assert not read.tokens.any() and not read.pooled.any()
-    assert run.training.text_encoders(run.batch()).pooled.any(dim=1).all()
+    read = run.training.text_encoders(run.batch(dropout=1.0)).conditioning
+    assert not read["prompt_embeds"].any() and not read["pooled_prompt_embeds"].any()
+    assert pooled_of(run).any(dim=1).all()
     run.pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    encoder = Encoder(run.pipe, CPU, Cache(None), False, [run.pipe.tokenizer, run.pipe.tokenizer_2])
+    encoder = Encoder(run.base, CPU, Cache(None), False, run.base.tokenizers)
     empty = encode_dataset([], [], [], False, encoder).empty
-    (said,) = encode_captions(run.pipe, [""], CPU, False)
-    read = run.training.text_encoders(replace(run.batch(), ids=empty.ids[None], given=empty.given[None]))
-    assert torch.allclose(read.tokens[0], said.tokens, atol=1e-5)
+    (encoded,) = run.base.encode_texts([""], CPU, False)
+    batch = run.batch()
+    conditioning = batch.conditioning | {name: value.expand(2, *value.shape) for name, value in empty.items()}
+    read = run.training.text_encoders(replace(batch, conditioning=conditioning)).conditioning
+    assert torch.allclose(read["prompt_embeds"][0], encoded["prompt_embeds"], atol=1e-5)
 
 
 @pytest.mark.slow
 def test_new_tokens_begin_as_a_word_or_with_the_tables_statistics():
     run = Prepared("text.tokens=3", "text.tokens_from=tofu hat")
-    table = load_base(run.config.model, CPU).text_encoder.get_input_embeddings().weight
+    table = load_base(run.config.model, CPU).pipe.text_encoder.get_input_embeddings().weight
     words = run.pipe.tokenizer("tofu hat", add_special_tokens=False).input_ids
     vectors = run.training.text_encoders.tokens["clip_l"].vectors
     assert torch.equal(vectors, table[[words[i % len(words)] for i in range(3)]])
@@ -229,13 +241,14 @@ def test_new_tokens_begin_as_a_word_or_with_the_tables_statistics():
 def test_a_new_token_is_no_end_of_text():
     """SDXL's second encoder says 2, and transformers then takes the largest id for the end."""
     run = Prepared("text=pivotal")
-    pooled = run.training.text_encoders(run.batch()).pooled
+    pooled = pooled_of(run)
     run.pipe.text_encoder_2.text_model.eos_token_id = 2
-    assert not torch.allclose(run.training.text_encoders(run.batch()).pooled, pooled)
+    assert not torch.allclose(pooled_of(run), pooled)
     base = load_base(run.config.model, CPU)
-    base.text_encoder_2.text_model.eos_token_id = 2
+    base.pipe.text_encoder_2.text_model.eos_token_id = 2
     adapter = resolve_training(run.config, Path("run")).adapter
-    assert torch.equal(inject_text_adapters(base, CPU, run.config, adapter)(run.batch()).pooled, pooled)
+    read = injected(base, run.config, adapter)(run.batch())
+    assert torch.equal(read.conditioning["pooled_prompt_embeds"], pooled)
 
 
 def test_what_stops_stays_exactly_and_the_rest_goes_on(trained):
@@ -309,7 +322,7 @@ def test_img2img_draws_with_the_embeddings_and_misses_them(trained):
     save_file({key: -value for key, value in emb.items()}, str(embeddings_path(file)))
     assert not np.array_equal(drawn("wrong"), right)
     save_file({key: value[:1] for key, value in emb.items()}, str(embeddings_path(file)))
-    with pytest.raises(InputError, match="does not hold the 2 embeddings clip_l and clip_g"):
+    with pytest.raises(InputError, match="does not hold the embeddings of the 2 new tokens"):
         drawn("short")
     embeddings_path(file).unlink()
     with pytest.raises(InputError, match=r"trigger HANA_TOFU is 2 new tokens, .*HANA_TOFU_emb.safetensors: put"):
@@ -331,27 +344,29 @@ def test_publishing_moves_an_older_file_with_its_embeddings(trained):
 @pytest.mark.slow
 def test_wearing_a_file_leaves_nothing_behind(trained):
     file, run = trained / "models" / "lora" / "HANA_TOFU.safetensors", Prepared(*ALL)
-    pipe, before = run.pipe, run.training.text_encoders(run.batch())
-    own, put = [pipe.tokenizer, pipe.tokenizer_2], installed_tokens(pipe)
+    base, pipe, before = run.base, run.pipe, run.training.text_encoders(run.batch()).tensors()
+    own, put = base.tokenizers, installed_tokens(base)
     learning = [p for part in run.training.components.values() for p in part.parameters() if p.requires_grad]
     places = [p.data_ptr() for part in run.training.components.values() for p in part.parameters()]
     for lora in (file, None):
-        with lora_attached(pipe, lora):
+        with lora_attached(base, lora):
             count = len(pipe.tokenizer) - len(own[0])
-            assert count == (2 if lora else 0) and bool(installed_tokens(pipe)) == bool(lora)
+            assert count == (2 if lora else 0) and bool(installed_tokens(base)) == bool(lora)
             assert not any(pipe.text_encoder.get_input_embeddings() is tokens for tokens in put.values())
-    assert [pipe.tokenizer, pipe.tokenizer_2] == own and installed_tokens(pipe) == put
+    assert base.tokenizers == own and installed_tokens(base) == put
     after = run.training.text_encoders(run.batch())
-    # Where a recorded step reads and writes.
+    # Where a captured step reads and writes.
     assert [p.data_ptr() for part in run.training.components.values() for p in part.parameters()] == places
-    assert torch.equal(after.tokens, before.tokens) and torch.equal(after.pooled, before.pooled)
+    assert all(torch.equal(value, before[name]) for name, value in after.tensors().items())
     assert [p for part in run.training.components.values() for p in part.parameters() if p.requires_grad] == learning
-    assert per_sample_loss(pipe.unet, run.asked, after).requires_grad
+    assert per_sample_loss(pipe.unet, run.objective, after).requires_grad
     base = load_base(run.config.model, CPU)
-    (plain,) = encode_captions(base, [PROMPT], CPU, False)
+    (plain,) = base.encode_texts([PROMPT], CPU, False)
     with lora_attached(base, file):
-        assert not torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].pooled, plain.pooled)
-    assert torch.equal(encode_captions(base, [PROMPT], CPU, False)[0].tokens, plain.tokens)
+        (attached,) = base.encode_texts([PROMPT], CPU, False)
+        assert not torch.equal(attached["pooled_prompt_embeds"], plain["pooled_prompt_embeds"])
+    (again,) = base.encode_texts([PROMPT], CPU, False)
+    assert torch.equal(again["prompt_embeds"], plain["prompt_embeds"])
 
 
 def test_a_run_of_all_goes_on_to_the_bit(trained, monkeypatch):
@@ -402,7 +417,7 @@ def test_training_begins_with_what_the_files_hold(trained):
     emb, begun = load_file(str(embeddings_path(file))), load_file("more/lora/HANA_TOFU_emb.safetensors")
     assert not moved(emb, begun)
     for how, named in (
-        ("text=lora", r"has 2 new tokens for its trigger, but this run trains 0: say text\.tokens=2"),
+        ("text=lora", r"has 2 new tokens for its trigger, but this run trains 0: set text\.tokens=2"),
         ("text=pivotal text.tokens=3", "has 2 new tokens"),
         ("text=pivotal", "but this run trains LoRA of rank 4 in"),
         ("text=pivotal text.encoders=first", "but this run trains LoRA of rank 4 in"),
@@ -430,8 +445,8 @@ def test_training_begins_with_what_the_files_hold(trained):
             (f"text=lora adapter={kind}", "text encoders take LoRA and rsLoRA and no other kind")
             for kind in ("dora", "lokr", "pissa")
         ),
-        ("text=lora optimizer=prodigy", "optimizer=Prodigy: finds one learning rate for all that learns"),
-        ("text=pivotal optimizer=schedule_free", r"text\.token_stop=0\.5: what AdamWScheduleFree saves is an average"),
+        ("text=lora optimizer=prodigy", "optimizer=Prodigy: finds one learning rate for all parameters"),
+        ("text=pivotal optimizer=schedule_free", r"text\.token_stop=0\.5: AdamWScheduleFree saves an average"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_base_is_loaded(how, said, monkeypatch):
@@ -442,11 +457,11 @@ def test_what_cannot_be_is_refused_before_the_base_is_loaded(how, said, monkeypa
 
 
 def test_new_tokens_are_read_where_the_trigger_stands_and_nowhere_else():
-    pipe = copy.copy(load_base(compose(*FAST).model, CPU))
-    for copied, own in zip(tokenizers_of(pipe, "HANA_TOFU", 2), (pipe.tokenizer, pipe.tokenizer_2), strict=True):
+    base = load_base(compose(*FAST).model, CPU)
+    for copied, own in zip(tokenizers_of(base, "HANA_TOFU", 2), base.tokenizers, strict=True):
         assert copied.tokenize("A HANA_TOFU, waving") == ["a</w>", "<s0>", "<s1>", ",</w>", *own.tokenize("waving")]
         assert copied.tokenize("A tofu, waving") == own.tokenize("A tofu, waving")
         assert len(copied) == len(own) + 2
-    pipe.tokenizer.add_tokens("<s1>")
+    base.tokenizers[0].add_tokens("<s1>")
     with pytest.raises(InputError, match="tokenizer has <s"):
-        tokenizers_of(pipe, "HANA_TOFU", 2)
+        tokenizers_of(base, "HANA_TOFU", 2)

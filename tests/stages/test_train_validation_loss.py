@@ -69,9 +69,10 @@ def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(m
 def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
     """Computed again from the base's files, for one picture at a time and at one timestep at a time."""
     training = resolve_training(compose(*FAST), Path("none"))
-    pipe = load_base(training.model, training.device)
+    base = load_base(training.model, training.device)
+    pipe = base.pipe
     errors = []
-    encoder = Encoder(pipe, training.device, Cache(None), offload=False)
+    encoder = Encoder(base, training.device, Cache(None), offload=False)
     for example in encode_dataset(
         training.files.samples, training.images.crops, training.files.texts, False, encoder
     ).examples:
@@ -80,8 +81,11 @@ def test_the_validation_loss_is_the_mean_error_of_the_prediction(measured):
             noise = torch.randn(view.latents.shape, generator=generator("validation", example.name, t))
             kept = pipe.scheduler.alphas_cumprod[t]
             noisy = kept.sqrt() * view.latents + (1 - kept).sqrt() * noise
-            conditions = {"text_embeds": text.pooled[None], "time_ids": view.time_ids[None]}
+            conditions = {
+                "text_embeds": text["pooled_prompt_embeds"][None],
+                "time_ids": view.conditioning["time_ids"][None],
+            }
             with torch.no_grad():
-                predicted = pipe.unet(noisy[None], t, text.tokens[None], added_cond_kwargs=conditions).sample
+                predicted = pipe.unet(noisy[None], t, text["prompt_embeds"][None], added_cond_kwargs=conditions).sample
             errors.append((predicted[0] - noise).square().mean().item())
     assert validation(measured)[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)

@@ -23,9 +23,8 @@ def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
         torch._dynamo.reset()
         counters.clear()
         config = compose("stage=train", "memory=balanced", "cache=null")
-        pipe = load_base(config.model, CPU)
-        asked = objective(config.loss, pipe.scheduler.config)
-        training = build_training(pipe.unet, asked, resolve_training(config, tmp_path))
+        base = load_base(config.model, CPU)
+        training = build_training(base.network, objective(config.loss, base), resolve_training(config, tmp_path))
         build_single_step(training, config.memory, "off", None, base_is_prior=False)
         compile_blocks(training.network, how, None, backend="aot_eager")
         training.train()
@@ -48,8 +47,8 @@ def test_the_key_reaches_the_unet_and_its_cache(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("lora_lab.training.engine.compile_blocks", lambda unet, *how: asked.append(how))
     config = compose("stage=train", "compile=full", f"cache={tmp_path / 'cache'}")
-    pipe = load_base(config.model, CPU)
+    base = load_base(config.model, CPU)
     resolved = resolve_training(config, tmp_path)
-    training = build_training(pipe.unet, objective(config.loss, pipe.scheduler.config), resolved)
+    training = build_training(base.network, objective(config.loss, base), resolved)
     build_single_step(training, resolved.memory, resolved.compile, resolved.cache, base_is_prior=False)
     assert asked == [("full", tmp_path / "cache")]

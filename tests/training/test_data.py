@@ -1,27 +1,37 @@
 """Pictures and masks go the same way, and a batch is what its options say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lora_lab.base.encode import TextEmbedding
+from lora_lab.base.sdxl import SDXL
 from lora_lab.images.dataset import Sample
 from lora_lab.images.masks import find_masks
 from lora_lab.launch.config import compose
 from lora_lab.training.data import Example, TrainingData, View, fit_pictures, latent_mask
 from lora_lab.training.loss import objective
 
-TEXT = TextEmbedding(torch.zeros(77, 8), torch.zeros(8))
+BASE = SDXL(SimpleNamespace(scheduler=SimpleNamespace(config={})))
+
+
+def text_of(number):
+    """What SDXL's text encoders would give, all of one number."""
+    return {"prompt_embeds": torch.full((77, 8), number), "pooled_prompt_embeds": torch.full((8,), number)}
+
+
+TEXT = text_of(0.0)
 
 
 def batches(masks, *overrides, count=8):
     """Batches of two of four examples, whose latents are 0 upright and 1 mirrored."""
-    views = [View(torch.full((4, 2, 2), float(i)), mask, torch.zeros(6)) for i, mask in enumerate(masks)]
+    views = [View(torch.full((4, 2, 2), float(i)), mask, {"time_ids": torch.zeros(6)}) for i, mask in enumerate(masks)]
     data = TrainingData([Example("0.png", [views], [[TEXT]])] * 4, TEXT, [[0, 1, 2, 3]])
-    asked = objective(compose(*overrides).loss, {})
+    goal = objective(compose(*overrides).loss, BASE)
     return [
-        data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
+        data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, objective=goal, caption_dropout=0.0)
         for step in range(count)
     ]
 
@@ -71,29 +81,32 @@ def test_where_nothing_is_to_be_learnt_the_unmasked_weight_is_left():
 
 @pytest.mark.parametrize("override", ["loss=plain", "loss=debiased", "loss.huber_c=0.5", "loss=zero_snr"])
 def test_a_sample_brings_the_figures_of_its_timestep(override):
-    asked = objective(compose(override).loss, {})
+    goal = objective(compose(override).loss, BASE)
     for batch in batches([None, None], override):
-        assert torch.equal(batch.weights, asked.weights[batch.timesteps])
-        assert torch.equal(batch.huber_delta, asked.huber_delta[batch.timesteps])
+        assert torch.equal(batch.loss_weights, goal.loss_weights[batch.timesteps])
+        assert torch.equal(batch.huber_delta, goal.huber_delta[batch.timesteps])
 
 
 def test_a_sample_sees_one_crop_and_reads_one_order_of_one_caption():
     """Latents, mask and coordinates of the same crop; in time every crop with every text."""
     crops = [
-        [View(torch.full((4, 2, 2), n), torch.full((1, 2, 2), n / 10), torch.full((6,), n)) for n in (i, i + 0.5)]
+        [
+            View(torch.full((4, 2, 2), n), torch.full((1, 2, 2), n / 10), {"time_ids": torch.full((6,), n)})
+            for n in (i, i + 0.5)
+        ]
         for i in (0.0, 1.0, 2.0)
     ]
-    texts = [
-        [TextEmbedding(torch.full((77, 8), n), torch.full((8,), n)) for n in orders] for orders in ([1.0, 2.0], [3.0])
-    ]
+    texts = [[text_of(n) for n in orders] for orders in ([1.0, 2.0], [3.0])]
     data = TrainingData([Example("0.png", crops, texts)], TEXT, [[0]])
-    asked, seen = objective(compose().loss, {}), []
+    goal, seen = objective(compose().loss, BASE), []
     for step in range(150):
-        batch = data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, asked=asked, caption_dropout=0.0)
+        batch = data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, objective=goal, caption_dropout=0.0)
         for i in range(2):
-            latents, text = batch.latents[i].mean().item(), batch.tokens[i].mean().item()
+            conditioning = batch.conditioning
+            latents, text = batch.latents[i].mean().item(), conditioning["prompt_embeds"][i].mean().item()
             assert batch.mask[i].mean().item() == pytest.approx(latents / 10)
-            assert batch.time_ids[i].mean().item() == latents and batch.pooled[i].mean().item() == text
+            assert conditioning["time_ids"][i].mean().item() == latents
+            assert conditioning["pooled_prompt_embeds"][i].mean().item() == text
             seen.append((latents, text))
     assert len(set(seen)) == 18
     assert abs([text for _, text in seen].count(3.0) - 150) < 30, "a caption of few orders is read as often as others"

@@ -1,10 +1,13 @@
-"""What is asked of the UNet, compared with the papers' formulas worked out by hand."""
+"""What is goal of the UNet, compared with the papers' formulas worked out by hand."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
 from lora_lab.training.loss import (
@@ -17,12 +20,13 @@ from lora_lab.training.loss import (
     per_sample_loss,
 )
 
-SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TIMESTEPS = torch.tensor([10, 500, 900])
 
 
-def asked_of(*overrides, **scheduler):
-    return objective(compose("stage=train", *overrides).loss, SDXL | scheduler)
+def objective_of(*overrides, **scheduler):
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(config=SCHEDULER | scheduler))
+    return objective(compose("stage=train", *overrides).loss, SDXL(pipe))
 
 
 class Knowing(torch.nn.Module):
@@ -36,28 +40,30 @@ class Knowing(torch.nn.Module):
         return (self.answer,)
 
 
-def batch_of(asked, **changes):
+def batch_of(objective, **changes):
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     parts = dict(
         latents=latents,
         noise=noise,
         timesteps=TIMESTEPS,
-        tokens=torch.zeros(3, 77, 8),
-        pooled=torch.zeros(3, 8),
-        time_ids=torch.zeros(3, 6),
-        weights=asked.weights[TIMESTEPS],
-        huber_delta=asked.huber_delta[TIMESTEPS],
+        conditioning={
+            "prompt_embeds": torch.zeros(3, 77, 8),
+            "pooled_prompt_embeds": torch.zeros(3, 8),
+            "time_ids": torch.zeros(3, 6),
+        },
+        loss_weights=objective.loss_weights[TIMESTEPS],
+        huber_delta=objective.huber_delta[TIMESTEPS],
         mask=None,
     )
     return Batch(**parts | changes)
 
 
-def target_of(asked, batch):
+def target_of(objective, batch):
     """What the UNet should say, from the definitions (Ho et al. 2020; Salimans and Ho 2022)."""
-    if asked.schedule.config.prediction_type == "epsilon":
+    if objective.schedule.prediction == "epsilon":
         return batch.noise
-    kept = asked.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    kept = objective.schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     return kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
 
 
@@ -71,6 +77,15 @@ def test_min_snr_of_v_prediction_divides_by_one_more():
     assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
 
 
+def test_min_snr_of_a_flow_weighs_the_error_of_the_predicted_image_by_the_same():
+    """x = noisy - t v, so an error of v is one of x divided by t; snr = ((1 - t) / t) ** 2."""
+    t = torch.tensor([0.25, 0.5, 0.9])
+    snr = ((1 - t) / t).square()
+    assert torch.allclose(min_snr_weights(snr, 5.0, "flow"), snr.clamp(max=5) * t.square())
+    with pytest.raises(InputError, match=r"loss\.weighting=debiased: is not defined for a base that predicts flow"):
+        debiased_weights(snr, "flow")
+
+
 def test_debiased_is_one_over_the_root_of_the_snr_and_of_v_prediction_over_one_more():
     snr = torch.tensor([0.25, 4.0, 1000.0, 1e9])
     assert torch.allclose(debiased_weights(snr, "epsilon"), torch.tensor([2.0, 0.5, 0.0316228, 0.0316228]))
@@ -78,10 +93,10 @@ def test_debiased_is_one_over_the_root_of_the_snr_and_of_v_prediction_over_one_m
 
 
 def test_huber_c_falls_from_one_to_c_where_noise_grows():
-    kept = torch.tensor([1.0, 0.5, 0.2, 0.0])  # sigma 0, 1, 2, infinite
-    assert torch.allclose(huber_delta(0.1, "constant", kept), torch.full((4,), 0.1))
-    assert torch.allclose(huber_delta(0.1, "snr", kept), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1]))
-    assert torch.allclose(huber_delta(0.0001, "exponential", kept), torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    sigmas = torch.tensor([0.0, 1.0, 2.0, torch.inf])
+    assert torch.allclose(huber_delta(0.1, "constant", sigmas), torch.full((4,), 0.1))
+    assert torch.allclose(huber_delta(0.1, "snr", sigmas), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1]))
+    assert torch.allclose(huber_delta(0.0001, "exponential", sigmas), torch.tensor([1.0, 0.1, 0.01, 0.001]))
 
 
 def test_the_errors_of_a_pixel():
@@ -100,7 +115,7 @@ def test_huber_is_nearly_the_square_of_small_errors_and_grows_straight_beyond():
 
 
 def test_the_weights_are_those_of_the_bases_noise_schedule():
-    kept = DDPMScheduler(**SDXL).alphas_cumprod.double()
+    kept = DDPMScheduler(**SCHEDULER).alphas_cumprod.double()
     snr = kept / (1 - kept)
     expected = {
         "loss=plain": torch.ones(1000),
@@ -108,73 +123,73 @@ def test_the_weights_are_those_of_the_bases_noise_schedule():
         "loss=debiased": 1 / snr.clamp(max=1000).sqrt(),
     }
     for override, weights in expected.items():
-        assert torch.allclose(asked_of(override).weights.double(), weights.double(), rtol=1e-4), override
+        assert torch.allclose(objective_of(override).loss_weights.double(), weights.double(), rtol=1e-4), override
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_right_answer_costs_nothing_and_a_wrong_one_its_square(prediction):
-    asked = asked_of("loss.snr_gamma=0.5", prediction_type=prediction)
-    batch = batch_of(asked)
-    right = target_of(asked, batch)
-    assert torch.allclose(per_sample_loss(Knowing(right), asked, batch), torch.zeros(3), atol=1e-10)
-    off_by_two = per_sample_loss(Knowing(right + 2), asked, batch)
-    assert torch.allclose(off_by_two, 4 * batch.weights, rtol=1e-4) and batch.weights.min() < 0.1
+    goal = objective_of("loss.snr_gamma=0.5", prediction_type=prediction)
+    batch = batch_of(goal)
+    right = target_of(goal, batch)
+    assert torch.allclose(per_sample_loss(Knowing(right), goal, batch), torch.zeros(3), atol=1e-10)
+    off_by_two = per_sample_loss(Knowing(right + 2), goal, batch)
+    assert torch.allclose(off_by_two, 4 * batch.loss_weights, rtol=1e-4) and batch.loss_weights.min() < 0.1
 
 
 def test_the_prediction_is_the_bases_unless_another_is_named():
-    assert asked_of().settings.prediction == "epsilon"
-    assert asked_of(prediction_type="v_prediction").settings.prediction == "v_prediction"
+    assert objective_of().settings.prediction == "epsilon"
+    assert objective_of(prediction_type="v_prediction").settings.prediction == "v_prediction"
     for base in ("epsilon", "v_prediction"):
-        asked = asked_of("loss.prediction=v_prediction", prediction_type=base)
-        batch = batch_of(asked)
-        assert torch.allclose(
-            per_sample_loss(Knowing(target_of(asked, batch)), asked, batch), torch.zeros(3), atol=1e-10
-        )
-        snr = asked.schedule.alphas_cumprod / (1 - asked.schedule.alphas_cumprod)
-        assert torch.allclose(asked.weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
+        goal = objective_of("loss.prediction=v_prediction", prediction_type=base)
+        batch = batch_of(goal)
+        assert torch.allclose(per_sample_loss(Knowing(target_of(goal, batch)), goal, batch), torch.zeros(3), atol=1e-10)
+        snr = goal.schedule.alphas_cumprod / (1 - goal.schedule.alphas_cumprod)
+        assert torch.allclose(goal.loss_weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1"])
 def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
-    asked = asked_of("loss.snr_gamma=0.5", f"loss.type={kind}", "loss.huber_c=0.3", "loss.huber_schedule=exponential")
-    batch = batch_of(asked)
+    goal = objective_of(
+        "loss.snr_gamma=0.5", f"loss.type={kind}", "loss.huber_c=0.3", "loss.huber_schedule=exponential"
+    )
+    batch = batch_of(goal)
     assert torch.allclose(batch.huber_delta, 0.3 ** (TIMESTEPS / 1000))
     distances = (4 + batch.huber_delta**2).sqrt() - batch.huber_delta  # of errors of 2
     scaled = 2 * batch.huber_delta * distances
     expected = {"l1": torch.full((3,), 2.0), "huber": scaled, "smooth_l1": 2 * distances}[kind]
-    losses = per_sample_loss(Knowing(batch.noise + 2), asked, batch)
-    assert torch.allclose(losses, expected * batch.weights, rtol=1e-4)
+    losses = per_sample_loss(Knowing(batch.noise + 2), goal, batch)
+    assert torch.allclose(losses, expected * batch.loss_weights, rtol=1e-4)
 
 
 def test_a_mask_takes_errors_out_and_leaves_a_pixel_its_weight():
-    asked = asked_of("loss=plain")
+    goal = objective_of("loss=plain")
     mask = torch.ones(3, 1, 8, 8)
     mask[0, :, :, :6], mask[1, :, :2] = 0, 0.5
-    batch = batch_of(asked, mask=mask)
+    batch = batch_of(goal, mask=mask)
     wrong = batch.noise + 2
     wrong[0, :, :, :6] += 100  # where nothing is learnt
     expected = torch.tensor([4 * 2 / 8, 4 * (6 + 0.5 * 2) / 8, 4])
-    assert torch.allclose(per_sample_loss(Knowing(wrong), asked, batch), expected, rtol=1e-4)
+    assert torch.allclose(per_sample_loss(Knowing(wrong), goal, batch), expected, rtol=1e-4)
 
 
 def test_a_base_of_fewer_timesteps_is_told():
     with pytest.raises(InputError, match=r"loss\.max_timestep=1000: the base has 100 timesteps"):
-        asked_of(num_train_timesteps=100)
-    assert len(asked_of("loss.max_timestep=100", num_train_timesteps=100).weights) == 100
+        objective_of(num_train_timesteps=100)
+    assert len(objective_of("loss.max_timestep=100", num_train_timesteps=100).loss_weights) == 100
 
 
 def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
     """Lin et al. 2023, algorithm 1: shift the roots of alpha-bar so that the last is 0, scale the first back."""
-    roots = DDPMScheduler(**SDXL).alphas_cumprod.double().sqrt()
+    roots = DDPMScheduler(**SCHEDULER).alphas_cumprod.double().sqrt()
     expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    asked = asked_of("loss=zero_snr")
-    assert torch.allclose(asked.schedule.alphas_cumprod.double().sqrt(), expected, atol=1e-5)
-    assert asked.schedule.alphas_cumprod[-1] == 0 and asked.weights.isfinite().all()
-    batch = batch_of(asked, timesteps=torch.tensor([999, 999, 999]))
+    goal = objective_of("loss=zero_snr")
+    assert torch.allclose(goal.schedule.alphas_cumprod.double().sqrt(), expected, atol=1e-5)
+    assert goal.schedule.alphas_cumprod[-1] == 0 and goal.loss_weights.isfinite().all()
+    batch = batch_of(goal, timesteps=torch.tensor([999, 999, 999]))
     velocity = -batch.latents  # of noise alone
-    assert torch.allclose(per_sample_loss(Knowing(velocity), asked, batch), torch.zeros(3), atol=1e-10)
-    assert asked_of(prediction_type="v_prediction", rescale_betas_zero_snr=True).schedule.alphas_cumprod[-1] == 0
-    off = asked_of("loss.zero_terminal_snr=false", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert torch.allclose(per_sample_loss(Knowing(velocity), goal, batch), torch.zeros(3), atol=1e-10)
+    assert objective_of(prediction_type="v_prediction", rescale_betas_zero_snr=True).schedule.alphas_cumprod[-1] == 0
+    off = objective_of("loss.zero_terminal_snr=false", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert off.schedule.alphas_cumprod[-1] > 0.004
 
 
@@ -182,9 +197,9 @@ def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
 @pytest.mark.parametrize("overrides", [(), ("loss=huber",), ("loss=zero_snr", "loss.type=l1")])
 def test_a_step_waits_for_no_number(overrides, mask):
     """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
-    asked = asked_of(*overrides)
-    batch = batch_of(asked, mask=mask)
+    goal = objective_of(*overrides)
+    batch = batch_of(goal, mask=mask)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = Batch(**{key: value if value is None else mode.from_tensor(value) for key, value in vars(batch).items()})
-        losses = per_sample_loss(Knowing(fake.noise + 1), asked, fake)
+        fake = Batch.from_tensors({name: mode.from_tensor(value) for name, value in batch.tensors().items()})
+        losses = per_sample_loss(Knowing(fake.noise + 1), goal, fake)
     assert losses.shape == (3,)

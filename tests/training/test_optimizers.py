@@ -30,7 +30,7 @@ class Toy:
         optimizer = make_optimizer([params.master] if flat else params.matrices())
         if hasattr(optimizer, "train"):
             optimizer.train()
-        unused = dict.fromkeys(("network", "objective", "batch_size", "seed"))
+        unused = dict.fromkeys(("network", "network_name", "objective", "batch_size", "seed"))
         self.training = LoRATraining(
             params=params, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
             scaler=torch.amp.GradScaler("cpu", enabled=False),

@@ -61,12 +61,12 @@ def weights_after_training(trainings, data, engine) -> list[torch.Tensor]:
     ],
 )
 def test_a_lora_in_a_pack_is_the_lora_alone(points, prepared, tmp_path):
-    root, _, data, pipe = prepared
+    root, _, data, base = prepared
     resolved = [resolve_training(compose(*FAST, root, *COMMON, *point.split()), tmp_path) for point in points]
     memory = resolved[0].memory
-    network = clone_sharing_weights(pipe.unet)
+    network = clone_sharing_weights(base.network)
     quantize_(network, memory.linear_weights, memory.convolution_weights, torch.device("cpu"))
-    loss_objective = objective(resolved[0].loss, pipe.scheduler.config)
+    loss_objective = objective(resolved[0].loss, base)
 
     def build() -> list[LoRATraining]:
         return [build_training(clone_sharing_weights(network), loss_objective, one) for one in resolved]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.adapters.files import save_lora
+from lora_lab.adapters.keys import kohya_state
 from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
@@ -22,40 +23,40 @@ FEW = ("stage=train", "model.judge=null", "sampler.steps=2", "stage.seeds=[0,1]"
 
 
 @pytest.fixture(scope="module")
-def pipe():
+def base():
     return load_base(compose("model.precision=bf16").model, CPU)  # its rounding shows which way was taken
 
 
 @pytest.fixture(scope="module")
-def lora(pipe, tmp_path_factory):
+def lora(base, tmp_path_factory):
     torch.manual_seed(0)
-    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=1, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    base.network.add_adapter(LoraConfig(r=4, lora_alpha=1, target_modules=["to_q", "to_v"], init_lora_weights=False))
     file = tmp_path_factory.mktemp("lora") / "made.safetensors"
-    save_lora(file, kohya_state({"unet": pipe.unet}), torch.float32, {})
-    pipe.unet.delete_adapters("default")
+    save_lora(file, kohya_state({"unet": base.network}, base.lora_key), torch.float32, {})
+    base.network.delete_adapters("default")
     return file
 
 
-def looked(pipe, lora, folder, *overrides):
+def looked(base, lora, folder, *overrides):
     """The validation pictures, and how many rows the UNet had in each call."""
     rows = []
-    hook = pipe.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
+    hook = base.network.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
     resolved = resolve_training(compose(*FEW, *overrides), folder)
     rendered: dict = {}
     tracker = replace(NOTHING, images=lambda step, images: rendered.update(images))
     artifacts = RunArtifacts(resolved, None, lora)
-    ValidationImages(resolved, artifacts, Encoder(pipe, CPU, Cache(None), False), tracker).on_end(1)
+    ValidationImages(resolved, artifacts, Encoder(base, CPU, Cache(None), False), tracker).on_end(1)
     hook.remove()
     return [np.asarray(picture).astype(int) for picture, _ in rendered.values()], rows
 
 
-def test_fuse_and_batch_size_reach_the_pictures_of_validation(pipe, lora, tmp_path):
-    plain, rows = looked(pipe, lora, tmp_path)
+def test_fuse_and_batch_size_reach_the_pictures_of_validation(base, lora, tmp_path):
+    plain, rows = looked(base, lora, tmp_path)
     assert rows == [2] * 4
-    fused, _ = looked(pipe, lora, tmp_path, "sampler.fuse=true")
-    together, rows = looked(pipe, lora, tmp_path, "sampler.batch_size=2")
+    fused, _ = looked(base, lora, tmp_path, "sampler.fuse=true")
+    together, rows = looked(base, lora, tmp_path, "sampler.batch_size=2")
     assert rows == [4] * 2
     for one, other, both in zip(plain, fused, together, strict=True):
         assert 0 < np.abs(one - other).mean() < 3 and np.abs(one - both).mean() < 3
-    again, _ = looked(pipe, lora, tmp_path)
+    again, _ = looked(base, lora, tmp_path)
     assert all(np.array_equal(*pair) for pair in zip(plain, again, strict=True))

@@ -9,34 +9,41 @@ from diffusers import EulerDiscreteScheduler
 from hydra.utils import instantiate
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.load import load_base
-from lora_lab.base.prediction import apply_prediction_type, resolve_prediction_type, validate_prediction
+from lora_lab.base.diffusion import resolve_prediction_type
+from lora_lab.base.load import load_base, validate_prediction
+from lora_lab.base.sdxl import SDXL
 from lora_lab.demo import BASE
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF, compose
 
 # As SDXL's own file has it: no word of rescale_betas_zero_snr.
-SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
+SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
 
 
 @pytest.fixture
 def pipe():
     pipe = pipeline(NARROW)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(SDXL)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(SCHEDULER)
     return pipe
+
+
+def applied(pipe, loss):
+    """The loss as the base resolves it, after the base has taken it."""
+    SDXL(pipe).apply_loss(loss)
+    return SDXL(pipe).resolve_loss(loss)
 
 
 def test_nothing_said_leaves_the_base_its_scheduler(pipe):
     for scheduler in (pipe.scheduler, EulerDiscreteScheduler(prediction_type="v_prediction")):
         pipe.scheduler = scheduler
-        loss = apply_prediction_type(pipe, compose().loss)
+        loss = applied(pipe, compose().loss)
         assert pipe.scheduler is scheduler
         assert (loss.prediction, loss.zero_terminal_snr) == (scheduler.config.prediction_type, False)
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "sampler").glob("*.yaml")))
 def test_every_sampler_follows_what_was_said(pipe, name):
-    apply_prediction_type(pipe, compose("loss=zero_snr").loss)
+    applied(pipe, compose("loss=zero_snr").loss)
     sampler = instantiate(compose(f"sampler={name}").sampler.scheduler)(pipe.scheduler.config)
     assert sampler.config.prediction_type == "v_prediction"
     assert sampler.alphas_cumprod[-1] < 1e-6
@@ -45,25 +52,25 @@ def test_every_sampler_follows_what_was_said(pipe, name):
 
 
 def test_a_base_that_says_it_itself_keeps_its_own_spacing(pipe):
-    base = EulerDiscreteScheduler.from_config(SDXL, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    base = EulerDiscreteScheduler.from_config(SCHEDULER, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     for override in ("loss=min_snr", "loss.zero_terminal_snr=true"):
         pipe.scheduler = base
-        assert apply_prediction_type(pipe, compose(override).loss).zero_terminal_snr
+        assert applied(pipe, compose(override).loss).zero_terminal_snr
         assert pipe.scheduler is base
-    apply_prediction_type(pipe, compose("loss.zero_terminal_snr=false").loss)
+    applied(pipe, compose("loss.zero_terminal_snr=false").loss)
     assert pipe.scheduler.alphas_cumprod[-1] > 0.004
 
 
 def test_what_cannot_be_trained_is_refused_in_a_sentence():
     loss = compose().loss
-    with pytest.raises(InputError, match=r"predicts sample: say loss\.prediction="):
+    with pytest.raises(InputError, match=r"predicts sample: use loss\.prediction="):
         resolve_prediction_type(loss, {"prediction_type": "sample"})
     assert (
         resolve_prediction_type(replace(loss, prediction="epsilon"), {"prediction_type": "sample"}).prediction
         == "epsilon"
     )
     for wish, said in (
-        (replace(loss, zero_terminal_snr=True), SDXL),
+        (replace(loss, zero_terminal_snr=True), SCHEDULER),
         (loss, {"rescale_betas_zero_snr": True}),
         (replace(loss, prediction="epsilon"), {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
     ):
@@ -80,17 +87,17 @@ def test_what_a_folder_says_is_read_before_it_is_loaded(tmp_path, monkeypatch):
         file.write_text(json.dumps(said | {"prediction_type": prediction}))
         if prediction == "epsilon":
             with pytest.raises(InputError, match="predicts epsilon"):
-                validate_prediction(str(tmp_path), loss)
+                validate_prediction(replace(compose().model, base=str(tmp_path)), loss)
         else:
-            validate_prediction(str(tmp_path), loss)
+            validate_prediction(replace(compose().model, base=str(tmp_path)), loss)
     single = tmp_path / "single.safetensors"
     single.touch()
-    validate_prediction(str(single), loss)  # says nothing before it is loaded
+    validate_prediction(replace(compose().model, base=str(single)), loss)  # says nothing before it is loaded
 
 
 def test_a_base_of_v_prediction_comes_as_one(tmp_path):
-    pipe = load_base(compose().model, torch.device("cpu"))
+    pipe = load_base(compose().model, torch.device("cpu")).pipe
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     pipe.save_pretrained(tmp_path / "v")
-    loaded = load_base(replace(compose().model, base=str(tmp_path / "v")), torch.device("cpu"))
-    assert apply_prediction_type(loaded, compose().loss).prediction == "v_prediction"
+    loaded = load_base(replace(compose().model, base=str(tmp_path / "v")), torch.device("cpu")).pipe
+    assert applied(loaded, compose().loss).prediction == "v_prediction"
