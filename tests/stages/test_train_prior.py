@@ -241,7 +241,10 @@ def test_a_prior_that_makes_no_sense_is_refused_before_the_base_loads(others, mo
         (["prior=generated"], r"prior\.prompt is missing: prior=generated needs it"),
         (["prior=generated", "prior.prompt=' '"], r"prior\.prompt is missing"),
         ([pictures], r"prior\.root is missing"),
-        (["prior.weight=2"], r"prior\.weight=2\.0: weight belongs to prior=pictures or prior=generated or prior=prediction"),
+        (
+            ["prior.weight=2"],
+            r"prior\.weight=2\.0: weight belongs to prior=pictures or prior=generated or prior=prediction",
+        ),
         (["prior.class_noun=dog"], r"prior\.class_noun=dog: class_noun belongs to prior=prediction, set that too"),
         ([*PREDICTION, "prior.weight=-1"], r"prior\.weight=-1\.0: weight must be at least 0"),
         ([*PREDICTION, "prior.weight=nan"], r"prior\.weight=nan"),
