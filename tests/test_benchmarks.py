@@ -1,4 +1,4 @@
-"""The benchmark goes its whole way on a CPU, and counts what it says it counts."""
+"""The benchmarks run to their end on a CPU, and their figures are complete."""
 
 import json
 import os
@@ -15,7 +15,7 @@ HOME = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_a_step_of_sdxl_is_the_14_teraflops_of_the_published_sizes():
+def test_a_step_of_sdxl_has_14_teraflops():
     assert training_flops(FULL, 1024) == pytest.approx(14.19e12, rel=1e-3)
 
 
@@ -27,7 +27,7 @@ def rows_of(table: Path, *arguments: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_every_row_of_a_dry_run_is_a_run(tmp_path):
+def test_every_row_of_a_dry_run_has_figures(tmp_path):
     asked = ("--dry", "--kernels", "--steps", "4", "--memory", "fast", "--batch", "1", "2")
     rows = rows_of(tmp_path / "table.json", "benchmarks", str(tmp_path), *asked)
     assert [row["name"] for row in rows] == ["fast-1", "fast-2"]
@@ -37,7 +37,7 @@ def test_every_row_of_a_dry_run_is_a_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_is_timed_with_either_launcher_and_learns_the_same(tmp_path):
+def test_a_sweep_is_timed_with_both_launchers_and_trains_the_same_loras(tmp_path):
     asked = ("--dry", "--points", "rank=2,4", "--steps", "2")
     packed, basic = rows_of(tmp_path / "sweep.json", "benchmarks.sweep", str(tmp_path), *asked)
     assert (packed["launcher"], packed["jobs"], basic["jobs"]) == ("packed", 2, 2)

@@ -47,6 +47,7 @@ def tree() -> set[str]:
         name, meaning = re.fullmatch(r" +([\w./]+)(?: {2,}(\S.*))?", line).groups()
         assert depth <= len(folders) and (meaning or name.endswith("/")), line
         folders = folders[:depth]
+        assert "".join(folders) + name not in paths, line
         paths.add("".join(folders) + name)
         if name.endswith("/"):
             folders.append(name)

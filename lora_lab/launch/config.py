@@ -20,16 +20,18 @@ except ImportError:
 
 from lora_lab.errors import InputError
 from lora_lab.launch.keys import keys_of, unknown_key
+from lora_lab.settings.decides import fields_of
 from lora_lab.settings.refusal import SettingError
 from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config
-from lora_lab.settings.setting import defaults_of
+from lora_lab.settings.setting import defaults_of, facts_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = HOME / "conf"
 
-OPEN = ("captioner", "refiner", "adapter", "optimizer", "sampler")
+# Groups of options with keys of other libraries, which only their files in conf/ know, and where these keys belong.
+OPTIONS = {name: name for name in ("captioner", "refiner", "adapter", "optimizer", "sampler")} | {"targets": "adapter"}
 PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
 
 
@@ -119,7 +121,7 @@ def without_hydra(composition: DictConfig) -> DictConfig:
     cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
     with open_dict(cfg):
         del cfg["hydra"]
-    if all(choices.get(group) for group in OPEN):
+    if all(choices.get(group) for group in OPTIONS):
         _refuse_unknown_keys(cfg, composition)
     return cfg
 
@@ -128,13 +130,14 @@ def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
     """Raise SettingError for a key of the open groups that the files of their options do not have."""
     choices, sources = composition.hydra.runtime.choices, composition.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
-    keys = [key for key in keys_of(OmegaConf.to_container(cfg)) if key.partition(".")[0] in OPEN]
-    known = set().union(*(_keys_of_file(folders, group, choices[group]) for group in OPEN))
+    groups = tuple(f"{key}." for key, info in fields_of() if facts_of(info).is_open)
+    keys = [key for key in keys_of(OmegaConf.to_container(cfg)) if key.startswith(groups)]
+    known = set().union(*(_keys_of_file(folders, group, choices[group]) for group in OPTIONS))
     if all(key in known or key.startswith(PATTERNS) for key in keys):
         return
     # Only now, for it takes as long as the first: what Hydra composes of the options alone.
     search = [override for override in composition.hydra.overrides.hydra if override.startswith("hydra.searchpath")]
-    options = with_hydra([*(f"{group}={choices[group]}" for group in OPEN), *search])
+    options = with_hydra([*(f"{group}={choices[group]}" for group in OPTIONS), *search])
     known = keys_of({key: value for key, value in OmegaConf.to_container(options).items() if key != "hydra"})
     for key in keys:
         if key not in known and not key.startswith(PATTERNS):
@@ -148,7 +151,7 @@ def _keys_of_file(folders: list[Path], group: str, option: str) -> set[str]:
         return set()
     content = load(file.read_text(encoding="utf-8"), SafeLoader) or {}
     bases = [entry.partition("@")[0] for entry in content.pop("defaults", []) if isinstance(entry, str)]
-    return set(keys_of({group: content})).union(*(_keys_of_file(folders, group, base) for base in bases))
+    return set(keys_of({OPTIONS[group]: content})).union(*(_keys_of_file(folders, group, base) for base in bases))
 
 
 def typed(cfg: DictConfig) -> Config:

@@ -1,4 +1,4 @@
-"""A LoRA file is put on the base for a while, and afterwards nothing of it is left."""
+"""A LoRA file is attached within a context, and the base is unchanged afterwards."""
 
 import json
 
@@ -65,7 +65,7 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("file", ["kohya.safetensors", "diffusers/pytorch_lora_weights.safetensors"])
-def test_the_worn_base_is_the_trained_one_to_the_bit(pipe, teacher, folder, file):
+def test_the_base_with_the_file_is_bit_identical_to_the_trained_one(pipe, teacher, folder, file):
     with lora_attached(SDXL(pipe), folder / file):
         assert same(outputs(pipe), outputs(teacher))
 
@@ -78,7 +78,7 @@ def test_no_file_or_no_weight_is_the_base(pipe, teacher, folder, nothing):
         assert same(outputs(pipe), before)
 
 
-def test_half_the_weight_is_between_the_base_and_what_was_learnt(pipe, teacher, folder):
+def test_half_the_weight_is_between_the_base_and_the_trained_one(pipe, teacher, folder):
     base, whole = outputs(pipe), outputs(teacher)
     with lora_attached(SDXL(pipe), folder / "kohya.safetensors", 0.5):
         half = outputs(pipe)
@@ -87,7 +87,7 @@ def test_half_the_weight_is_between_the_base_and_what_was_learnt(pipe, teacher, 
         assert 0 < (after - between).norm() < (after - before).norm()
 
 
-def test_an_error_while_drawing_passes_and_leaves_the_base_clean(pipe, teacher, folder):
+def test_an_error_while_sampling_leaves_the_base_clean(pipe, teacher, folder):
     with pytest.raises(KeyboardInterrupt), lora_attached(SDXL(pipe), folder / "kohya.safetensors"):
         raise KeyboardInterrupt
 
@@ -99,7 +99,7 @@ def training_pipe():
     return pipe
 
 
-def test_taken_off_is_the_base_and_leaves_what_learns_and_what_does_not(shared):
+def test_adapters_disabled_gives_the_base_and_keeps_requires_grad(shared):
     base, pipe = outputs(shared), training_pipe()
     frozen = LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k"], init_lora_weights=False)
     pipe.unet.add_adapter(frozen, "start")
@@ -114,7 +114,7 @@ def test_taken_off_is_the_base_and_leaves_what_learns_and_what_does_not(shared):
     assert all(p.requires_grad == (".default." in name) for name, p in pipe.unet.named_parameters())
 
 
-def test_training_is_set_aside_and_goes_on_where_it_was(shared, teacher, folder):
+def test_training_is_unchanged_after_a_file_was_attached(shared, teacher, folder):
     base, pipe = outputs(shared), training_pipe()
     mine = outputs(pipe)
     learning = {name for name, p in pipe.unet.named_parameters() if p.requires_grad}
@@ -180,14 +180,14 @@ def at_work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_file_is_itself_and_a_name_lies_in_models(at_work):
+def test_find_lora_takes_a_file_or_a_name_in_models(at_work):
     for file in (at_work / "mine.safetensors", at_work / "models" / "lora" / "HANA_TOFU.safetensors"):
         file.write_bytes(b"x")
     assert find_lora("mine.safetensors").samefile("mine.safetensors")
     assert find_lora("HANA_TOFU").samefile("models/lora/HANA_TOFU.safetensors")
 
 
-def test_a_run_folder_means_its_finished_lora_also_after_it_was_moved(at_work):
+def test_find_lora_takes_a_run_folder_even_after_a_move(at_work):
     run = at_work / "run"
     (run / "lora").mkdir(parents=True)
     for name in ("TOFU-000010", "TOFU", "TOFU-000020"):
@@ -198,7 +198,7 @@ def test_a_run_folder_means_its_finished_lora_also_after_it_was_moved(at_work):
     assert find_lora("moved").resolve() == at_work / "moved" / "lora" / "TOFU.safetensors"
 
 
-def test_an_unfinished_run_gives_its_newest_snapshot(at_work):
+def test_find_lora_takes_the_newest_snapshot_of_an_unfinished_run(at_work):
     folder = at_work / "run" / "lora"
     folder.mkdir(parents=True)
     for step in (100, 200, 20):
@@ -206,7 +206,7 @@ def test_an_unfinished_run_gives_its_newest_snapshot(at_work):
     assert find_lora("run").name == "TOFU-000200.safetensors"
 
 
-def test_a_folder_without_a_lora_and_an_unknown_name_are_told(at_work):
+def test_a_folder_without_a_lora_and_an_unknown_name_are_refused(at_work):
     (at_work / "run").mkdir()
     with pytest.raises(InputError, match="lora=run: this folder has no finished LoRA"):
         find_lora("run")

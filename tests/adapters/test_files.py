@@ -1,4 +1,4 @@
-"""The LoRA file, on every module name of SDXL: what was trained is what other programs load."""
+"""The LoRA file, on every module name of SDXL: other programs load what was trained."""
 
 import copy
 import json

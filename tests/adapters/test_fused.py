@@ -82,7 +82,7 @@ def test_output_and_gradient_are_those_of_peft(unet, settings, single):
     assert (gradient - fused_gradient).norm() < 1e-5 * gradient.norm()
 
 
-def test_an_update_reaches_both_ways_of_computing(unet):
+def test_an_update_reaches_the_fused_and_the_plain_layers(unet):
     learnt = learner(unet)
     fuse(unet, learnt)
     before = ask(unet).detach()
@@ -108,12 +108,12 @@ def test_without_the_adapter_in_training_the_base_is_untouched(unet):
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.5}])
-def test_what_is_more_than_a_lora_is_left_to_peft(unet, settings):
+def test_layers_with_more_than_a_plain_lora_are_left_to_peft(unet, settings):
     fuse(unet, learner(unet, **settings))
     assert fused_layers(unet) == (0, 0)
 
 
-def test_keys_of_another_rank_than_values_are_multiplied_alone(unet):
+def test_projections_of_different_rank_are_not_fused(unet):
     learnt = learner(unet, rank_pattern={"to_k": 2})
     drawn, gradient = answer(unet, learnt)
     fuse(unet, learnt)

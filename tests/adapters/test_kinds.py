@@ -1,4 +1,4 @@
-"""Every kind of adapter: what the file gives on a fresh base is what was in training."""
+"""Every kind of adapter: the file on a fresh base gives the outputs of training."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ def some(plain: tuple[str, ...], kinds: Iterable[str]) -> list:
 
 
 @pytest.mark.parametrize("kind", some(("LoRA", "DoRA", "PiSSA", "LoHa", "LoKr"), KINDS))
-def test_the_file_on_a_fresh_base_gives_what_was_in_training(kind, tmp_path):
+def test_the_file_on_a_fresh_base_gives_the_outputs_of_training(kind, tmp_path):
     config = KINDS[kind]
     pipe, base = taught(config), outputs(BASE)[2]
     file, trained = saved(pipe, config, tmp_path / "x.safetensors"), outputs(pipe)[2]
@@ -113,7 +113,7 @@ def test_a_file_for_another_base_is_named_and_leaves_the_base_clean(kind, tmp_pa
 
 
 @pytest.mark.parametrize("kind", some(("LoRA",), ("LoRA", "DoRA", "LoHa", "LoKr")))
-def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(kind, tmp_path):
+def test_fused_weights_give_the_same_outputs_and_are_restored(kind, tmp_path):
     config = KINDS[kind]
     pipe = taught(config)
     file = saved(pipe, config, tmp_path / "x.safetensors")
@@ -131,7 +131,7 @@ def test_fused_the_file_is_in_the_weights_and_afterwards_they_are_the_very_ones(
         assert all(p.data_ptr() == place and torch.equal(p, kept) for p, (place, kept) in weights.items())
 
 
-def test_a_layer_whose_weights_are_kept_in_fewer_bits_keeps_its_lora_beside_it(tmp_path):
+def test_a_quantized_layer_is_not_fused(tmp_path):
     config = KINDS["by a regular expression"]
     file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)
     quantize_(plain.unet, "int8", "int8", torch.device("cpu"))
@@ -144,7 +144,7 @@ def test_a_layer_whose_weights_are_kept_in_fewer_bits_keeps_its_lora_beside_it(t
 
 
 @pytest.mark.parametrize("kind", some(("PiSSA", "LoKr"), ("DoRA", "PiSSA", "LoHa", "LoKr")))
-def test_a_fresh_adapter_changes_nothing_and_a_weight_between_gives_less(kind, tmp_path):
+def test_a_new_adapter_changes_nothing_and_half_the_weight_changes_less(kind, tmp_path):
     config = KINDS[kind]
     pipe = copy.deepcopy(BASE)
     base = outputs(pipe)[2]
@@ -199,7 +199,7 @@ def merged(weight, tensors):
 
 # LoKr in Tucker form is not among them: ComfyUI gives torch.kron a tensor that it refuses, and leaves the layer out.
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.startswith(("LoHa", "LoKr")) and k != "LoKr in Tucker form"])
-def test_comfyuis_formula_gives_what_was_in_training(kind):
+def test_comfyui_s_formula_gives_the_outputs_of_training(kind):
     pipe = taught(KINDS[kind])
     layers = {}
     for key, value in kohya_state({"unet": pipe.unet}, SDXL.lora_key).items():
@@ -214,7 +214,7 @@ def test_comfyuis_formula_gives_what_was_in_training(kind):
     assert far(outputs(plain)[2], outputs(pipe)[2]) < 2e-5
 
 
-def test_the_second_matrix_of_a_convolution_stays_one_by_one():
+def test_the_up_matrix_of_a_convolution_is_one_by_one():
     state = kohya_state({"unet": taught(KINDS["LoRA"]).unet}, SDXL.lora_key)
     conv = "lora_unet_down_blocks_0_resnets_0_conv1"
     assert state[f"{conv}.lora_down.weight"].shape == (2, 8, 3, 3)
@@ -282,7 +282,7 @@ def test_every_key_of_an_option_reaches_peft(option):
         inject.validate_adapter(made, settings, 1.0, None)
 
 
-def test_pissa_says_what_it_cannot_begin_with():
+def test_pissa_refuses_layers_and_ranks_without_singular_values():
     for config, named in (
         (LoraConfig(r=2, init_lora_weights="pissa", target_modules=["conv1"]), "PiSSA is for linear layers"),
         (LoraConfig(r=99, init_lora_weights="pissa", target_modules=FEW), r"adapter\.r=99: .* has \d\d?$"),
@@ -292,7 +292,7 @@ def test_pissa_says_what_it_cannot_begin_with():
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "rsLoRA", "DoRA", "LoHa in Tucker form", "LoKr of two low ranks"])
-def test_training_begins_with_what_a_file_holds_also_at_another_alpha(kind, tmp_path):
+def test_training_starts_from_a_file_even_at_another_alpha(kind, tmp_path):
     config = KINDS[kind]
     pipe = taught(config)
     file, trained = saved(pipe, config, tmp_path / "x.safetensors"), outputs(pipe)[2]
@@ -307,7 +307,7 @@ def test_training_begins_with_what_a_file_holds_also_at_another_alpha(kind, tmp_
     assert far(outputs(again)[2], trained) < 2e-6
 
 
-def test_training_begins_with_a_file_of_diffusers_too(tmp_path):
+def test_training_starts_from_a_file_with_diffusers_keys(tmp_path):
     from peft import get_peft_model_state_dict
 
     config = LoraConfig(r=2, lora_alpha=2, target_modules=FEW)
@@ -320,7 +320,7 @@ def test_training_begins_with_a_file_of_diffusers_too(tmp_path):
     assert again.get_list_adapters() == {"unet": ["default"]}
 
 
-def test_a_file_of_another_rank_kind_or_place_is_refused_with_both_named(tmp_path):
+def test_a_file_of_another_rank_kind_or_target_is_refused_with_both_named(tmp_path):
     file = saved(taught(KINDS["LoRA"]), KINDS["LoRA"], tmp_path / "x.safetensors")
     there = describe(load_file(str(file)))
     assert there == f"LoRA of rank 2 in {len(load_file(str(file))) // 3} layers"

@@ -1,4 +1,4 @@
-"""What is kept between runs is found again to the bit, and never believed when it is damaged or of other weights."""
+"""Cached values are bit-identical, and a damaged file or one of other weights is not used."""
 
 import copy
 import subprocess
@@ -52,7 +52,7 @@ def files(encoder):
     return sorted(encoder.cache.folder.rglob("*.safetensors"))
 
 
-def test_what_is_kept_is_what_is_made_without_a_cache(pipe, encoder):
+def test_cached_values_equal_those_computed_without_a_cache(pipe, encoder):
     fresh = Encoder(SDXL(pipe), CPU, Cache(None), offload=False)
     for attempt, count in ((fresh, 1), (encoder, 1), (encoder, 0)):
         texts, new = attempt.encode_texts(CAPTIONS)
@@ -67,7 +67,7 @@ def test_what_is_kept_is_what_is_made_without_a_cache(pipe, encoder):
     assert len(files(encoder)) == 5
 
 
-def test_another_caption_and_another_picture_are_made_alone(encoder):
+def test_only_new_captions_and_images_are_encoded(encoder):
     encoder.encode_texts(CAPTIONS)
     encoder.encode_images(PICTURES)
     assert encoder.encode_texts([*CAPTIONS[1:], "A HANA_TOFU, winking"])[1] == 1
@@ -75,7 +75,7 @@ def test_another_caption_and_another_picture_are_made_alone(encoder):
     assert encoder.encode_images([("renamed.png", PICTURES[1][1])])[1] == 0
 
 
-def test_what_other_weights_or_another_precision_made_is_not_taken(pipe, encoder):
+def test_values_of_other_weights_or_another_precision_are_not_used(pipe, encoder):
     encoder.encode_texts(CAPTIONS)
     encoder.encode_images(PICTURES)
     for part in ("text_encoder", "text_encoder_2"):
@@ -92,7 +92,7 @@ def test_what_other_weights_or_another_precision_made_is_not_taken(pipe, encoder
     )
 
 
-def test_other_tokens_are_another_text(pipe, encoder):
+def test_another_tokenizer_has_other_cache_keys(pipe, encoder):
     encoder.encode_texts(CAPTIONS)
     other = copy.copy(pipe)
     other.tokenizer_2 = copy.deepcopy(pipe.tokenizer_2)
@@ -100,7 +100,7 @@ def test_other_tokens_are_another_text(pipe, encoder):
     assert Encoder(SDXL(other), CPU, encoder.cache, False).encode_texts(CAPTIONS)[1] == 3
 
 
-def test_a_scale_beside_the_weights_counts_as_one_of_them(pipe):
+def test_the_scaling_factor_is_part_of_a_network_s_identity(pipe):
     other = copy.deepcopy(pipe.vae)
     assert identity_of(other) == identity_of(pipe.vae)
     other.register_to_config(scaling_factor=1.0)
@@ -126,7 +126,7 @@ def another_shape(file):
 
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, another_shape])
-def test_a_damaged_file_is_made_again_and_said(encoder, damage, capsys):
+def test_a_damaged_file_is_written_again_and_reported(encoder, damage, capsys):
     (expected, _), _ = encoder.encode_images(PICTURES)
     whole = {file: file.read_bytes() for file in files(encoder)}
     damage(files(encoder)[0])
@@ -139,13 +139,13 @@ def test_a_damaged_file_is_made_again_and_said(encoder, damage, capsys):
 @pytest.mark.parametrize(
     "tensor", [torch.zeros(4, 8, 4), torch.zeros(4, 8, 8).half(), torch.full((4, 8, 8), float("nan"))]
 )
-def test_a_whole_file_of_another_form_is_not_believed(tmp_path, tensor, capsys):
+def test_an_intact_file_of_another_shape_or_dtype_is_refused(tmp_path, tensor, capsys):
     cache = Cache(tmp_path)
     cache.put("latents", KEY, {"latents": tensor})
     assert cache.get("latents", KEY, FORMS) is None and "is damaged" in capsys.readouterr().out
 
 
-def test_numbers_that_are_not_finite_are_named_and_not_kept(pipe, encoder):
+def test_non_finite_values_are_reported_by_name_and_not_cached(pipe, encoder):
     for part, name in (("vae", r"b\.png: the VAE"), ("text_encoder_2", "'A HANA_TOFU': the text encoders")):
         broken = other_weights(pipe, part)
         with torch.no_grad():
@@ -157,14 +157,14 @@ def test_numbers_that_are_not_finite_are_named_and_not_kept(pipe, encoder):
     assert not any(file.parent.name == "latents" for file in files(encoder))
 
 
-def test_a_cache_that_cannot_be_written_says_how_to_do_without(tmp_path):
+def test_an_unwritable_cache_is_reported_with_the_key_that_turns_it_off(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cache=.*cannot be written.*cache=null"):
         Cache(tmp_path / "file").put("latents", KEY, {"latents": torch.zeros(1)})
 
 
 @pytest.mark.slow
-def test_two_processes_write_and_read_one_file_at_once(tmp_path):
+def test_two_processes_can_write_and_read_one_file_at_once(tmp_path):
     """Each finds nothing or the whole, and says nothing of damage."""
     script = f"""
 import torch
@@ -215,21 +215,21 @@ def encode_all(pipe, cache, offload):
     encoder.encode_images(PICTURES)
 
 
-def test_with_offload_one_part_at_a_time_is_on_the_device(watched, tmp_path):
+def test_with_offload_one_component_at_a_time_is_on_the_device(watched, tmp_path):
     pipe, moves = watched
     encode_all(pipe, Cache(None), offload=True)
     turns = {part: [(part, "gpu"), (part, "runs"), (part, "runs"), (part, "cpu")] for part, _ in moves}
     assert moves == [*turns["text_encoder"], *turns["text_encoder_2"], *turns["vae"]]
 
 
-def test_without_offload_the_parts_stay_on_the_device(watched):
+def test_without_offload_components_stay_on_the_device(watched):
     pipe, moves = watched
     pipe.offloading = False
     encode_all(pipe, Cache(None), offload=False)
     assert "cpu" not in {where for _, where in moves}
 
 
-def test_where_everything_is_kept_no_part_moves_or_runs(watched, tmp_path):
+def test_if_everything_is_cached_no_component_moves_or_runs(watched, tmp_path):
     pipe, moves = watched
     encode_all(pipe, Cache(tmp_path), offload=True)
     moves.clear()

@@ -1,4 +1,4 @@
-"""A base is trained and drawn with as it predicts, whoever says so."""
+"""Training and sampling follow the prediction of the base or of the settings."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def applied(pipe, loss):
     return SDXL(pipe).resolve_loss(loss)
 
 
-def test_nothing_said_leaves_the_base_its_scheduler(pipe):
+def test_default_settings_keep_the_scheduler_of_the_base(pipe):
     for scheduler in (pipe.scheduler, EulerDiscreteScheduler(prediction_type="v_prediction")):
         pipe.scheduler = scheduler
         loss = applied(pipe, compose().loss)
@@ -42,7 +42,7 @@ def test_nothing_said_leaves_the_base_its_scheduler(pipe):
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "sampler").glob("*.yaml")))
-def test_every_sampler_follows_what_was_said(pipe, name):
+def test_every_sampler_follows_the_prediction_setting(pipe, name):
     applied(pipe, compose("loss=zero_snr").loss)
     sampler = instantiate(compose(f"sampler={name}").sampler.scheduler)(pipe.scheduler.config)
     assert sampler.config.prediction_type == "v_prediction"
@@ -51,7 +51,7 @@ def test_every_sampler_follows_what_was_said(pipe, name):
     assert sampler.timesteps[0] == 999, "noise alone is where drawing begins"
 
 
-def test_a_base_that_says_it_itself_keeps_its_own_spacing(pipe):
+def test_a_base_with_zero_terminal_snr_keeps_its_timestep_spacing(pipe):
     base = EulerDiscreteScheduler.from_config(SCHEDULER, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     for override in ("loss=min_snr", "loss.zero_terminal_snr=true"):
         pipe.scheduler = base
@@ -61,7 +61,7 @@ def test_a_base_that_says_it_itself_keeps_its_own_spacing(pipe):
     assert pipe.scheduler.alphas_cumprod[-1] > 0.004
 
 
-def test_what_cannot_be_trained_is_refused_in_a_sentence():
+def test_a_prediction_that_cannot_be_trained_is_refused():
     loss = compose().loss
     with pytest.raises(InputError, match=r"predicts sample: use loss\.prediction="):
         resolve_prediction_type(loss, {"prediction_type": "sample"})
@@ -78,7 +78,7 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence():
             resolve_prediction_type(wish, said)
 
 
-def test_what_a_folder_says_is_read_before_it_is_loaded(tmp_path, monkeypatch):
+def test_the_scheduler_of_a_folder_is_checked_before_loading(tmp_path, monkeypatch):
     said = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text())
     (tmp_path / "scheduler").mkdir()
     loss = compose("loss.zero_terminal_snr=true").loss
@@ -95,7 +95,7 @@ def test_what_a_folder_says_is_read_before_it_is_loaded(tmp_path, monkeypatch):
     validate_prediction(replace(compose().model, base=str(single)), loss)  # says nothing before it is loaded
 
 
-def test_a_base_of_v_prediction_comes_as_one(tmp_path):
+def test_a_base_of_v_prediction_is_loaded_as_one(tmp_path):
     pipe = load_base(compose().model, torch.device("cpu")).pipe
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     pipe.save_pretrained(tmp_path / "v")

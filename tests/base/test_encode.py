@@ -1,4 +1,4 @@
-"""Pictures and captions become exactly what diffusers' own pipeline makes of them."""
+"""Latents and embeddings are those of diffusers' own pipeline."""
 
 import copy
 
@@ -23,7 +23,7 @@ def picture(width, height, seed=0):
     return Image.fromarray(pixels)
 
 
-def test_latents_are_an_eighth_of_the_picture_and_scaled(pipe):
+def test_latents_have_an_eighth_of_the_side_and_are_scaled(pipe):
     latents = SDXL(pipe).encode_image(picture(64, 32), "a.png")
     assert latents.shape == (4, 4, 8) and latents.dtype == torch.float32
     pixels = torch.from_numpy(np.asarray(picture(64, 32))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -33,7 +33,7 @@ def test_latents_are_an_eighth_of_the_picture_and_scaled(pipe):
     assert not torch.equal(latents, SDXL(pipe).encode_image(picture(64, 32, seed=1), "b.png"))
 
 
-def test_a_float16_vae_that_overflows_is_lifted_for_the_while(pipe):
+def test_a_float16_vae_that_overflows_is_upcast_temporarily(pipe):
     half = copy.deepcopy(pipe)
     half.vae.half()
     latents = SDXL(half).encode_image(picture(64, 64), "a.png")
@@ -41,7 +41,7 @@ def test_a_float16_vae_that_overflows_is_lifted_for_the_while(pipe):
     assert torch.allclose(latents, SDXL(pipe).encode_image(picture(64, 64), "a.png"), atol=2e-3)
 
 
-def test_numbers_that_are_not_finite_name_the_picture(pipe):
+def test_non_finite_latents_are_reported_with_the_image_s_name(pipe):
     broken = copy.deepcopy(pipe)
     with torch.no_grad():
         broken.vae.encoder.conv_in.bias.fill_(float("nan"))
@@ -49,7 +49,7 @@ def test_numbers_that_are_not_finite_name_the_picture(pipe):
         SDXL(broken).encode_image(picture(64, 64), "sub/두부.png")
 
 
-def test_a_caption_is_what_the_pipeline_makes_of_a_prompt(pipe):
+def test_caption_embeddings_equal_the_pipeline_s_prompt_embeddings(pipe):
     for caption in ("A HANA_TOFU, smiling", "", "한국어 두부", "many words " * 99):
         (ours,) = SDXL(pipe).encode_texts([caption], torch.device("cpu"), offload=False)
         tokens, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
@@ -59,7 +59,7 @@ def test_a_caption_is_what_the_pipeline_makes_of_a_prompt(pipe):
         assert not embeds.requires_grad
 
 
-def test_the_six_numbers_stand_in_sdxls_order(pipe):
+def test_micro_conditioning_has_sdxl_s_order(pipe):
     sizes = (1000, 700), (10, 20), (1152, 896)  # height before width, top before left
     theirs = pipe._get_add_time_ids(*sizes, dtype=torch.float32, text_encoder_projection_dim=24)
     assert torch.equal(micro_conditioning(*sizes), theirs[0])

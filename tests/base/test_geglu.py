@@ -1,4 +1,4 @@
-"""Gated layers in products of half the width: what diffusers' layer gives, and its gradients."""
+"""Split GEGLU layers give the outputs and gradients of diffusers' layer."""
 
 import copy
 
@@ -46,7 +46,7 @@ def both_ways(block, *learning):
 
 
 @pytest.mark.parametrize("form", ["base", "fp8", "int8", "nf4"])
-def test_it_is_the_same_layer_however_its_weight_is_kept(theirs, halves, form):
+def test_split_geglu_equals_geglu_for_every_form_of_weight(theirs, halves, form):
     quantize_(theirs, form, "base", CPU)
     ours = copy.deepcopy(theirs)
     split_geglu_(ours)
@@ -56,14 +56,14 @@ def test_it_is_the_same_layer_however_its_weight_is_kept(theirs, halves, form):
     assert len(halves) == 1
 
 
-def test_products_in_fp8_stay_whole(theirs, halves):
+def test_fp8_products_are_not_split(theirs, halves):
     quantize_(theirs, "fp8_products", "base", CPU)
     ours = copy.deepcopy(theirs)
     split_geglu_(ours)
     assert all(map(torch.equal, both_ways(ours), both_ways(theirs))) and not halves
 
 
-def test_a_projection_that_wears_a_lora_stays_whole(theirs, halves):
+def test_a_projection_with_a_lora_is_not_split(theirs, halves):
     ours = copy.deepcopy(theirs)
     split_geglu_(ours)
     learning = []
@@ -76,7 +76,7 @@ def test_a_projection_that_wears_a_lora_stays_whole(theirs, halves):
     assert all(map(torch.equal, *results)) and not halves
 
 
-def test_compiled_code_fuses_what_diffusers_wrote(theirs, halves):
+def test_compiled_code_uses_diffusers_geglu(theirs, halves):
     ours = copy.deepcopy(theirs)
     split_geglu_(ours)
     ours.down_blocks[0].compile(backend="eager", fullgraph=True)
@@ -84,7 +84,7 @@ def test_compiled_code_fuses_what_diffusers_wrote(theirs, halves):
 
 
 @torch.no_grad()
-def test_what_is_drawn_is_what_diffusers_computes(theirs, halves):
+def test_evaluation_mode_is_bit_identical_to_diffusers(theirs, halves):
     ours = copy.deepcopy(theirs)
     split_geglu_(ours)
     x = torch.randn(2, 5, 64)

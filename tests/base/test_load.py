@@ -1,4 +1,4 @@
-"""SDXL comes from a folder or from one checkpoint file, and is the same; what cannot be read is said in a sentence."""
+"""SDXL loads identically from a folder and from one checkpoint file; what cannot be read is refused."""
 
 from dataclasses import replace
 
@@ -67,13 +67,13 @@ def test_a_folder_and_a_single_file_are_the_same_base(model, source, folder, sin
         assert pipe.watermark is None
 
 
-def test_precision_holds_for_every_part(model, folder, single):
+def test_precision_applies_to_every_component(model, folder, single):
     for settings in (replace(model, base=str(folder)), replace(model, base=str(single), config=str(folder))):
         pipe = load_base(replace(settings, precision="bf16"), CPU).pipe
         assert {p.dtype for part in PARTS for p in getattr(pipe, part).parameters()} == {torch.bfloat16}
 
 
-def test_another_vae_takes_the_place_of_the_bases(model, folder, single, tmp_path):
+def test_model_vae_replaces_the_vae_of_the_base(model, folder, single, tmp_path):
     other = pipeline(NARROW).vae
     with torch.no_grad():
         other.decoder.conv_out.bias.fill_(0.25)
@@ -112,7 +112,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_checkpoint_that_is_not_a_whole_sdxl_is_told(model, folder, single, tmp_path, fault):
+def test_an_incomplete_checkpoint_is_refused(model, folder, single, tmp_path, fault):
     path = tmp_path / "broken.safetensors"
     save_file(BROKEN[fault](load_file(single)), str(path))
     with pytest.raises(InputError, match=r"model\.base=.*broken\.safetensors: cannot be loaded as SDXL"):
@@ -120,14 +120,14 @@ def test_a_checkpoint_that_is_not_a_whole_sdxl_is_told(model, folder, single, tm
 
 
 @pytest.mark.parametrize("content", [b"", b"not tensors at all" * 9, b"\x40\x00\x00\x00\x00\x00\x00\x00{}"])
-def test_a_damaged_checkpoint_is_told(model, folder, tmp_path, content):
+def test_a_damaged_checkpoint_is_refused(model, folder, tmp_path, content):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"broken\.safetensors: cannot be loaded as SDXL"):
         load_base(replace(model, base=str(path), config=str(folder)), CPU)
 
 
-def test_a_folder_that_is_not_a_model_is_told(model, tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused(model, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded as SDXL"):
         load_base(replace(model, base=str(tmp_path)), CPU)
     (tmp_path / "model_index.json").write_text("{")
@@ -135,7 +135,7 @@ def test_a_folder_that_is_not_a_model_is_told(model, tmp_path):
         load_base(replace(model, base=str(tmp_path)), CPU)
 
 
-def test_a_device_that_is_not_there_is_told():
+def test_an_unavailable_device_is_refused():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("cuda:99", "gpu", "npu", ""):
@@ -157,7 +157,7 @@ def test_auto_precision_follows_the_device(monkeypatch):
         pick_dtype("fp16", CPU)
 
 
-def test_a_base_that_waits_for_its_turn_on_a_gpu_has_that_gpus_precision(model, folder, monkeypatch):
+def test_a_base_that_waits_on_the_cpu_has_the_gpu_s_precision(model, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     pipe = load_base(replace(model, base=str(folder), precision="auto"), torch.device("cuda"), waiting=True).pipe
     assert {p.dtype for part in PARTS for p in getattr(pipe, part).parameters()} == {torch.bfloat16}

@@ -71,7 +71,7 @@ def test_the_key_target_chooses_the_base(place):
 
 def test_the_objective_is_the_flow_of_the_base(place):
     base = base_of(place)
-    goal = objective(compose("loss=plain").loss, base)
+    loss_objective = objective(compose("loss=plain").loss, base)
     latents, noise = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = Batch(
         latents=latents, noise=noise, timesteps=torch.tensor([99, 699]), conditioning={"text": torch.zeros(2, 32)},
@@ -80,7 +80,7 @@ def test_the_objective_is_the_flow_of_the_base(place):
     time = torch.tensor([0.1, 0.7]).view(2, 1, 1, 1)
     predicted = base.network((1 - time) * latents + time * noise, time.flatten(), torch.zeros(2, 32))
     expected = (predicted - (noise - latents)).square().mean((1, 2, 3))
-    assert torch.allclose(per_sample_loss(base.network, goal, batch), expected, rtol=1e-5)
+    assert torch.allclose(per_sample_loss(base.network, loss_objective, batch), expected, rtol=1e-5)
     weights = objective(compose("loss.snr_gamma=5").loss, base).loss_weights
     assert weights.isfinite().all() and weights[-1] == 0, "noise alone says nothing of the image"
 

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: near the whole ones by as much as their form promises, and what is learnt on them."""
+"""Quantized layers have the errors of their form, and training on them works."""
 
 import copy
 
@@ -57,7 +57,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", ERROR)
-def test_a_stored_linear_layer_is_near_the_whole_one_in_both_directions(form):
+def test_a_quantized_linear_layer_is_close_forward_and_backward(form):
     stored, whole = stored_and_whole(form)
     for name in ("down_blocks", "up_blocks"):
         ours, theirs = getattr(stored, name)[0], getattr(whole, name)[0]
@@ -79,7 +79,7 @@ def test_a_stored_linear_layer_is_near_the_whole_one_in_both_directions(form):
     assert type(stored.time_embedding) is nn.Linear
 
 
-def test_what_a_device_cannot_do_is_refused(monkeypatch):
+def test_forms_that_a_device_lacks_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(InputError, match="fp8_products: this GPU cannot multiply fp8"):
         validate_quantization("fp8_products", "base", torch.device("cuda"))
@@ -90,7 +90,7 @@ def test_what_a_device_cannot_do_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])
-def test_a_stored_convolution_is_near_the_whole_one_in_both_directions(form):
+def test_a_quantized_convolution_is_close_forward_and_backward(form):
     stored, whole = stored_and_whole("base", form)
     ours, theirs = stored.mid_block[0], whole.mid_block[0]
     assert isinstance(ours, QuantizedConv2d)
@@ -106,7 +106,7 @@ def test_a_stored_convolution_is_near_the_whole_one_in_both_directions(form):
 
 
 @pytest.mark.parametrize(("form", "bits"), [("fp8", 8), ("int8", 8), ("nf4", 4.5), ("fp8_products", 16)])
-def test_a_stored_layer_takes_the_memory_it_says(form, bits):
+def test_a_quantized_layer_takes_its_nominal_memory(form, bits):
     stored, whole = stored_and_whole(form)
     layer = stored.down_blocks[0]
     held = sum(b.numel() * b.element_size() for b in layer.stored.buffers())
@@ -116,7 +116,7 @@ def test_a_stored_layer_takes_the_memory_it_says(form, bits):
 
 
 @pytest.mark.parametrize("form", ["base", *ERROR])
-def test_layers_joined_into_one_product_compute_what_each_of_them_does(form):
+def test_layers_concatenated_into_one_product_compute_the_same(form):
     torch.manual_seed(0)
     blocks = Blocks().requires_grad_(False)
     blocks.up_blocks = nn.ModuleList([nn.Linear(128, 64, bias=False) for _ in range(3)]).requires_grad_(False)
@@ -132,7 +132,7 @@ def test_layers_joined_into_one_product_compute_what_each_of_them_does(form):
 @pytest.mark.parametrize(
     ("rows", "forward", "backward"), [(64, False, True), (63, False, False)]
 )  # of 32 outputs and 64 inputs, which are what the way back gives
-def test_only_products_that_gain_by_it_are_made_in_fp8(rows, forward, backward, monkeypatch):
+def test_only_large_products_are_computed_in_fp8(rows, forward, backward, monkeypatch):
     monkeypatch.setattr(storing, "FP8_MIN_SIZE", 64)
     torch.manual_seed(0)
     stored = storing.Fp8Matmul.of(torch.randn(32, 64), torch.float8_e4m3fn)
@@ -142,7 +142,7 @@ def test_only_products_that_gain_by_it_are_made_in_fp8(rows, forward, backward, 
 
 
 @pytest.mark.parametrize("form", ["fp8", "nf4", "fp8_products"])
-def test_fused_attention_over_stored_weights_is_peft_over_them(form):
+def test_fused_attention_on_quantized_weights_equals_peft(form):
     def unet(fused: bool) -> nn.Module:
         unet = load_base(compose("stage=train").model, CPU).network
         quantize_(unet, form, "fp8", CPU)
@@ -187,7 +187,7 @@ def test_fused_attention_over_stored_weights_is_peft_over_them(form):
         pytest.param("memory.linear_weights=int8", marks=pytest.mark.slow),
     ],
 )
-def test_training_on_a_stored_base_learns_nearly_the_same(how, tmp_path, monkeypatch):
+def test_training_on_a_quantized_base_is_nearly_the_same(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("stage=train", "steps=4", "tracker=off", "model.judge=null", "sampler.steps=1", "stage.validate_every=0")
     common += ("stage.prompts=['A {trigger}']",)

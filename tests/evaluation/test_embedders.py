@@ -1,4 +1,4 @@
-"""The judges, on CLIP and DINOv2 with the real ones' architecture and random weights."""
+"""The embedders, on CLIP and DINOv2 with the real architectures and random weights."""
 
 import gc
 import shutil
@@ -50,7 +50,7 @@ def pictures():
     return [Image.open(TOFU / f"{i:02d}.png").convert("RGB").resize((128 + 32 * (i % 2), 128)) for i in range(18)]
 
 
-def test_what_the_judges_see_are_unit_vectors_of_every_picture_and_text(large, pictures):
+def test_embeddings_are_unit_vectors_of_every_image_and_text(large, pictures):
     seen = embed(large, pictures, ["a tofu", "a tofu with a hat " * 40], CPU)
     assert seen.clip.whole.shape == (18, 24) and seen.dino.whole.shape == (18, 32) and seen.texts.shape == (2, 24)
     assert seen.clip.parts.shape == seen.dino.parts.shape == (18, 16 * 16, 32)
@@ -62,7 +62,7 @@ def test_what_the_judges_see_are_unit_vectors_of_every_picture_and_text(large, p
         assert torch.allclose(view.parts[0], among.parts[17], atol=1e-4)
 
 
-def test_what_clip_sees_is_what_its_own_forward_pass_compares(pictures):
+def test_embeddings_of_clip_are_those_of_its_forward_pass(pictures):
     """The bundled CLIP finds the caption of a picture, and two tofus more alike than a tofu and a face."""
     texts = ["A character with a purple background, wearing round glasses", "A cartoon person with a red background"]
     photo = Image.open(HERE / "photos" / "1.png").convert("RGB")
@@ -73,7 +73,7 @@ def test_what_clip_sees_is_what_its_own_forward_pass_compares(pictures):
     assert own > other + 0.2 and tofu @ another > tofu @ face
 
 
-def test_the_parts_that_clip_sees_lie_where_they_are_in_the_picture(pictures):
+def test_patches_of_clip_are_in_the_order_of_the_image(pictures):
     """Painted over at the upper left, the parts there change most."""
     over = pictures[4].copy()
     over.paste("black", (0, 0, 48, 48))
@@ -82,19 +82,19 @@ def test_the_parts_that_clip_sees_lie_where_they_are_in_the_picture(pictures):
     assert changed[:3, :3].mean() > 2 * changed[4:, 4:].mean()
 
 
-def test_parts_of_the_character_are_found_in_its_other_pictures(pictures):
+def test_patches_of_the_character_are_most_similar_in_its_images(pictures):
     photos = [Image.open(file).convert("RGB") for file in sorted((HERE / "photos").glob("*.png"))]
     seen = embed(compose().model, [*pictures[:8:2], *photos], [], CPU).clip.parts
     found = metrics.parts(seen[3:], seen[:3])
     assert found[0] > found[1:].max() + 0.2
 
 
-def test_the_captioner_reads_a_picture_back(pictures):
+def test_the_captioner_captions_a_generated_image(pictures):
     (caption,) = caption_images(compose().captioner, pictures[4:5], CPU)
     assert "purple background" in caption and "glasses" in caption
 
 
-def test_a_judge_is_let_go_after_its_turn(large, pictures):
+def test_an_embedder_is_freed_after_its_call(large, pictures):
     embed(large, pictures[:1], ["a tofu"], CPU)
     gc.collect()
     assert not [True for held in gc.get_objects() if isinstance(held, (CLIPModel, Dinov2Model))]
@@ -109,6 +109,6 @@ def test_a_judge_is_let_go_after_its_turn(large, pictures):
         ({"judge": "demo:tiny-clop"}, r"model\.judge=demo:tiny-clop: there is no such .* did you mean .*tiny-clip\?"),
     ],
 )  # fmt: skip
-def test_what_is_no_judge_is_refused(pictures, changes, sentence):
+def test_a_model_of_another_kind_is_refused(pictures, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         embed(replace(compose().model, **changes), pictures[:1], ["a tofu"], CPU)

@@ -1,4 +1,4 @@
-"""The formulas of scores, on made-up embeddings whose answers are known."""
+"""The formulas of scores, on embeddings with known results."""
 
 import math
 import re
@@ -33,30 +33,30 @@ A, B, C, D = torch.eye(4)
 REFERENCES = parts_of((A, B), (C, D))
 
 
-def test_parts_are_found_wherever_they_lie_and_the_reference_most_like_it_counts():
+def test_parts_ignore_positions_and_take_the_best_reference():
     got = metrics.parts(parts_of((B, A), (A, A), (A, C), (D, C)), REFERENCES)
     # Of the four, by their means, any two are at an angle whose cosine is -1/3.
     assert got.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1], abs=1e-4)
 
 
-def test_a_channel_that_is_large_everywhere_hides_no_part():
+def test_channels_that_are_large_everywhere_are_standardised():
     offset = 1000 * torch.ones(4) * torch.tensor([1, 0, 0, 0])
     pictures = parts_of((B, A), (A, A))
     plain, shifted = metrics.parts(pictures, REFERENCES), metrics.parts(pictures + offset, REFERENCES + offset)
     assert torch.allclose(plain, shifted, atol=1e-3)
 
 
-def test_alike_leaves_out_what_a_reference_is_to_itself():
+def test_alike_excludes_the_similarity_of_a_reference_to_itself():
     assert metrics.alike(REFERENCES) == pytest.approx(-1 / 3, abs=1e-4)
     assert metrics.alike(parts_of((A, B), (B, A), (C, D))) == pytest.approx((1 + 1 - 1 / 3) / 3, abs=0.15)
     assert metrics.alike(REFERENCES[:1]) == 1
 
 
-def test_prompt_takes_the_text_that_was_asked_for():
+def test_prompt_compares_with_the_text_of_the_image():
     assert metrics.prompt(rows(X, X, HALFWAY), rows(X, Y), [0, 1, 1]).tolist() == pytest.approx([1, 0, HALF])
 
 
-def test_contrast_is_nothing_for_a_picture_that_fits_every_text_alike():
+def test_contrast_is_0_if_an_image_fits_every_text_equally():
     texts = rows(X, Y, Z)
     got = metrics.contrast(rows(X, HALFWAY, Z, rows(X, Y, Z).sum(0) / math.sqrt(3)), texts, [0, 0, 0, 1])
     assert got.tolist() == pytest.approx([1, HALF - HALF / 2, -0.5, 0], abs=1e-6)
@@ -66,16 +66,16 @@ def test_contrast_of_a_single_text_is_its_cosine():
     assert metrics.contrast(rows(HALFWAY), rows(X), [0]).tolist() == pytest.approx([HALF])
 
 
-def test_leakage_compares_each_picture_with_the_base_s_of_the_same_prompt():
+def test_leakage_compares_with_the_base_s_image_of_the_same_prompt():
     assert metrics.leakage(rows(X, HALFWAY, Z), rows(X, X, Y)).tolist() == pytest.approx([0, 1 - HALF, 1])
 
 
-def test_diversity_is_between_seeds_of_one_prompt_and_unknown_with_a_single_seed():
+def test_diversity_compares_seeds_of_one_prompt_and_needs_two():
     got = metrics.diversity(rows(X, Y, X, X, Z), [0, 0, 1, 1, 2])
     assert got[:4].tolist() == pytest.approx([1, 1, 0, 0]) and got[4].isnan()
 
 
-def test_memorised_is_what_lies_nearer_to_a_training_picture_than_its_neighbours_do():
+def test_memorised_images_are_nearer_than_other_training_images():
     training = rows(X, HALFWAY, Z)  # X and HALFWAY are 45 degrees apart, Z is 90 from both
     near_x = torch.nn.functional.normalize(X + 0.1 * Z, dim=0)
     far_from_x = torch.nn.functional.normalize(X - 1.5 * Y, dim=0)  # 56 degrees from X, its nearest
@@ -103,7 +103,7 @@ AVATARS = [re.compile(pattern) for pattern in compose().score.attributes]
         ("A HANA_TOFU", "A HANA_TOFU with a pink background", []),
     ],
 )  # fmt: skip
-def test_attributes_are_what_the_caption_has_of_the_prompt(prompt, caption, read):
+def test_attributes_compare_the_caption_with_the_prompt(prompt, caption, read):
     assert metrics.attributes(prompt, caption, AVATARS) == read
 
 
@@ -126,23 +126,23 @@ def combined(gained, contrast, attributes, others, scale=SCALE):
     return metrics.combined(*map(torch.tensor, (gained, contrast, attributes, others)), scale).item()
 
 
-def test_the_score_is_1_for_the_character_as_in_its_pictures_and_every_prompt_followed_as_before():
+def test_the_score_is_1_for_perfect_likeness_and_prompts():
     assert combined(0.6, 0.4, 0.9, 0.5) == pytest.approx(1)
     assert combined(0.6, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
     assert combined(0.7, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
 
 
 @pytest.mark.parametrize("nothing", [(0.0, 0.4, 0.9, 0.5), (-0.1, 0.4, 0.9, 0.5), (0.6, 0.0, 0.0, -0.1)])
-def test_the_score_is_0_where_nothing_was_learnt_or_is_followed(nothing):
+def test_the_score_is_0_if_nothing_was_learnt_or_followed(nothing):
     assert combined(*nothing) == pytest.approx(0)
 
 
-def test_the_score_weighs_its_shares_as_the_page_says():
+def test_the_score_has_the_documented_weights():
     assert combined(0.3, 0.4, 0.45, 0.25) == pytest.approx((0.5 * (1 + 0.5 + 0.5) / 3) ** 0.5)
     assert combined(0.3, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5 * (1 + 0.5) / 2) ** 0.5)
 
 
-def test_each_share_alone_raises_the_score():
+def test_each_component_alone_raises_the_score():
     middle = (0.5, 0.2, 0.5, 0.25)
     for i, better in enumerate((0.6, 0.3, 0.6, 0.3)):
         assert combined(*middle[:i], better, *middle[i + 1 :]) > combined(*middle)
@@ -152,7 +152,7 @@ def mean_of(means):
     return means["subject"] * 2
 
 
-def test_an_interval_is_wide_for_few_pictures_that_differ_and_nothing_for_pictures_that_do_not():
+def test_an_interval_is_wide_for_few_different_images():
     torch.manual_seed(0)
     few, many = 0.5 + 0.1 * torch.randn(10), 0.5 + 0.1 * torch.randn(1000)
     got = [metrics.estimates([{"subject": numbers}], mean_of)["subject"] for numbers in (few, many)]
@@ -165,7 +165,7 @@ def test_an_interval_is_wide_for_few_pictures_that_differ_and_nothing_for_pictur
     assert same["score"].value == 0.5 and next(iter(same)) == "score"
 
 
-def test_pictures_of_a_group_are_resampled_together_and_the_same_each_time():
+def test_images_of_a_group_are_resampled_together_and_reproducibly():
     a = torch.linspace(0, 1, 20)
     group = {"subject": a, "mirrored": 1 - a}
     got = metrics.estimates([group], lambda means: means["subject"] + means["mirrored"])
@@ -173,7 +173,7 @@ def test_pictures_of_a_group_are_resampled_together_and_the_same_each_time():
     assert got == metrics.estimates([group], lambda means: means["subject"] + means["mirrored"])
 
 
-def test_what_is_unknown_of_a_picture_is_left_out_and_of_all_is_none():
+def test_nan_is_excluded_and_all_nan_is_none():
     got = metrics.estimates(
         [{"subject": torch.tensor([0.2, math.nan, 0.4]), "diversity": torch.full((3,), math.nan)}], mean_of
     )

@@ -1,4 +1,4 @@
-"""A captured step is the eager one, faster.
+"""A captured step gives the results of an eager one.
 
 python -m pytest tests/gpu/test_cuda_graph.py -m gpu -n 0"""
 
@@ -38,7 +38,7 @@ def test_every_call_of_every_shape_counts_once():
     assert torch.equal(total.cpu(), expected)
 
 
-def test_what_no_graph_can_hold_goes_on_eagerly_and_says_so_once(capsys):
+def test_a_function_that_cannot_be_captured_runs_eagerly_and_is_reported_once(capsys):
     total = torch.zeros((), device="cuda")
 
     def waits(inputs):

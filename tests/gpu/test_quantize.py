@@ -1,4 +1,4 @@
-"""Weights in fewer bits on a GPU: what they are on a CPU, in a graph and compiled too.
+"""Quantized weights on a GPU equal those on a CPU, also in a CUDA graph and in compiled code.
 
 python -m pytest tests/gpu/test_quantize.py -m gpu -n 0"""
 
@@ -47,7 +47,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("form", ERROR)
 @pytest.mark.parametrize("how", ["eager", "graph", "compiled"])
-def test_a_stored_layer_computes_what_the_whole_one_does(form, how, monkeypatch):
+def test_a_quantized_layer_is_close_to_the_original(form, how, monkeypatch):
     monkeypatch.setattr(quantize, "FP8_MIN_SIZE", 1)
     torch.manual_seed(0)
     device = torch.device("cuda")

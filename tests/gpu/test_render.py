@@ -1,4 +1,4 @@
-"""Drawing at SDXL's real size (random weights, 1024 px) on one GPU: the same pictures, sooner and in less memory.
+"""Sampling at SDXL's real size (random weights, 1024 px) on one GPU: the same images, faster and with less memory.
 
     python -m pytest tests/gpu/test_render.py -m gpu -n 0
 
@@ -120,7 +120,7 @@ def test_captured_and_fused_img2img_gives_the_same_pictures(pipe, lora, measured
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_pictures_drawn_together_are_nearly_those_drawn_alone(pipe, lora, measured, size):
+def test_images_of_a_batch_are_nearly_those_of_batch_size_1(pipe, lora, measured, size):
     requests = photos(2 * size)
     with lora_attached(SDXL(pipe), lora, fuse=True):
         alone, _ = draw(pipe, requests)
@@ -157,7 +157,7 @@ def test_no_step_waits_for_the_device(pipe, monkeypatch, name):
     assert calls == [DEVICE.type] * 9
 
 
-def test_with_offload_and_tiles_it_takes_less_memory_and_the_pictures_are_the_same(pipe, lora, measured):
+def test_offload_and_tiles_take_less_memory_for_the_same_images(pipe, lora, measured):
     requests = photos(2)
     with lora_attached(SDXL(pipe), lora):
         whole, _ = draw(pipe, requests)
@@ -180,7 +180,7 @@ def test_with_offload_and_tiles_it_takes_less_memory_and_the_pictures_are_the_sa
     pipe.to(DEVICE)
 
 
-def test_a_float16_vae_that_overflows_draws_pictures_all_the_same(pipe, measured):
+def test_a_float16_vae_that_overflows_still_gives_images(pipe, measured):
     """Random weights stay small; so its decoder is made to pass float16's 65504 where it begins."""
     kept = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     with torch.no_grad():

@@ -117,7 +117,7 @@ def refused(answer, *parts):
         ("stage=train dataset.root=nowhere", ["dataset.root=nowhere: there is no such file or folder"]),
         ("stage=caption dataset.root=[demo:tofu,x]", ["dataset.root: several folders are for stage=train, name one"]),
         ("stage=train dataset.root=[demo:tofu,x]", ["dataset.root=x: there is no such file or folder"]),
-        ("stage=train dataset=folder", ["dataset.root is missing: say dataset.root=FOLDER"]),
+        ("stage=train dataset=folder", ["dataset.root is missing: set dataset.root=FOLDER"]),
         ("stage=img2img stage.photo=me.jpg", ["stage.photo=me.jpg: there is no such file or folder"]),
         ("stage=img2img stage.photo=[me.jpg,you.jpg]", ["stage.photo=me.jpg"]),
         ("stage=img2img stage.photo=두부.jpg", ["stage.photo=두부.jpg: there is no such"]),

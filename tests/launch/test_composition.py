@@ -1,6 +1,7 @@
 """How often Hydra composes, and what stays Hydra's although the program composes and runs the job itself."""
 
 import json
+from contextlib import suppress
 from typing import ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
+from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
 
 RECIPE = "experiment/counted"
@@ -19,6 +21,7 @@ class CountingSource(ConfigSource):
     """A searchpath with one recipe; Hydra reads it once for each composition that chooses the recipe."""
 
     reads: ClassVar[list[str]] = []
+    lookups: ClassVar[list[str]] = []  # Hydra asks here before it takes the defaults from its store
 
     @staticmethod
     def scheme() -> str:
@@ -36,6 +39,7 @@ class CountingSource(ConfigSource):
         return config_path == "experiment"
 
     def is_config(self, config_path: str) -> bool:
+        self.lookups.append(config_path)
         return config_path.removesuffix(".yaml") == RECIPE
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
@@ -72,6 +76,20 @@ def test_a_configuration_can_be_composed_within_another_one(type_in, captions, m
     assert type_in("stage=check")[0] == 0
     assert type_in("-m", "stage=check", "seed=0,1")[0] == 0
     assert ranks == [7, 7, 7]
+
+
+def test_the_check_of_keys_composes_only_where_one_is_unknown(tmp_path, monkeypatch):
+    Plugins.instance().register(CountingSource)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text("optimizer: {lrr: 1}")
+    monkeypatch.chdir(tmp_path)
+    counts = []
+    for override in ("rank=3", "sampler.guidance=3", "targets=ff", "adapter=dora", "experiment=mine"):
+        CountingSource.lookups.clear()
+        with suppress(InputError):
+            compose("hydra.searchpath=[counting://here]", override)
+        counts.append(CountingSource.lookups.count("schema"))
+    assert counts == [1, 1, 1, 1, 2]
 
 
 def test_callbacks_of_the_user_are_called_for_a_run_and_for_the_jobs_of_a_sweep(type_in, captions):

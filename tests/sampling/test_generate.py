@@ -1,4 +1,4 @@
-"""One function draws everything: a seed is a picture, whatever stands beside it."""
+"""generate: an image depends on its request alone, and is that of diffusers."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def far(one, other):
     return np.abs(one.astype(int) - other).mean()
 
 
-def test_a_picture_is_its_seed_and_not_its_neighbours(pipe):
+def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(pipe):
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((96, 64))
     first, again, other = (Request(PROMPT, seed, (64, 64)) for seed in (0, 0, 1))
     changed = Request(PROMPT, 2, (96, 64), photo, 0.8)
@@ -51,7 +51,7 @@ def test_a_picture_is_its_seed_and_not_its_neighbours(pipe):
     assert np.abs(together[0].astype(int) - alone[0]).mean() > 1
 
 
-def test_size_is_width_and_height_and_a_photo_keeps_its_own(pipe):
+def test_size_is_width_and_height_and_a_photo_keeps_its_size(pipe):
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((48, 80))
     drawn, changed = draw(
         pipe, Request(PROMPT, 0, (96, 64)), Request(PROMPT, 0, (128, 128), photo, 0.5)
@@ -60,7 +60,7 @@ def test_size_is_width_and_height_and_a_photo_keeps_its_own(pipe):
     assert changed.shape == (80, 48, 3)
 
 
-def test_strength_is_how_far_the_picture_leaves_the_photo(pipe):
+def test_a_higher_strength_is_further_from_the_photo(pipe):
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((128, 128))
     apart = [
         np.abs(draw(pipe, Request(PROMPT, 0, photo.size, photo, strength))[0].astype(int) - np.asarray(photo)).mean()
@@ -70,7 +70,7 @@ def test_strength_is_how_far_the_picture_leaves_the_photo(pipe):
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "sampler").glob("*.yaml")))
-def test_every_sampler_draws_what_the_prompt_asks(pipe, name):
+def test_every_sampler_follows_the_prompt(pipe, name):
     sampler = replace(compose(f"sampler={name}").sampler, steps=8)
     (drawn,) = draw(pipe, Request(PROMPT, 0, (128, 128)), sampler=sampler)
     red, green, blue = drawn[:16, :16].reshape(-1, 3).mean(axis=0)
@@ -80,7 +80,7 @@ def test_every_sampler_draws_what_the_prompt_asks(pipe, name):
     assert draw(pipe, Request(PROMPT, 0, photo.size, photo, 0.5), sampler=sampler)[0].std() > 20
 
 
-def test_the_negative_prompt_leads_away_and_only_with_guidance(pipe):
+def test_the_negative_prompt_needs_guidance(pipe):
     request = Request(PROMPT, 0, (64, 64))
     away = replace(SAMPLER, negative_prompt="a green background")
     assert not np.array_equal(draw(pipe, request)[0], draw(pipe, request, sampler=away)[0])
@@ -88,7 +88,7 @@ def test_the_negative_prompt_leads_away_and_only_with_guidance(pipe):
     assert np.array_equal(draw(pipe, request, sampler=plain)[0], draw(pipe, request, sampler=unguided)[0])
 
 
-def test_drawing_leaves_the_base_as_it_was(pipe):
+def test_sampling_leaves_the_base_unchanged(pipe):
     scheduler = pipe.scheduler
     before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     draw(pipe, Request(PROMPT, 0, (64, 64)), sampler=replace(compose("sampler=ddim").sampler, steps=2))
@@ -96,7 +96,7 @@ def test_drawing_leaves_the_base_as_it_was(pipe):
     assert all(torch.equal(value, before[key]) for key, value in pipe.unet.state_dict().items())
 
 
-def test_a_float16_vae_that_overflows_is_lifted_for_the_while():
+def test_a_float16_vae_that_overflows_is_upcast_temporarily():
     pipe = pipeline(NARROW)
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((64, 64))
     requests = Request("a star", 0, (64, 64)), Request("a star", 0, (64, 64), photo, 0.5)
@@ -108,7 +108,7 @@ def test_a_float16_vae_that_overflows_is_lifted_for_the_while():
     assert pipe.vae.dtype == torch.float16
 
 
-def test_a_strength_that_leaves_no_step_says_what_would_do(pipe):
+def test_a_strength_without_a_step_is_refused_with_one_that_works(pipe):
     photo = Image.new("RGB", (64, 64))
     with pytest.raises(InputError, match=r"stage\.strength=0\.2 with sampler\.steps=4 .*at least 0\.25 or more steps"):
         draw(pipe, Request(PROMPT, 0, (64, 64), photo, 0.2))
@@ -133,7 +133,7 @@ ANCESTRAL = {"_target_": "diffusers.EulerAncestralDiscreteScheduler.from_config"
         (ANCESTRAL, 5.0, ""),
     ],
 )
-def test_pictures_are_those_of_diffusers_to_the_bit(pipe, scheduler, guidance, negative):
+def test_images_are_bit_identical_to_diffusers(pipe, scheduler, guidance, negative):
     scheduler = scheduler if scheduler is ANCESTRAL else compose(f"sampler={scheduler}").sampler.scheduler
     sampler = replace(SAMPLER, scheduler=scheduler, steps=3, guidance=guidance, negative_prompt=negative)
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((64, 48))
@@ -154,7 +154,7 @@ def test_pictures_are_those_of_diffusers_to_the_bit(pipe, scheduler, guidance, n
     assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(ours, expected, strict=True))
 
 
-def test_an_empty_negative_prompt_is_what_the_base_says():
+def test_an_empty_negative_prompt_follows_the_configuration_of_the_base():
     """Zeros for SDXL itself; a base that learnt from "" says force_zeros_for_empty_prompt: false."""
     pipe, request = pipeline(NARROW), Request("a star", 0, (64, 64))
     (zeros,) = draw(pipe, request)
@@ -165,7 +165,7 @@ def test_an_empty_negative_prompt_is_what_the_base_says():
     assert np.array_equal(empty, np.asarray(theirs.images[0])) and not np.array_equal(empty, zeros)
 
 
-def test_batches_are_of_one_form_and_the_pictures_nearly_those_drawn_alone(pipe):
+def test_batches_have_one_form_and_nearly_the_images_of_batch_size_1(pipe):
     photo, other = (Image.open(PHOTOS / f"{i}.png").convert("RGB").resize((64, 64)) for i in (1, 2))
     requests = [
         *(Request(prompt, seed, (64, 64)) for prompt, seed in ((PROMPT, 0), ("a red cat", 1), (PROMPT, 2))),
@@ -203,7 +203,7 @@ class Replayed:
         return self.output.setdefault(shapes, output).copy_(output)
 
 
-def test_what_is_captured_is_a_function_of_tensors_once_a_form(pipe, monkeypatch):
+def test_one_graph_per_form_is_captured_as_a_function_of_tensors(pipe, monkeypatch):
     """PNDM keeps what the UNet said in the steps before, as it is where there is no guidance."""
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((48, 32))
     requests = [*(Request(PROMPT, seed, (32, 32)) for seed in (0, 1)), Request(PROMPT, 2, photo.size, photo, 0.5)]
@@ -249,7 +249,7 @@ def watched(monkeypatch):
     return pipe, moves
 
 
-def test_with_offload_one_part_at_a_time_is_on_the_device_and_the_pictures_are_the_same(watched):
+def test_with_offload_one_component_at_a_time_gives_the_same_images(watched):
     pipe, moves = watched
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((64, 64))
     requests = [Request("a star", 0, (64, 64)), *(Request("a cat", s, photo.size, photo, 0.5) for s in (1, 2))]
@@ -261,7 +261,7 @@ def test_with_offload_one_part_at_a_time_is_on_the_device_and_the_pictures_are_t
     assert all(np.array_equal(*pair) for pair in zip(plain, taking_turns, strict=True))
 
 
-def test_with_offload_what_was_on_the_device_before_stays(watched):
+def test_with_offload_a_component_that_was_on_the_device_stays(watched):
     """Such as the UNet in training, whose weights a recorded step knows by where they lie."""
     pipe, moves = watched
     moves.clear()
@@ -273,7 +273,7 @@ def test_with_offload_what_was_on_the_device_before_stays(watched):
     assert "cpu" not in {where for _, where in moves}
 
 
-def test_texts_come_from_the_cache_but_not_those_of_a_lora_for_the_text_encoders(tmp_path):
+def test_the_cache_is_not_used_with_a_lora_of_the_text_encoders(tmp_path):
     pipe, request = pipeline(NARROW), Request("a star", 0, (64, 64))
     encoder = Encoder(SDXL(pipe), torch.device("cpu"), Cache(tmp_path), offload=False)
     (plain,) = draw(pipe, request, encoder=encoder)
@@ -301,7 +301,7 @@ def overflowing():
 
 
 @pytest.mark.parametrize(("best", "instead"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_a_vae_that_overflows_decodes_in_a_wider_range_and_gets_its_weights_back(monkeypatch, best, instead):
+def test_a_vae_that_overflows_decodes_in_a_wider_range_and_is_restored(monkeypatch, best, instead):
     """In bfloat16 where the device has it (there `auto` is that), else in float32."""
     pipe, dtypes = overflowing(), []
     monkeypatch.setattr(vae, "pick_dtype", lambda precision, device: best)
@@ -312,7 +312,7 @@ def test_a_vae_that_overflows_decodes_in_a_wider_range_and_gets_its_weights_back
     assert all(torch.equal(value, before[name]) for name, value in pipe.vae.state_dict().items())
 
 
-def test_numbers_that_are_not_finite_name_the_request_and_are_no_black_picture():
+def test_non_finite_values_are_reported_with_the_request():
     pipe = overflowing()
     pipe.vae.register_to_config(force_upcast=False)
     with pytest.raises(RunError, match=r"'a star' with seed 7: the VAE gave .* not finite; .*another model\.vae"):
@@ -323,7 +323,7 @@ def test_numbers_that_are_not_finite_name_the_request_and_are_no_black_picture()
         draw(pipe, Request("a cat", 8, (64, 64)), sampler=replace(SAMPLER, steps=1))
 
 
-def test_a_vae_in_tiles_draws_nearly_the_same_and_has_latents_of_its_own_in_the_cache(tmp_path):
+def test_a_tiled_vae_is_nearly_the_same_and_has_other_cache_keys(tmp_path):
     pipe = load_base(CONFIG.model, torch.device("cpu")).pipe
     photo = Image.open(PHOTOS / "1.png").convert("RGB").resize((128, 96))
     requests = Request(PROMPT, 0, (128, 96)), Request(PROMPT, 1, photo.size, photo, 0.25)
@@ -337,7 +337,7 @@ def test_a_vae_in_tiles_draws_nearly_the_same_and_has_latents_of_its_own_in_the_
         assert ours.shape == theirs.shape and 0 < far(ours, theirs) < 4
 
 
-def test_where_the_memory_ends_the_vae_goes_on_in_tiles(capsys):
+def test_after_out_of_memory_the_vae_decodes_in_tiles(capsys):
     pipe = load_base(CONFIG.model, torch.device("cpu")).pipe
     requests = [Request(PROMPT, seed, (128, 128)) for seed in (0, 1)]
     whole, decoder = draw(pipe, *requests), pipe.vae.decoder

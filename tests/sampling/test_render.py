@@ -1,4 +1,4 @@
-"""What the base draws without a LoRA is kept by all that decides it, and drawn again when it is not whole."""
+"""Images of the base are cached by all that decides them, and rendered again if damaged."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def drawn(encoder, folder, *overrides, prompts=("A {trigger}",), seeds=(0, 1), b
     return [file.relative_to(folder) for file in files], [np.asarray(p) for p in pictures], len(asked)
 
 
-def test_pictures_are_drawn_once_for_all_that_ask_for_them(encoder, tmp_path):
+def test_images_of_the_base_are_rendered_once_for_all_runs(encoder, tmp_path):
     files, pixels, calls = drawn(encoder, tmp_path)
     assert calls == 2 and len(set(files)) == 2 and not np.array_equal(*pixels)
     again, same, calls = drawn(encoder, tmp_path, "lr=0.5", "rank=3", "score.seeds=[5]", seeds=(1, 0))
@@ -44,23 +44,23 @@ def test_pictures_are_drawn_once_for_all_that_ask_for_them(encoder, tmp_path):
 @pytest.mark.parametrize(
     "other", ["sampler.guidance=2", "sampler=ddim", "trigger=MINT", "model.vae=demo:tiny-sdxl/vae"]
 )
-def test_what_would_look_otherwise_is_drawn_anew(encoder, tmp_path, other):
+def test_settings_that_change_the_image_have_another_key(encoder, tmp_path, other):
     files, _, _ = drawn(encoder, tmp_path, seeds=(0,))
     others, _, calls = drawn(encoder, tmp_path, other, *FEW, seeds=(0,))
     assert calls == 1 and others != files
 
 
-def test_another_base_draws_its_own(encoder, tmp_path):
+def test_another_base_has_another_key(encoder, tmp_path):
     assert drawn(encoder, tmp_path, seeds=(0,))[0] != drawn(encoder, tmp_path, seeds=(0,), base="other")[0]
 
 
-def test_a_picture_that_is_not_whole_is_drawn_again(encoder, tmp_path, capsys):
+def test_a_damaged_image_is_rendered_again(encoder, tmp_path, capsys):
     (file,), (pixels,), _ = drawn(encoder, tmp_path, seeds=(0,))
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:200])
     _, (again,), calls = drawn(encoder, tmp_path, seeds=(0,))
     assert calls == 1 and np.array_equal(again, pixels) and f"{file.name} is damaged" in capsys.readouterr().out
 
 
-def test_without_a_cache_they_lie_in_the_run_s_own_folder(encoder, tmp_path):
+def test_without_a_cache_images_are_in_the_run_folder(encoder, tmp_path):
     (file,), _, _ = drawn(encoder, tmp_path, "cache=null", seeds=(0,))
     assert file.parts[0] == "run" and not (tmp_path / "cache").exists()

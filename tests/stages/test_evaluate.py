@@ -95,7 +95,7 @@ def test_held_out_pictures_take_the_training_pictures_place(scored, pictures, tm
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ([], r"lora is missing: say lora=FILE"),
+        ([], r"lora is missing: set lora=FILE"),
         (["lora=[]"], r"lora is missing"),
         (["lora=[made.safetensors,nobody]"], r"lora=nobody: no such file"),
         (["lora=made.safetensors", "trigger=MINT"], r"trained on the trigger HANA_TOFU, not MINT"),
@@ -110,7 +110,7 @@ def test_held_out_pictures_take_the_training_pictures_place(scored, pictures, tm
         (["lora=made.safetensors", "score.other_prompts=['a {trigger}']"], r"'a \{trigger\}' has the trigger"),
         (["lora=made.safetensors", "score.seeds=[1,1]"], r"score\.seeds: each is drawn once"),
         (["lora=made.safetensors", "score.attributes=['(']"], r"score\.attributes: '\(' is no regular expression"),
-        (["lora=made.safetensors", "class_noun=HANA_TOFU"], r"class_noun='HANA_TOFU': say what others"),
+        (["lora=made.safetensors", "class_noun=HANA_TOFU"], r"class_noun='HANA_TOFU': name what others"),
     ],
 )
 def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monkeypatch, overrides, sentence):

@@ -144,5 +144,5 @@ def test_a_file_that_training_cannot_start_from_is_refused(uninterrupted):
         train("run", "steps=1", "stage.start_from=nothing")
     with pytest.raises(InputError, match=r"holds LoRA of rank 4 in \d+ layers, but this run trains LoRA of rank 8 in"):
         train("rank", "steps=1", "rank=8", f"stage.start_from={uninterrupted}")
-    with pytest.raises(InputError, match="PiSSA begins with the base's weights"):
+    with pytest.raises(InputError, match="PiSSA starts from the base's weights"):
         train("pissa", "steps=1", "adapter=pissa", f"stage.start_from={uninterrupted}")

@@ -180,14 +180,14 @@ def drift(file: Path, *prior: str) -> float:
     config = compose(*FAST, *prior)
     training, data, base = encoded(*prior)
     of_class = class_data(config, training, data, Encoder(base, training.device, Cache(None), False))
-    goal, squares = objective(config.loss, base), []
+    loss_objective, squares = objective(config.loss, base), []
     base.network.eval()
     for number in range(8):
-        batch = of_class.batch(seed=7, step=number, part=0, parts=1, batch_size=2, objective=goal)
+        batch = of_class.batch(seed=7, step=number, part=0, parts=1, batch_size=2, objective=loss_objective)
         with torch.no_grad():
-            before = predict(base.network, goal, batch)
+            before = predict(base.network, loss_objective, batch)
             with lora_attached(base, file):
-                squares.append((predict(base.network, goal, batch) - before).square().mean().item())
+                squares.append((predict(base.network, loss_objective, batch) - before).square().mean().item())
     return sum(squares) / len(squares)
 
 
@@ -211,9 +211,9 @@ def test_the_priors_batch_is_its_own_and_seen_whole_under_the_names_of_the_class
     """Other draws than the character's, no mask, no dropped caption, no trigger."""
     config = compose(*FAST, *PREDICTION, "prior.class_noun='round thing'")
     training, data, base = encoded(f"loss.mask={cut_out(tmp_path / 'left', (0, 0, 64, 128))}")
-    encoder, goal = Encoder(base, training.device, Cache(None), False), objective(config.loss, base)
+    encoder, loss_objective = Encoder(base, training.device, Cache(None), False), objective(config.loss, base)
     of_class = class_data(config, training, data, encoder)
-    which = {"seed": 0, "step": 0, "part": 0, "parts": 1, "batch_size": 2, "objective": goal}
+    which = {"seed": 0, "step": 0, "part": 0, "parts": 1, "batch_size": 2, "objective": loss_objective}
     prior, mine = of_class.batch(**which), data.batch(**which, caption_dropout=1.0)
     assert mine.mask is not None and mine.prior_weight is None and prior.mask is None and prior.prior_weight == 1
     assert not torch.equal(prior.noise, mine.noise) and not torch.equal(prior.timesteps, mine.timesteps)
@@ -241,8 +241,11 @@ def test_a_prior_that_makes_no_sense_is_refused_before_the_base_loads(others, mo
         (["prior=generated"], r"prior\.prompt is missing: prior=generated needs it"),
         (["prior=generated", "prior.prompt=' '"], r"prior\.prompt is missing"),
         ([pictures], r"prior\.root is missing"),
-        (["prior.weight=2"], r"prior\.weight=2\.0: weight is of prior=pictures or prior=generated or prior=prediction"),
-        (["prior.class_noun=dog"], r"prior\.class_noun=dog: class_noun is of prior=prediction, say that too"),
+        (
+            ["prior.weight=2"],
+            r"prior\.weight=2\.0: weight belongs to prior=pictures or prior=generated or prior=prediction",
+        ),
+        (["prior.class_noun=dog"], r"prior\.class_noun=dog: class_noun belongs to prior=prediction, set that too"),
         ([*PREDICTION, "prior.weight=-1"], r"prior\.weight=-1\.0: weight must be at least 0"),
         ([*PREDICTION, "prior.weight=nan"], r"prior\.weight=nan"),
         ([*GENERATED, "prior.number=0"], r"prior\.number=0: number must be at least 1"),

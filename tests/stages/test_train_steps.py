@@ -21,15 +21,15 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 def test_the_loss_of_known_noise_falls(uninterrupted):
     """20 steps are few, but the trained LoRA must beat the base on the very batches that it saw."""
     _, data, base = encoded()
-    goal = objective(compose(*FAST).loss, base)
+    loss_objective = objective(compose(*FAST).loss, base)
 
     def loss() -> float:
         batches = (
-            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, objective=goal, caption_dropout=0.0)
+            data.batch(seed=0, step=s, part=0, parts=1, batch_size=2, objective=loss_objective, caption_dropout=0.0)
             for s in range(20)
         )
         with torch.no_grad():
-            return sum(per_sample_loss(base.network, goal, batch).mean().item() for batch in batches) / 20
+            return sum(per_sample_loss(base.network, loss_objective, batch).mean().item() for batch in batches) / 20
 
     before = loss()
     with lora_attached(base, Path(uninterrupted, "lora", "HANA_TOFU.safetensors")):

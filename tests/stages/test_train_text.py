@@ -429,17 +429,17 @@ def test_training_begins_with_what_the_files_hold(trained):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("text.encoders=third", r"text\.encoders=third: text\.encoders is one of none, first, second, both"),
+        ("text.encoders=third", r"text\.encoders=third: encoders is one of none, first, second, both"),
         ("text.encoders=both text.encoder_lr=0", r"text\.encoder_lr=0.*above 0"),
         ("text=lora text.encoder_stop=0", r"text\.encoder_stop=0.*above 0"),
-        ("text=lora text.encoder_stop=1.5", r"text\.encoder_stop=1\.5: a share"),
-        ("text=pivotal text.token_stop=2", r"text\.token_stop=2.*: a share"),
+        ("text=lora text.encoder_stop=1.5", r"text\.encoder_stop=1\.5: encoder_stop must be above 0 and at most 1"),
+        ("text=pivotal text.token_stop=2", r"text\.token_stop=2.*: token_stop must be above 0 and at most 1"),
         ("text=pivotal text.token_lr=-1", r"text\.token_lr=-1.*above 0"),
         ("text.tokens=-1", r"text\.tokens=-1: tokens must be at least 0"),
-        ("text.tokens=76", r"text\.tokens=76: a text has 75 places"),
-        ("text.encoder_lr=1", r"text\.encoder_lr=1.*: no text encoder is trained, say text\.encoders=both"),
+        ("text.tokens=76", r"text\.tokens=76: a text has 75 tokens"),
+        ("text.encoder_lr=1", r"text\.encoder_lr=1.*: no text encoder is trained, set text\.encoders=both"),
         ("text.encoder_stop=0.5", r"text\.encoder_stop=0\.5: no text encoder is trained"),
-        ("text.tokens_from=tofu", r"text\.tokens_from=tofu: there are no new tokens, say text\.tokens=2"),
+        ("text.tokens_from=tofu", r"text\.tokens_from=tofu: there are no new tokens, set text\.tokens=2"),
         ("text.tokens=1 text.tokens_from=' '", r"text\.tokens_from: name a word"),
         *(
             (f"text=lora adapter={kind}", "text encoders take LoRA and rsLoRA and no other kind")

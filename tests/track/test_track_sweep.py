@@ -190,7 +190,7 @@ def test_a_page_that_cannot_be_logged_is_reported_in_one_line(page, capsys, capl
     page.attach()
     output = capsys.readouterr().err
     assert output.count("\n") == 1
-    assert output.startswith("lora_lab: the comparison page of multirun/day/time could not be tracked (")
+    assert output.startswith("lora_lab: the comparison page of multirun/day/time could not be logged (")
     rewrite_page(page.folder)
     shutil.rmtree(page.folder / "wandb")
     (page.folder / "wandb").write_text("a file where the folder should be")

@@ -1,4 +1,4 @@
-"""A compiled UNet computes what it computed before. The compiler of kernels is left out: it is a GPU's."""
+"""A compiled network computes the same. Without the compiler of kernels, which needs a GPU."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks", "full"])
-def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
+def test_a_compiled_network_has_the_same_gradient_in_few_graphs(how, tmp_path):
     from torch._dynamo.utils import counters
 
     def gradient(how: str) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_a_compiled_unet_has_the_same_gradient_in_few_graphs(how, tmp_path):
     assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
 
 
-def test_the_key_reaches_the_unet_and_its_cache(tmp_path, monkeypatch):
+def test_compile_and_cache_reach_the_network(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("lora_lab.training.engine.compile_blocks", lambda unet, *how: asked.append(how))
     config = compose("stage=train", "compile=full", f"cache={tmp_path / 'cache'}")

@@ -1,4 +1,4 @@
-"""Pictures and masks go the same way, and a batch is what its options say."""
+"""Images and masks are processed alike, and a batch follows its options."""
 
 from types import SimpleNamespace
 
@@ -29,14 +29,14 @@ def batches(masks, *overrides, count=8):
     """Batches of two of four examples, whose latents are 0 upright and 1 mirrored."""
     views = [View(torch.full((4, 2, 2), float(i)), mask, {"time_ids": torch.zeros(6)}) for i, mask in enumerate(masks)]
     data = TrainingData([Example("0.png", [views], [[TEXT]])] * 4, TEXT, [[0, 1, 2, 3]])
-    goal = objective(compose(*overrides).loss, BASE)
+    loss_objective = objective(compose(*overrides).loss, BASE)
     return [
-        data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, objective=goal, caption_dropout=0.0)
+        data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, objective=loss_objective, caption_dropout=0.0)
         for step in range(count)
     ]
 
 
-def test_a_mask_is_cut_and_scaled_as_its_picture(tmp_path):
+def test_a_mask_is_cropped_and_scaled_like_its_image(tmp_path):
     (tmp_path / "masks").mkdir()
     samples = []
     for i, (size, white) in enumerate([((301, 97), (150, 0, 180, 50)), ((90, 200), (0, 99, 90, 200))]):
@@ -52,7 +52,7 @@ def test_a_mask_is_cut_and_scaled_as_its_picture(tmp_path):
     assert all(fitted.mask is None for fitted in fit_pictures(samples, 128, 16, None))
 
 
-def test_a_latent_pixels_weight_is_the_mean_of_its_64_pixels():
+def test_the_weight_of_a_latent_is_the_mean_of_its_64_pixels():
     mask = Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 12, 16))  # one column and a half
     mask.putpixel((20, 15), 51)
@@ -60,7 +60,7 @@ def test_a_latent_pixels_weight_is_the_mean_of_its_64_pixels():
     assert torch.allclose(latent_mask(mask, 2, 3), expected[None])
 
 
-def test_a_mirrored_picture_has_its_mirrored_mask():
+def test_a_mirrored_image_has_a_mirrored_mask():
     upright = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     found = set()
     for batch in batches([upright, upright.flip(-1)]):
@@ -71,7 +71,7 @@ def test_a_mirrored_picture_has_its_mirrored_mask():
     assert found == {False, True}
 
 
-def test_where_nothing_is_to_be_learnt_the_unmasked_weight_is_left():
+def test_outside_of_the_mask_the_unmasked_weight_applies():
     mask = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]])
     for weight, expected in ((0.0, mask), (0.2, torch.tensor([[[1.0, 0.2], [0.6, 0.2]]])), (1.0, torch.ones(1, 2, 2))):
         (batch,) = batches([mask, mask], f"loss.unmasked_weight={weight}", count=1)
@@ -80,14 +80,14 @@ def test_where_nothing_is_to_be_learnt_the_unmasked_weight_is_left():
 
 
 @pytest.mark.parametrize("override", ["loss=plain", "loss=debiased", "loss.huber_c=0.5", "loss=zero_snr"])
-def test_a_sample_brings_the_figures_of_its_timestep(override):
-    goal = objective(compose(override).loss, BASE)
+def test_a_sample_has_the_weight_and_delta_of_its_timestep(override):
+    loss_objective = objective(compose(override).loss, BASE)
     for batch in batches([None, None], override):
-        assert torch.equal(batch.loss_weights, goal.loss_weights[batch.timesteps])
-        assert torch.equal(batch.huber_delta, goal.huber_delta[batch.timesteps])
+        assert torch.equal(batch.loss_weights, loss_objective.loss_weights[batch.timesteps])
+        assert torch.equal(batch.huber_delta, loss_objective.huber_delta[batch.timesteps])
 
 
-def test_a_sample_sees_one_crop_and_reads_one_order_of_one_caption():
+def test_a_sample_uses_one_crop_and_one_order_of_one_caption():
     """Latents, mask and coordinates of the same crop; in time every crop with every text."""
     crops = [
         [
@@ -98,9 +98,11 @@ def test_a_sample_sees_one_crop_and_reads_one_order_of_one_caption():
     ]
     texts = [[text_of(n) for n in orders] for orders in ([1.0, 2.0], [3.0])]
     data = TrainingData([Example("0.png", crops, texts)], TEXT, [[0]])
-    goal, seen = objective(compose().loss, BASE), []
+    loss_objective, seen = objective(compose().loss, BASE), []
     for step in range(150):
-        batch = data.batch(seed=0, step=step, part=0, parts=1, batch_size=2, objective=goal, caption_dropout=0.0)
+        batch = data.batch(
+            seed=0, step=step, part=0, parts=1, batch_size=2, objective=loss_objective, caption_dropout=0.0
+        )
         for i in range(2):
             conditioning = batch.conditioning
             latents, text = batch.latents[i].mean().item(), conditioning["prompt_embeds"][i].mean().item()

@@ -1,4 +1,4 @@
-"""What is goal of the UNet, compared with the papers' formulas worked out by hand."""
+"""The objective and the losses, compared with the papers' formulas worked out by hand."""
 
 from types import SimpleNamespace
 
@@ -67,7 +67,7 @@ def target_of(objective, batch):
     return kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
 
 
-def test_min_snr_clips_what_is_easy_and_leaves_what_is_hard():
+def test_min_snr_lowers_only_the_weights_of_clear_timesteps():
     snr = torch.tensor([0.1, 5.0, 50.0])
     assert torch.allclose(min_snr_weights(snr, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.1]))
 
@@ -77,7 +77,7 @@ def test_min_snr_of_v_prediction_divides_by_one_more():
     assert torch.allclose(min_snr_weights(snr, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
 
 
-def test_min_snr_of_a_flow_weighs_the_error_of_the_predicted_image_by_the_same():
+def test_min_snr_of_a_flow_gives_the_same_weight_to_the_predicted_image():
     """x = noisy - t v, so an error of v is one of x divided by t; snr = ((1 - t) / t) ** 2."""
     t = torch.tensor([0.25, 0.5, 0.9])
     snr = ((1 - t) / t).square()
@@ -99,7 +99,7 @@ def test_huber_c_falls_from_one_to_c_where_noise_grows():
     assert torch.allclose(huber_delta(0.0001, "exponential", sigmas), torch.tensor([1.0, 0.1, 0.01, 0.001]))
 
 
-def test_the_errors_of_a_pixel():
+def test_elementwise_losses_of_known_differences():
     right, wrong = torch.zeros(2, 1, 1, 1), torch.tensor([3.0, -0.75]).view(2, 1, 1, 1)
     c = torch.tensor([4.0, 1.0])  # hypotenuses 5 and 1.25
     expected = {"l2": [9, 0.5625], "l1": [3, 0.75], "huber": [2 * 4 * (5 - 4), 2 * 0.25], "smooth_l1": [2, 0.5]}
@@ -107,14 +107,14 @@ def test_the_errors_of_a_pixel():
         assert torch.allclose(elementwise_loss(kind, wrong, right, c).flatten(), torch.tensor(errors).float()), kind
 
 
-def test_huber_is_nearly_the_square_of_small_errors_and_grows_straight_beyond():
+def test_huber_is_quadratic_for_small_and_linear_for_large_errors():
     c, right = torch.full((1,), 0.1), torch.zeros(1, 1, 1, 1)
     errors = [elementwise_loss("huber", right + d, right, c).item() for d in (1e-4, 100.0, 200.0)]
     assert errors[0] == pytest.approx(1e-8, rel=1e-4)
     assert errors[2] - errors[1] == pytest.approx(2 * 0.1 * 100, rel=1e-3)
 
 
-def test_the_weights_are_those_of_the_bases_noise_schedule():
+def test_loss_weights_follow_the_noise_schedule_of_the_base():
     kept = DDPMScheduler(**SCHEDULER).alphas_cumprod.double()
     snr = kept / (1 - kept)
     expected = {
@@ -127,67 +127,71 @@ def test_the_weights_are_those_of_the_bases_noise_schedule():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_right_answer_costs_nothing_and_a_wrong_one_its_square(prediction):
-    goal = objective_of("loss.snr_gamma=0.5", prediction_type=prediction)
-    batch = batch_of(goal)
-    right = target_of(goal, batch)
-    assert torch.allclose(per_sample_loss(Knowing(right), goal, batch), torch.zeros(3), atol=1e-10)
-    off_by_two = per_sample_loss(Knowing(right + 2), goal, batch)
+def test_the_loss_is_0_for_the_target_and_squared_otherwise(prediction):
+    loss_objective = objective_of("loss.snr_gamma=0.5", prediction_type=prediction)
+    batch = batch_of(loss_objective)
+    right = target_of(loss_objective, batch)
+    assert torch.allclose(per_sample_loss(Knowing(right), loss_objective, batch), torch.zeros(3), atol=1e-10)
+    off_by_two = per_sample_loss(Knowing(right + 2), loss_objective, batch)
     assert torch.allclose(off_by_two, 4 * batch.loss_weights, rtol=1e-4) and batch.loss_weights.min() < 0.1
 
 
-def test_the_prediction_is_the_bases_unless_another_is_named():
+def test_the_prediction_is_that_of_the_base_unless_set():
     assert objective_of().settings.prediction == "epsilon"
     assert objective_of(prediction_type="v_prediction").settings.prediction == "v_prediction"
     for base in ("epsilon", "v_prediction"):
-        goal = objective_of("loss.prediction=v_prediction", prediction_type=base)
-        batch = batch_of(goal)
-        assert torch.allclose(per_sample_loss(Knowing(target_of(goal, batch)), goal, batch), torch.zeros(3), atol=1e-10)
-        snr = goal.schedule.alphas_cumprod / (1 - goal.schedule.alphas_cumprod)
-        assert torch.allclose(goal.loss_weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
+        loss_objective = objective_of("loss.prediction=v_prediction", prediction_type=base)
+        batch = batch_of(loss_objective)
+        assert torch.allclose(
+            per_sample_loss(Knowing(target_of(loss_objective, batch)), loss_objective, batch),
+            torch.zeros(3),
+            atol=1e-10,
+        )
+        snr = loss_objective.schedule.alphas_cumprod / (1 - loss_objective.schedule.alphas_cumprod)
+        assert torch.allclose(loss_objective.loss_weights, snr.clamp(max=5) / (snr + 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["l1", "huber", "smooth_l1"])
-def test_the_loss_of_another_type_has_its_timesteps_c_and_weight(kind):
-    goal = objective_of(
+def test_other_loss_types_use_delta_and_weight_of_the_timestep(kind):
+    loss_objective = objective_of(
         "loss.snr_gamma=0.5", f"loss.type={kind}", "loss.huber_c=0.3", "loss.huber_schedule=exponential"
     )
-    batch = batch_of(goal)
+    batch = batch_of(loss_objective)
     assert torch.allclose(batch.huber_delta, 0.3 ** (TIMESTEPS / 1000))
     distances = (4 + batch.huber_delta**2).sqrt() - batch.huber_delta  # of errors of 2
     scaled = 2 * batch.huber_delta * distances
     expected = {"l1": torch.full((3,), 2.0), "huber": scaled, "smooth_l1": 2 * distances}[kind]
-    losses = per_sample_loss(Knowing(batch.noise + 2), goal, batch)
+    losses = per_sample_loss(Knowing(batch.noise + 2), loss_objective, batch)
     assert torch.allclose(losses, expected * batch.loss_weights, rtol=1e-4)
 
 
-def test_a_mask_takes_errors_out_and_leaves_a_pixel_its_weight():
-    goal = objective_of("loss=plain")
+def test_a_mask_removes_errors_and_keeps_the_weight_of_a_latent():
+    loss_objective = objective_of("loss=plain")
     mask = torch.ones(3, 1, 8, 8)
     mask[0, :, :, :6], mask[1, :, :2] = 0, 0.5
-    batch = batch_of(goal, mask=mask)
+    batch = batch_of(loss_objective, mask=mask)
     wrong = batch.noise + 2
     wrong[0, :, :, :6] += 100  # where nothing is learnt
     expected = torch.tensor([4 * 2 / 8, 4 * (6 + 0.5 * 2) / 8, 4])
-    assert torch.allclose(per_sample_loss(Knowing(wrong), goal, batch), expected, rtol=1e-4)
+    assert torch.allclose(per_sample_loss(Knowing(wrong), loss_objective, batch), expected, rtol=1e-4)
 
 
-def test_a_base_of_fewer_timesteps_is_told():
+def test_a_timestep_beyond_the_base_is_refused():
     with pytest.raises(InputError, match=r"loss\.max_timestep=1000: the base has 100 timesteps"):
         objective_of(num_train_timesteps=100)
     assert len(objective_of("loss.max_timestep=100", num_train_timesteps=100).loss_weights) == 100
 
 
-def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
+def test_zero_terminal_snr_ends_in_pure_noise():
     """Lin et al. 2023, algorithm 1: shift the roots of alpha-bar so that the last is 0, scale the first back."""
     roots = DDPMScheduler(**SCHEDULER).alphas_cumprod.double().sqrt()
     expected = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    goal = objective_of("loss=zero_snr")
-    assert torch.allclose(goal.schedule.alphas_cumprod.double().sqrt(), expected, atol=1e-5)
-    assert goal.schedule.alphas_cumprod[-1] == 0 and goal.loss_weights.isfinite().all()
-    batch = batch_of(goal, timesteps=torch.tensor([999, 999, 999]))
+    loss_objective = objective_of("loss=zero_snr")
+    assert torch.allclose(loss_objective.schedule.alphas_cumprod.double().sqrt(), expected, atol=1e-5)
+    assert loss_objective.schedule.alphas_cumprod[-1] == 0 and loss_objective.loss_weights.isfinite().all()
+    batch = batch_of(loss_objective, timesteps=torch.tensor([999, 999, 999]))
     velocity = -batch.latents  # of noise alone
-    assert torch.allclose(per_sample_loss(Knowing(velocity), goal, batch), torch.zeros(3), atol=1e-10)
+    assert torch.allclose(per_sample_loss(Knowing(velocity), loss_objective, batch), torch.zeros(3), atol=1e-10)
     assert objective_of(prediction_type="v_prediction", rescale_betas_zero_snr=True).schedule.alphas_cumprod[-1] == 0
     off = objective_of("loss.zero_terminal_snr=false", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert off.schedule.alphas_cumprod[-1] > 0.004
@@ -195,11 +199,11 @@ def test_zero_terminal_snr_ends_in_noise_alone_and_begins_as_before():
 
 @pytest.mark.parametrize("mask", [None, torch.ones(3, 1, 8, 8)], ids=["all", "masked"])
 @pytest.mark.parametrize("overrides", [(), ("loss=huber",), ("loss=zero_snr", "loss.type=l1")])
-def test_a_step_waits_for_no_number(overrides, mask):
+def test_a_step_does_not_wait_for_the_device(overrides, mask):
     """Tensors that have no values: whatever asks for one (item, if, indexing by a mask) fails as a CUDA graph would."""
-    goal = objective_of(*overrides)
-    batch = batch_of(goal, mask=mask)
+    loss_objective = objective_of(*overrides)
+    batch = batch_of(loss_objective, mask=mask)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = Batch.from_tensors({name: mode.from_tensor(value) for name, value in batch.tensors().items()})
-        losses = per_sample_loss(Knowing(fake.noise + 1), goal, fake)
+        losses = per_sample_loss(Knowing(fake.noise + 1), loss_objective, fake)
     assert losses.shape == (3,)

@@ -1,4 +1,4 @@
-"""Every optimizer of conf/optimizer, as training uses it: on one tensor or on matrices, saved and gone on from."""
+"""Every optimizer of conf/optimizer, as training uses it: on one tensor or on matrices, saved and resumed."""
 
 import io
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ class Toy:
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
-def test_8_bits_are_those_of_bitsandbytes_which_waits_for_the_device_at_every_step(name, monkeypatch):
+def test_8_bit_optimizers_equal_those_of_bitsandbytes(name, monkeypatch):
     waits = []
     monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda tensor: waits.append(tensor.shape))
     target = SETTINGS[name]["_target_"]
@@ -72,14 +72,14 @@ def test_8_bits_are_those_of_bitsandbytes_which_waits_for_the_device_at_every_st
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_is_learnt_gets_better(name):
+def test_every_optimizer_lowers_the_loss(name):
     more = {"d0": 1e-3} if name == "prodigy" else {"lr": 1e-3}  # its first rate takes hundreds of steps to grow
     losses = Toy(name, **more).learn(0, 60)
     assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_saved_state_goes_on_exactly(name):
+def test_a_saved_state_resumes_exactly(name):
     whole, first, second = Toy(name), Toy(name), Toy(name)
     whole.learn(0, 6)
     first.learn(0, 3)
@@ -93,7 +93,7 @@ def test_a_saved_state_goes_on_exactly(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_one_tensor_serves_where_the_file_says_so_and_nowhere_else(name):
+def test_elementwise_optimizers_give_the_same_result_on_one_tensor(name):
     whole, apart = Toy(name, elementwise=True), Toy(name, elementwise=False)
     for toy in (whole, apart):
         toy.learn(0, 4)
@@ -106,14 +106,14 @@ def fused(settings, device) -> bool:
     return resolve_optimizer(settings, device)([nn.Parameter(torch.zeros(1))]).defaults["fused"]
 
 
-def test_adamw_is_one_kernel_on_a_gpu_unless_told_otherwise():
+def test_adamw_is_fused_on_a_gpu_by_default():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     settings = SETTINGS["adamw"]
     assert [fused(settings, device) for device in (gpu, cpu)] == [True, False]
     assert fused(settings | {"fused": False}, gpu) is False
 
 
-def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_changes_nothing():
+def test_swapping_in_a_schedule_free_average_changes_no_step():
     looked, alone = Toy("schedule_free"), Toy("schedule_free")
     alone.learn(0, 6)
     looked.learn(0, 3)
@@ -128,7 +128,7 @@ def test_what_a_schedule_free_optimizer_saves_is_an_average_and_looking_at_it_ch
     assert torch.equal(looked.numbers, alone.numbers)
 
 
-def test_the_rate_of_prodigy_is_the_one_that_its_next_step_goes_by():
+def test_the_learning_rate_of_prodigy_includes_its_distance():
     toy = Toy("prodigy", d0=1e-3)
     assert toy.training.current_lr() == 1e-3
     toy.learn(0, 30)
@@ -141,7 +141,7 @@ def test_the_rate_of_prodigy_is_the_one_that_its_next_step_goes_by():
     assert torch.allclose(before - toy.numbers, step, rtol=1e-3, atol=1e-7)
 
 
-def test_the_average_of_the_weights_is_that_of_the_formula_and_changes_no_step():
+def test_the_average_of_the_weights_follows_the_formula():
     averaging, alone = Toy("adamw", ema_decay=0.3), Toy("adamw")
     average = alone.numbers
     for step in range(6):

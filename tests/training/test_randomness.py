@@ -19,7 +19,7 @@ LOSS = compose("stage=train").loss
 ALL_ON = compose("loss.noise_offset=0.1", "loss.pyramid_iterations=6", "loss.timestep_sampling=logit_normal").loss
 
 
-def test_the_draws_of_earlier_versions_stay_as_they_were():
+def test_random_numbers_of_earlier_versions_are_unchanged():
     """Pinned: a run begun with an older version goes on with the same noise."""
     for key, timestep, coins, numbers in (
         ((0, 5, 2), 110, (True, False), [0.7286866, -1.1788789, -0.6293774, 0.5116912]),
@@ -31,7 +31,7 @@ def test_the_draws_of_earlier_versions_stay_as_they_were():
 
 
 @pytest.mark.parametrize("loss", [LOSS, ALL_ON], ids=["plain", "all options"])
-def test_a_draw_depends_on_seed_step_and_sample_alone(loss):
+def test_random_numbers_depend_on_seed_step_and_sample_alone(loss):
     first = sample_randomness(0, 5, 2, (4, 8, 8), loss, 0.1)
     torch.rand(100)  # whatever else draws in between
     again = sample_randomness(0, 5, 2, (4, 8, 8), loss, 0.1)
@@ -45,7 +45,7 @@ def test_a_draw_depends_on_seed_step_and_sample_alone(loss):
         assert not torch.equal(first.noise, other.noise)
 
 
-def test_timesteps_and_coins_are_uniform():
+def test_timesteps_flips_and_dropped_captions_are_uniform():
     draws = [sample_randomness(0, step, 0, (1, 1, 1), LOSS, 0.25) for step in range(2000)]
     timesteps = torch.tensor([d.timestep for d in draws], dtype=torch.float64)
     assert timesteps.min() < 10 and timesteps.max() > 989
@@ -64,7 +64,7 @@ def test_timesteps_and_coins_are_uniform():
         ("loss.max_timestep=100", {"timestep"}),
     ],
 )
-def test_an_option_changes_its_own_draw_and_no_other(override, changed):
+def test_an_option_changes_no_other_random_numbers(override, changed):
     for step in range(5):
         plain, other = (sample_randomness(0, step, 0, (4, 8, 8), loss, 0.1) for loss in (LOSS, compose(override).loss))
         found = {
@@ -91,7 +91,7 @@ def timesteps_of(*overrides, count=2000):
     ).double()
 
 
-def test_timesteps_fill_their_range_and_keep_to_it():
+def test_timesteps_cover_their_range():
     drawn = timesteps_of("loss.min_timestep=200", "loss.max_timestep=210")
     assert sorted(set(drawn.tolist())) == list(range(200, 210))
     drawn = timesteps_of("loss.min_timestep=200", "loss.max_timestep=210", "loss.timestep_sampling=logit_normal")
@@ -108,12 +108,12 @@ def test_logit_normal_timesteps_are_the_sigmoids_of_normal_draws():
         )
 
 
-def test_the_ends_of_the_way_from_picture_to_noise_are_the_first_and_the_last_timestep():
+def test_fractions_0_and_1_are_the_first_and_the_last_timestep():
     assert [timestep_at(share, 0, 1000) for share in (0.0, 0.5, 0.9999, 1.0)] == [0, 500, 999, 999]
     assert [timestep_at(share, 200, 300) for share in (0.0, 0.25, 1.0)] == [200, 225, 299]
 
 
-def test_offset_noise_is_shifted_by_one_number_a_channel():
+def test_offset_noise_adds_one_number_per_channel():
     noise = torch.randn(4, 8, 8, generator=generator("white"))
     shift = offset_noise(noise, 0.1, generator("shift")) - noise
     assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift), atol=1e-6)
@@ -122,7 +122,7 @@ def test_offset_noise_is_shifted_by_one_number_a_channel():
     assert (torch.corrcoef(shifts.T) - torch.eye(4)).abs().max() < 0.2, "channels shift alike"
 
 
-def test_pyramid_noise_keeps_its_spread_and_lies_coarser():
+def test_pyramid_noise_has_unit_deviation_and_is_coarser():
     noise = torch.randn(4, 64, 64, generator=generator("white"))
 
     def neighbours(field):
@@ -135,7 +135,7 @@ def test_pyramid_noise_keeps_its_spread_and_lies_coarser():
     assert alike[0] < alike[1] < 0.2 < alike[2]
 
 
-def test_the_first_noise_of_the_pyramid_is_as_fine_as_the_noise():
+def test_the_first_level_of_the_pyramid_has_full_resolution():
     noise = torch.randn(4, 8, 8, generator=generator("white"))
     source = generator(3)
     torch.rand((), generator=source)  # of the scale, whose zeroth power is 1
@@ -145,13 +145,13 @@ def test_the_first_noise_of_the_pyramid_is_as_fine_as_the_noise():
     assert torch.equal(pyramid_noise(noise, 4, 0.3, generator(3)), pyramid_noise(noise, 40, 0.3, generator(3)))
 
 
-def test_near_keys_give_unrelated_seeds():
+def test_similar_keys_give_unrelated_seeds():
     seeds = {seed_of(a, b) for a in range(50) for b in range(50)}
     assert len(seeds) == 2500
     assert seed_of(1, 12) != seed_of(11, 2)
 
 
-def test_an_epoch_shows_every_picture_once():
+def test_an_epoch_shows_every_image_once():
     buckets = [list(range(24))]
     for epoch in range(3):
         batches = [batch_indices(0, epoch * 6 + i, buckets, 4) for i in range(6)]
@@ -165,7 +165,7 @@ def test_epochs_and_seeds_differ_in_order():
     assert epoch(0, 0) != epoch(1, 0)
 
 
-def test_a_batch_holds_one_size_and_a_short_bucket_is_filled_from_itself():
+def test_a_batch_has_one_size_and_a_short_bucket_is_repeated():
     buckets = [[0, 1, 2, 3, 4], [5, 6], [7]]
     assert batches_per_epoch(buckets, 4) == 4
     batches = [batch_indices(0, i, buckets, 4) for i in range(4)]
@@ -175,7 +175,7 @@ def test_a_batch_holds_one_size_and_a_short_bucket_is_filled_from_itself():
     assert {i for batch in batches for i in batch} == set(range(8))
 
 
-def test_choices_are_even_and_drawn_apart():
+def test_choices_are_uniform_and_independent():
     draws = [sample_randomness(0, step, 0, (1, 1, 1), LOSS, 0.0) for step in range(3000)]
     for key in ("crop", "caption", "order"):
         picked = [choose(vars(d)[key], "abc") for d in draws]
@@ -186,7 +186,7 @@ def test_choices_are_even_and_drawn_apart():
     assert len({d.crop for d in (sample_randomness(0, 5, i, (1, 1, 1), LOSS, 0) for i in range(9))}) == 9
 
 
-def test_phrases_are_shuffled_behind_those_that_stay():
+def test_tags_are_shuffled_after_those_that_stay_in_place():
     caption = "A HANA_TOFU, with a hat,winking, waving , in the snow"
     orders = shuffle_caption_tags(caption, 1, 8)
     assert len(set(orders)) == 8 and all(order.startswith("A HANA_TOFU, ") for order in orders)
@@ -201,7 +201,7 @@ def test_phrases_are_shuffled_behind_those_that_stay():
     assert shuffle_caption_tags("A HANA_TOFU", 1, 8) == shuffle_caption_tags("A HANA_TOFU", 5, 8) == ["A HANA_TOFU"]
 
 
-def test_a_repeated_picture_comes_as_often_as_it_is_repeated_in_every_epoch():
+def test_an_epoch_shows_an_image_as_often_as_it_is_repeated():
     buckets = [[0, 0, 0, 1, 2]]
     for epoch in range(4):
         seen = [i for batch in range(5) for i in batch_indices(0, epoch * 5 + batch, buckets, 1)]

@@ -53,7 +53,7 @@ def test_the_learning_rate_is_that_of_the_formula(overrides, expected):
         ("schedule.name=step", ["schedule.name=step", "cosine_with_restarts"]),
         ("schedule.warmup=-1", ["schedule.warmup=-1", "at least 0"]),
         ("schedule.warmup=nan", ["schedule.warmup=nan"]),
-        ("schedule.warmup=2.5", ["schedule.warmup=2.5", "whole steps"]),
+        ("schedule.warmup=2.5", ["schedule.warmup=2.5", "whole number of steps"]),
         ("schedule.warmup=12", ["schedule.warmup=12", "before steps=12"]),
         ("schedule.warmup=0.99", ["schedule.warmup=0.99", "before steps=12"]),
         ("schedule.name=constant schedule.warmup=3", ["constant_with_warmup"]),

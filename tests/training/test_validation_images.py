@@ -13,7 +13,7 @@ from lora_lab.base.cache import Cache
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
-from lora_lab.track.base import NOTHING
+from lora_lab.track.base import NO_TRACK
 from lora_lab.training.artifacts import RunArtifacts
 from lora_lab.training.resolve import resolve_training
 from lora_lab.training.validation_images import ValidationImages
@@ -43,7 +43,7 @@ def looked(base, lora, folder, *overrides):
     hook = base.network.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
     resolved = resolve_training(compose(*FEW, *overrides), folder)
     rendered: dict = {}
-    tracker = replace(NOTHING, images=lambda step, images: rendered.update(images))
+    tracker = replace(NO_TRACK, images=lambda step, images: rendered.update(images))
     artifacts = RunArtifacts(resolved, None, lora)
     ValidationImages(resolved, artifacts, Encoder(base, CPU, Cache(None), False), tracker).on_end(1)
     hook.remove()
