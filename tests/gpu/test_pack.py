@@ -79,6 +79,6 @@ def test_a_pack_that_the_memory_is_not_enough_for_goes_on_in_halves(exit_code_of
     said = capsys.readouterr().out
     with capsys.disabled():
         print("MEASURED " + json.dumps({"needed_mib": [n // 2**20 for n in needed]}))
-    assert "they go on at most 2 at a time" in said
+    assert "training goes on with at most 2 at a time" in said
     for job in range(4):
         assert validation(tmp_path / f"halved/{job}") == pytest.approx(validation(tmp_path / f"most4/{job}"), rel=0.01)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lab.base import quantize
-from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable
+from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable, GraphPool
 from lora_lab.base.quantize import quantize_
 
 pytestmark = [
@@ -59,7 +59,7 @@ def test_a_quantized_layer_is_close_to_the_original(form, how, monkeypatch):
     if how == "compiled":
         network.compile(dynamic=False, fullgraph=True)
     run = lambda inputs: both_ways(network, inputs["x"])  # noqa: E731
-    run = GraphedCallable(run, device) if how == "graph" else run
+    run = GraphedCallable(run, GraphPool(device)) if how == "graph" else run
     for _ in range(WARM_UP_CALLS + 2):
         found = run({"x": x.bfloat16().to(device)}).clone()
     sizes = [len(found) - x.numel(), x.numel()]
