@@ -1,6 +1,6 @@
 """What training and sampling need of a frozen base model.
 
-`model._target_` in conf/model/ names the class. lora_lab.base.sdxl.SDXL is the one in the package; tests/test_seams.py
+`model._target_` in conf/model/ names the class. lora_lab.base.sdxl.SDXL is the one in the package; tests/toy_base.py
 has a small one of another kind."""
 
 from collections.abc import Callable, Mapping, Sequence
