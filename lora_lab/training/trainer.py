@@ -51,6 +51,7 @@ def train_runs(
     With `on_end` a run that fails leaves the others to go on; it is called for each run that ends, by its result or
     its error."""
     group = RunGroup(runs, context, make_engine, on_end)
+    group.activate(group.first_step)  # the engine fuses layers, and what is measured first must compute as the rest
     for run in runs:
         run.start()
     with group.checkpoints_on_out_of_memory():
@@ -112,6 +113,13 @@ class RunGroup:
 
     def start_step(self, step: int) -> list[LoRATraining]:
         """The trainings that do the step after `step`, with an engine for them."""
+        trainings = self.activate(step)
+        for run in self.active:
+            run.metrics.start_step()
+        return trainings
+
+    def activate(self, step: int) -> list[LoRATraining]:
+        """Choose the runs that do the step after `step`, and build an engine if their trainings have changed."""
         self.active = [run for run in self.runs if run.unfinished and run.step == step]
         trainings = list({id(run.training): run.training for run in self.active}.values())
         if list(map(id, trainings)) != list(map(id, self.engine_trainings)):
@@ -120,8 +128,6 @@ class RunGroup:
                 gc.collect()  # free the memory of one engine before the next needs it
             with gc_paused():
                 self.engine, self.engine_trainings = self.make_engine(trainings), trainings
-        for run in self.active:
-            run.metrics.start_step()
         return trainings
 
     def end_step(self, losses: Sequence[Losses], updates: Sequence[Update]) -> None:

@@ -38,7 +38,7 @@ class ValidationImages(Observer):
         images, _ = render_base(specs, self.resolved.render, self.resolved.folder, self.encoder)
         for spec, image in zip(specs, images, strict=True):
             save_image(self.folder / "base" / f"{spec.name}.png", image, spec, "none")
-        if step and not self._folder_of(step).is_dir():
+        if step and not all((self._folder_of(step) / f"{spec.name}.png").is_file() for spec in specs):
             self.on_step(step)
 
     def on_step(self, step: int) -> None:

@@ -1,11 +1,12 @@
 """A run that stops and goes on: to the bit what it would have been, or refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train
+from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train, validation
 
 from lora_lab.errors import InputError
 from lora_lab.training.checkpoint import checkpoints
@@ -133,3 +134,21 @@ def test_a_masked_run_goes_on_with_the_same_masks_wherever_they_are(tmp_path):
 def test_only_the_newest_checkpoints_are_kept():
     train("run", "steps=6", "stage.checkpoint_every=1", "stage.keep_checkpoints=3")
     assert [c.name for c in checkpoints(Path("run"))] == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_a_run_killed_while_it_rendered_renders_and_measures_on_resume_what_was_due():
+    """The checkpoint of a step is written before its validation images and loss."""
+    settings = ("steps=4", "stage.checkpoint_every=2", "stage.validate_every=2", "stage.validation_loss_every=2")
+    train("run", *settings, "stage.seeds=[0,1]")
+    run = Path("run").absolute()
+    images, losses = sorted((run / "samples" / "step-000002").iterdir()), validation("run")
+    expected = [image.read_bytes() for image in images]
+    for lost in (run / "checkpoints" / "step-000004", run / "samples" / "step-000004"):
+        shutil.rmtree(lost)
+    images[1].unlink()
+    (run / "lora" / "HANA_TOFU-000002.safetensors").unlink()
+    (run / "validation.jsonl").write_text(f'{{"step": 0, "loss": {losses[0]}}}\n')
+    train("run", *settings, "stage.seeds=[0,1]", f"resume={run}")
+    assert [image.read_bytes() for image in images] == expected
+    assert (run / "lora" / "HANA_TOFU-000002.safetensors").is_file() and (run / "samples" / "step-000004").is_dir()
+    assert validation("run") == losses
