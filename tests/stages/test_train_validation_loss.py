@@ -53,7 +53,7 @@ def test_validation_losses_of_runs_with_other_seeds_and_losses_can_be_compared(m
     other = ("loss=huber", "loss.noise_offset=0.2", f"loss.mask={left}", "dataset.flip=true", "batch_size=4", "seed=9")
     train("other", "steps=1", *MEASURED, *other)
     assert validation("other")[0] == pytest.approx(start, rel=1e-5)
-    assert "of the training pictures, which can be learnt by heart" in capsys.readouterr().out
+    assert "on the training images, which can be memorised" in capsys.readouterr().out
     held_out = tmp_path / "held_out"
     held_out.mkdir()
     for i in (6, 7):
