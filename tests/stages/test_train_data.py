@@ -92,8 +92,8 @@ def test_folders_are_shown_as_often_as_they_say(tmp_path, pictures, capsys):
     }  # fmt: skip
     train("run", f"dataset.root=[{{root: {one}, repeats: 4}}, {two}]", "steps=9")
     printed = capsys.readouterr().out
-    # 8 and 4 + 6 pictures an epoch, two a batch
-    assert "9 pictures in" in printed and "one (4 times), " in printed and "9 steps of 2 (1.0 epochs)" in printed
+    # 8 and 4 + 6 images an epoch, two a batch
+    assert "9 images in" in printed and "one (4 times), " in printed and "9 steps of 2 (1.0 epochs)" in printed
 
 
 def test_one_of_several_captions_is_read_at_a_time(own_pictures, three_steps):
