@@ -76,9 +76,9 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
 
 
 def _describe_lr(training: ResolvedTraining) -> str | None:
-    if training.lr == training.unused_lr:
+    if training.lr == training.requested_lr:
         return None
-    return f"{training.optimizer_name} with its own lr, {training.lr:g}; lr={training.unused_lr:g} is not used"
+    return f"{training.optimizer_name} with its own lr, {training.lr:g}; lr={training.requested_lr:g} is not used"
 
 
 def _describe_memory(training: ResolvedTraining) -> str:

@@ -82,7 +82,7 @@ class ResolvedTraining:
     class_noun: str
     name: str  # of the LoRA file
     lr: float  # the optimizer's own where its option sets one
-    unused_lr: float  # the key lr, which is another number there
+    requested_lr: float  # the key lr, which an optimizer with its own learning rate does not use
     rank: int
     steps: int
     batch_size: int
@@ -163,7 +163,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         class_noun=config.class_noun,
         name=config.name,
         lr=config.rate,
-        unused_lr=config.lr,
+        requested_lr=config.lr,
         rank=config.rank,
         steps=config.steps,
         batch_size=config.batch_size,
