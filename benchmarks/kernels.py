@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training.lora_training import LoRATraining, Update
 
 KINDS = {  # by words in a kernel's name; the first match counts
@@ -75,4 +75,4 @@ def summary(profiler: profile) -> dict[str, object]:
 if __name__ == "__main__":
     place, step = Path(sys.argv[1]), int(sys.argv[2])
     watch(place, step)
-    run(compose(*sys.argv[3:]), place.parent)
+    run_stage(compose(*sys.argv[3:]), place.parent)

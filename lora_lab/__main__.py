@@ -9,10 +9,10 @@ import sys
 from lora_lab import __version__
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
+from lora_lab.launch.command_line import expand_resume
+from lora_lab.launch.config import check_inputs
 from lora_lab.launch.explain import explain
 from lora_lab.launch.help import help_text
-from lora_lab.launch.inputs import check_inputs
-from lora_lab.launch.resume import expand_resume
 from lora_lab.launch.run_job import prepare_process, report, run_once
 from lora_lab.launch.sweep import run_sweep
 

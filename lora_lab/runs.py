@@ -1,4 +1,4 @@
-"""The run folder: its files are written atomically, so that each is complete or absent."""
+"""The run folder: its files are written atomically, and Ctrl-C waits for the end of a step."""
 
 import hashlib
 import json
@@ -9,16 +9,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import InputError
+from lora_lab.settings.schema import STAGES, Config, Stage
 
 if TYPE_CHECKING:
     from PIL import Image
+import signal
+import time
+
+from lora_lab.console import say
 
 PACKAGES = ("lora_lab", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors",
             "hydra-core", "omegaconf", "wandb", "pillow", "numpy")  # fmt: skip
@@ -256,3 +263,75 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
+
+
+@contextmanager
+def stop_on_signal(folder: Path | None = None) -> Iterator[Callable[[], bool]]:
+    """Within the context the first Ctrl-C (or SIGTERM) only sets a flag, so that a checkpoint can be written.
+
+    Gives a function that returns the flag. It is also set once the sweep that the run in `folder` is a job of has its
+    stop file. A second Ctrl-C raises KeyboardInterrupt."""
+    received: list[int] = []
+    polled, stop_file = time.monotonic(), stop_file_of(folder) if folder else None
+
+    def stopped() -> bool:
+        nonlocal polled
+        if not received and stop_file is not None and time.monotonic() - polled > POLL_SECONDS:
+            polled = time.monotonic()
+            if stop_file.exists():
+                received.append(0)
+        return bool(received)
+
+    with _on_signal(received, lambda: say("stopping after this step (Ctrl-C again stops at once)")):
+        yield stopped
+
+
+@contextmanager
+def stop_jobs_on_signal(stop_file: Path) -> Iterator[None]:
+    """Within the context the first Ctrl-C creates `stop_file`, which jobs in other processes look for.
+
+    Without it a launcher would kill them in the middle of a step. Raises KeyboardInterrupt at the end of a context that
+    received a signal, and at once at the second one."""
+
+    def create_stop_file() -> None:
+        stop_file.touch()
+        print("stopping all jobs after their step (Ctrl-C again stops at once)", flush=True)
+
+    received: list[int] = []
+    with _on_signal(received, create_stop_file):
+        yield
+    if received:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[None]:
+    def handle(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        on_first()
+
+    try:
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may set handlers; in another one signals do not arrive
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def score_of(result: dict[str, Any] | None) -> float | None:
+    """The combined score of a result, which is better the higher it is; None if there is none."""
+    return result["scores"]["score"]["value"] if result and result.get("scores") else None
+
+
+def stage_function(settings: type[Stage]) -> Callable[[Config, Path], object]:
+    """The function of the stage with these settings. Imported only now: converting captions must not wait for torch."""
+    name = next(name for name, schema in STAGES.items() if schema is settings)
+    return getattr(import_module(f"lora_lab.stages.{name}"), name)

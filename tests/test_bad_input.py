@@ -18,7 +18,7 @@ from unloadable import unloadable_models
 from lora_lab.captions.files import read_captions
 from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.stages import train as _train  # noqa: F401  (imported here, so that its seconds are no test's)
 from lora_lab.training.resolve import resolve_training
 
@@ -60,7 +60,7 @@ def unloadable(tmp_path_factory):
 def refused(composed, *overrides, folder=Path("run")):
     """The one sentence that a run is refused with."""
     with pytest.raises(InputError) as caught:
-        run(composed("tracker=off", *overrides), folder)
+        run_stage(composed("tracker=off", *overrides), folder)
     sentence = str(caught.value)
     assert "\n" not in sentence and len(sentence) < 400, sentence
     return sentence
@@ -153,7 +153,7 @@ def test_names_decomposed_on_disk_are_the_names_composed_in_the_captions(compose
         shutil.copyfile(TOFU / f"0{number}.png", folder / unicodedata.normalize("NFD", name))
     write_captions(folder, {name: f"A {TRIGGER}, smiling" for name in names})
     config = composed("stage=check", "dataset=folder", "dataset.root='두부'")
-    assert run(config, here / "run").findings.captions == 3
+    assert run_stage(config, here / "run").findings.captions == 3
     training = resolve_training(composed("stage=train", "dataset=folder", "dataset.root='두부'"), here / "run")
     assert [sample.name for sample in training.files.samples] == names
 
@@ -230,7 +230,7 @@ def test_the_bundled_pictures_are_never_written_to(composed, here, unloadable, s
     if stage == "refine":
         more = ["trigger=MINT"]
     try:
-        run(composed(f"stage={stage}", *unloadable, *more), here / "run")
+        run_stage(composed(f"stage={stage}", *unloadable, *more), here / "run")
     except InputError as error:
         assert "bundled" in str(error)
     assert contents(TOFU) == before

@@ -8,7 +8,7 @@ import pytest
 
 import lora_lab
 from lora_lab.launch import config, docs
-from lora_lab.settings.decides import values_of
+from lora_lab.settings.schema import values_of
 from lora_lab.settings.stages import STAGES
 
 HOME = Path(__file__).resolve().parents[1]

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
 from lora_lab.base.sdxl import SDXL
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training.data import TrainingData, encode_dataset
 from lora_lab.training.metrics import MetricsFile
 from lora_lab.training.resolve import ResolvedTraining, resolve_training
@@ -47,7 +46,7 @@ def inside(root: Path, pictures: Path) -> Iterator[Path]:
 
 
 def train(folder: str, *overrides: str):
-    return run(compose(*FAST, *overrides), Path(folder).absolute())
+    return run_stage(compose(*FAST, *overrides), Path(folder).absolute())
 
 
 def lora(folder: str) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from lora_lab.adapters.attach import load_own_keys
+from lora_lab.adapters.inject import load_own_keys
 from lora_lab.base.protocol import MemoryProfile
 from lora_lab.settings.schema import Loss, Model
 

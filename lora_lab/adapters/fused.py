@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_lab.base.quantize import FrozenWeight, QuantizedLinear, concatenate_weights
+from lora_lab.base.layers import FrozenWeight, QuantizedLinear, concatenate_weights
 
 ADAPTER = "default"  # peft's name of the adapter in training
 

@@ -3,22 +3,15 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
-from lora_lab.runs import write_atomically
-
-COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
-TRIGGER = "modelspec.trigger_phrase"
 
 
 def token_names(count: int) -> list[str]:
@@ -137,44 +130,3 @@ def initial_vectors(
         return table.mean(0) + table.std(0) * noise
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return table[[ids[i % len(ids)] for i in range(count)]].clone()
-
-
-def embeddings_path(lora: Path) -> Path:
-    """The path of the embeddings of a LoRA file's trigger: NAME_emb.safetensors beside NAME.safetensors."""
-    return lora.with_name(f"{lora.stem}_emb.safetensors")
-
-
-def is_embeddings_file(file: Path) -> bool:
-    """Whether a file holds the embeddings of a LoRA file beside it, and is no LoRA itself."""
-    return file.stem.endswith("_emb") and file.with_name(f"{file.stem.removesuffix('_emb')}.safetensors").is_file()
-
-
-def save_tokens(file: Path, vectors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write the embeddings (count, width) by their keys, in float32: they are few numbers."""
-    state = {key: value.detach().float().cpu().contiguous() for key, value in vectors.items()}
-    return write_atomically(file, lambda path: save_file(state, str(path), metadata=metadata))
-
-
-def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
-    """The trigger of a LoRA file and the embeddings (count, width) of the tokens that stand for it, by their keys; None
-    if the trigger is plain words.
-
-    Raises InputError where the embeddings that the file needs are missing, or are not as many as it says."""
-    try:
-        with safe_open(str(lora), "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (OSError, SafetensorError):
-        return None  # whoever loads the LoRA reports it
-    if COUNT not in metadata or TRIGGER not in metadata:
-        return None
-    file, trigger, count = embeddings_path(lora), metadata[TRIGGER], metadata[COUNT]
-    try:
-        vectors = load_file(str(file))
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{lora}: its trigger {trigger} is {count} new tokens, whose embeddings should be in {file}: "
-            f"put that file there ({str(error).splitlines()[0][:100]})"
-        ) from error
-    if not vectors or any(value.ndim != 2 or str(len(value)) != count for value in vectors.values()):
-        raise InputError(f"{file}: does not hold the embeddings of the {count} new tokens of {lora.name}")
-    return trigger, vectors

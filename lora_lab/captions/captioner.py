@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_lab.errors import RunError
-from lora_lab.settings.targets import bind_target, call_target
+from lora_lab.settings.setting import bind_target, call_target
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from lora_lab.captions.files import read_caption_file
 from lora_lab.errors import InputError, RunError
-from lora_lab.settings.targets import bind_target, call_target
+from lora_lab.settings.setting import bind_target, call_target
 
 Settings = Mapping[str, Any]  # the group `refiner` of the configuration
 

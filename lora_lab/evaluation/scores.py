@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,47 @@ from lora_lab.captions.refiner import Refiner, load_refiner, run_refiner
 from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, ImageEmbeddings, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Scale, Scores
-from lora_lab.evaluation.prompts import ScorePrompts
-from lora_lab.images.buckets import aspect_buckets, fit, nearest_bucket
-from lora_lab.images.pixels import open_picture
+from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
-from lora_lab.sampling.render import RenderSettings, render_base, render_with_lora
+from lora_lab.sampling.generate import ImageSpec, RenderSettings, image_specs, render_base, render_with_lora
 from lora_lab.settings.schema import Model, Score
 
 MAX_REFERENCES = 64  # whose parts are compared one by one: of more, every second, third, ...
 
 
+@dataclass(frozen=True)
+class ScorePrompts:
+    """What is rendered, and what is expected of it."""
+
+    character: list[ImageSpec]  # with the trigger
+    others: list[ImageSpec]  # without it
+    texts: list[str]  # all prompts for CLIP: the class noun in place of the trigger
+    character_texts: list[int]  # for each of `character` the index of its text
+    other_texts: list[int]
+    patterns: list[re.Pattern]  # of the attributes
+
+    @classmethod
+    def of(cls, score: Score, trigger: str, class_noun: str) -> "ScorePrompts":
+        """The prompts of `score` for one character."""
+        others = [text.replace("{class_noun}", class_noun) for text in score.other_prompts]
+        return cls(
+            character=image_specs(score.prompts, score.seeds, trigger),
+            others=[replace(spec, name=f"other-{spec.name}") for spec in image_specs(others, score.seeds[:1], trigger)],
+            texts=[*(text.replace("{trigger}", class_noun) for text in score.prompts), *others],
+            character_texts=[i for i in range(len(score.prompts)) for _ in score.seeds],
+            other_texts=[len(score.prompts) + i for i in range(len(others))],
+            patterns=[re.compile(pattern) for pattern in score.attributes],
+        )
+
+    @property
+    def specs(self) -> list[ImageSpec]:
+        """All images, in the order of rendering."""
+        return [*self.character, *self.others]
+
+
 def validate_embedders(model: Model, score: Score, captioner: Mapping[str, Any]) -> None:
     """Raise InputError for a missing model that the scores need."""
-    if model.judge is None:
-        return
     locate_embedders(model)
     if score.attributes:
         check_captioner(captioner)
@@ -40,7 +67,7 @@ def validate_embedders(model: Model, score: Score, captioner: Mapping[str, Any])
 
 def held_out_pictures(model: Model, score: Score) -> list[Image.Image]:
     """The images of score.held_out, cropped as training would; [] without it. Raises InputError."""
-    if model.judge is None or score.held_out is None:
+    if score.held_out is None:
         return []
     return pictures_in(locate_folder("score.held_out", score.held_out), "score.held_out", model)
 

@@ -10,11 +10,9 @@ from typing import TypeVar
 from lora_lab.captions.files import Texts, read_caption_lists
 from lora_lab.captions.phrases import common_phrases
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import Size, enlargement, nearest_bucket
-from lora_lab.images.dataset import folder_prefix
+from lora_lab.images.dataset import Masks, folder_prefix
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
-from lora_lab.images.masks import Masks
-from lora_lab.images.pixels import open_picture
+from lora_lab.images.pixels import Size, enlargement, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures, same_names, unsupported
 
 T = TypeVar("T")

@@ -1,24 +1,149 @@
-"""The command line: read, and checked before anything is written."""
+"""The command line: read, resumed, and checked before anything is written; the points of a sweep."""
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 # Hydra has no public way to its flags, and to what --cfg, --info, --hydra-help and shell completion print.
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lora_lab.errors import InputError
-from lora_lab.launch import config, grid
+from lora_lab.launch import config
+from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
-from lora_lab.launch.keys import unknown_key
+from lora_lab.launch.sweep_folder import POINTS
+from lora_lab.runs import SWEEP_RECORD, write_json
 from lora_lab.settings import schema
+
+CHOICES = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
+
+
+def without_mode(overrides: Sequence[str]) -> list[str]:
+    """`overrides` without `hydra.mode`, which the program sets."""
+    return [override for override in overrides if name_of(override) != "hydra.mode"]
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """`overrides` by Hydra's grammar. Raises HydraException for one that the grammar does not allow."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def representative_points(parsed: Sequence[Override]) -> list[list[str]]:
+    """Points that together have every swept value: about as many as there are values, not their product.
+
+    Of a range and of an interval only both ends are taken. Each point is its list of overrides."""
+    fixed, sweeps = [], []
+    for override in parsed:
+        if not override.is_sweep_override():
+            fixed.append(override.input_line)
+            continue
+        if override.value_type in CHOICES:
+            values = list(override.sweep_string_iterator())
+            if override.value_type == ValueType.RANGE_SWEEP:
+                values = [values[0], values[-1]]
+        elif override.value_type == ValueType.INTERVAL_SWEEP:
+            values = [override.value().start, override.value().end]
+        else:  # a glob, which is expanded by Hydra
+            continue
+        sweeps.append([f"{override.key_or_group}={value}" for value in values])
+    first = [values[0] for values in sweeps]
+    others = [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(sweeps) for value in values[1:]]
+    return [[*fixed, *point] for point in [first, *others]]
+
+
+def with_params(parsed: Sequence[Override], hydra: DictConfig) -> list[Override]:
+    """The overrides of `hydra.sweeper.params` (set by a recipe, for example), then `parsed`, which replace them.
+
+    Raises InputError for what the chosen sweeper does not support."""
+    params = (hydra.sweeper.get("params") or {}).items()
+    params = parse([f"{key}={values}" for key, values in params])
+    replaced = {override.key_or_group for override in parsed}
+    overrides = [*(override for override in params if override.key_or_group not in replaced), *parsed]
+    optuna = searches(hydra)
+    for override in overrides:
+        if override.value_type == ValueType.INTERVAL_SWEEP and not optuna:
+            raise InputError(f"{override.input_line}: an interval needs a sweeper that chooses, hydra/sweeper=optuna")
+    if optuna and getattr(hydra.sweeper.direction, "name", hydra.sweeper.direction) != "maximize":
+        raise InputError("hydra/sweeper=optuna: a higher score is better, set hydra.sweeper.direction=maximize")
+    return overrides
+
+
+def searches(hydra: DictConfig) -> bool:
+    """Whether the sweeper chooses the next points by the scores of finished jobs."""
+    return hydra.sweeper["_target_"].startswith("hydra_plugins.hydra_optuna_sweeper.")
+
+
+def refuse_unscored(runs: Sequence[schema.Config]) -> None:
+    """Raise InputError for a run that has no score, which a search needs."""
+    for run in runs:
+        if not isinstance(run.stage, (schema.Train, schema.Pipeline)):
+            raise InputError("hydra/sweeper=optuna maximises a score, which only training computes: set stage=train")
+        if run.model.judge is None:
+            raise InputError("model.judge=null: hydra/sweeper=optuna maximises a score, which needs a CLIP model")
+
+
+def refuse_none_at_once(hydra: DictConfig) -> None:
+    """Raise InputError if hydra/launcher=packed may run no job at a time."""
+    for key in ("max_jobs", "workers"):
+        value = hydra.launcher.get(key)
+        if value is not None and value < 1:
+            raise InputError(f"hydra.launcher.{key}={value}: set 1 or more, or null for the default")
+
+
+def refuse_swept_hydra(parsed: Sequence[Override]) -> None:
+    """Raise InputError for a sweep over Hydra's own keys: a sweep has one launcher, one sweeper and one folder."""
+    for override in parsed:
+        if override.is_hydra_override() and override.is_sweep_override():
+            key = override.key_or_group
+            quoted = f", and ranges in quotes: '{key}=\"...\"'" if key.startswith("hydra.sweeper.params.") else ""
+            raise InputError(f"{override.input_line}: {key} has one value for the whole sweep{quoted}")
+
+
+def all_points(hydra: Mapping[str, Any], loader: ConfigLoader | None = None) -> list[list[str]]:
+    """Every job of a sweep as its overrides, in the order of their numbers; none if the sweeper searches.
+
+    `hydra` is Hydra's part of the composition. `loader` is needed to expand a glob. Raises HydraException."""
+    if not hydra["sweeper"]["_target_"].endswith("BasicSweeper"):
+        return []
+    params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
+    values = {}  # as in Hydra's BasicSweeper: of a key that is set twice the last value counts
+    for override in OverridesParser.create(loader).parse_overrides([*params, *hydra["overrides"]["task"]]):
+        is_swept, key = override.is_sweep_override(), override.get_key_element()
+        values[key] = list(override.sweep_string_iterator()) if is_swept else [override.get_value_element_as_str()]
+    return [[f"{key}={v}" for key, v in zip(values, point, strict=True)] for point in product(*values.values())]
+
+
+def write_points(sweep: Path, points: Sequence[Sequence[str]]) -> None:
+    """Write points.json: number, overrides and typed values of every job of the sweep in the folder `sweep`."""
+    entries = []
+    for number, overrides in enumerate(points):
+        values = {name_of(override.input_line): override.value() for override in parse(overrides)}
+        entries.append({"number": number, "overrides": list(overrides), "values": values})
+    write_json(sweep / POINTS, entries)
+
+
+def write_missing_points(sweep: Path) -> None:
+    """Write points.json for a sweep of an older version, which left only its command line; else do nothing."""
+    if (sweep / POINTS).exists() or not (sweep / SWEEP_RECORD).is_file():
+        return
+    # A damaged record, or a folder that cannot be written: its page lacks the jobs that were not started.
+    with suppress(OSError, YAMLError, HydraException, OmegaConfBaseException, TypeError, KeyError, AttributeError):
+        record = OmegaConf.to_container(OmegaConf.load(sweep / SWEEP_RECORD), resolve=False)
+        write_points(sweep, all_points(record["hydra"]))
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -95,7 +220,7 @@ def check(overrides: list[str], multirun: bool) -> Command:
                 f"{override}: cannot be read as KEY=VALUE (text with brackets or commas needs quotes: \"key='a, b'\")"
             )
     try:
-        parsed = grid.parse(overrides)
+        parsed = parse(overrides)
         for override in parsed:
             _refuse_additions(override, overrides)
             _refuse_no_option(override)
@@ -110,13 +235,13 @@ def check(overrides: list[str], multirun: bool) -> Command:
 
 
 def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
-    grid.refuse_swept_hydra(parsed)
-    composition = config.with_hydra([*grid.without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
-    grid.refuse_none_at_once(composition.hydra)
-    points = grid.points(grid.with_params(parsed, composition.hydra))
-    runs = [config.resolve(config.with_hydra(grid.without_mode(point))) for point in points]
-    if grid.searches(composition.hydra):
-        grid.refuse_unscored(runs)
+    refuse_swept_hydra(parsed)
+    composition = config.with_hydra([*without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    refuse_none_at_once(composition.hydra)
+    points = representative_points(with_params(parsed, composition.hydra))
+    runs = [config.resolve(config.with_hydra(without_mode(point))) for point in points]
+    if searches(composition.hydra):
+        refuse_unscored(runs)
     return Command(composition, runs)
 
 
@@ -142,3 +267,98 @@ def _refuse_no_option(override: Override) -> None:
     if folder.is_dir() and not override.is_sweep_override() and not isinstance(override.value(), str):
         options = sorted(f.stem for f in folder.glob("*.yaml"))
         raise InputError(f"{override.input_line}: {override.key_or_group} is one of {', '.join(options)}")
+
+
+def expand_resume(overrides: list[str], multirun: bool) -> tuple[list[str], Path | None]:
+    """The command line that `resume=FOLDER` stands for, and the folder if it is that of a sweep.
+
+    It has the overrides that started the run or the sweep, then the new ones. `latest` is the newest run or sweep below
+    outputs/ and multirun/ that has a checkpoint. Raises InputError for a folder that cannot be resumed, and for new
+    overrides that would change the points of a sweep."""
+    values = {name_of(o): o.partition("=")[2].strip("'\"") for o in overrides}
+    name = values.get("resume")
+    if name in (None, "null"):
+        return overrides, None
+    folder = _latest() if name == "latest" else Path(name)
+    new = [o for o in overrides if name_of(o) not in ("resume", "hydra.run.dir", "hydra.sweep.dir")]
+    if name and (folder / SWEEP_RECORD).is_file():
+        return _resumed_sweep(folder, new), folder
+    if multirun:
+        raise InputError(f"resume={name}: not the folder of a sweep (no {SWEEP_RECORD}), leave out the -m")
+    record = folder / ".hydra" / "overrides.yaml"
+    if not name or not record.is_file():
+        raise InputError(f"resume={name}: name a run folder, one with {Path(*record.parts[-2:])} in it")
+    recorded = [o for o in _read_yaml(record) if name_of(o) not in values and name_of(o) != "resume"]
+    return [*recorded, *new, f"resume={quote_path(folder)}", f"hydra.run.dir={quote_path(folder)}"], None
+
+
+def quote_path(folder: Path) -> str:
+    """`folder` in the quotes that Hydra's grammar requires for spaces, brackets and commas."""
+    return QuotedString(str(folder), quote=Quote.single).with_quotes()
+
+
+def _resumed_sweep(folder: Path, new: list[str]) -> list[str]:
+    """The command line of the sweep in `folder`, then the overrides `new`, which must not change its points."""
+    record = _read_yaml(folder / SWEEP_RECORD)["hydra"]["overrides"]
+    recorded = [*record["hydra"], *record["task"]]
+    names = {name_of(o) for o in new}
+    hydra = hydra_part(recorded)
+    points = with_params(parse(recorded), hydra)
+    _refuse_other_points(folder, points, new)
+    _refuse_unrepeatable(folder, hydra, new)
+    dropped = names | {"resume", "hydra.sweep.dir", "hydra.mode"}
+    recorded = [o for o in recorded if name_of(o) not in dropped]
+    if "hydra/launcher" in names:  # the keys of the earlier launcher do not apply to the new one
+        recorded = [o for o in recorded if not name_of(o).startswith("hydra.launcher.")]
+    return [*recorded, *new]
+
+
+def _refuse_other_points(folder: Path, overrides: Sequence[Override], new: list[str]) -> None:
+    swept_keys = {o.key_or_group for o in overrides if o.is_sweep_override()}
+    for override in parse(new):
+        key = override.key_or_group
+        sets_sweeper = key.startswith(("hydra.sweeper", "hydra/sweeper")) and key != "hydra.sweeper.n_trials"
+        if key in swept_keys or sets_sweeper or override.is_sweep_override():
+            raise InputError(
+                f"{override.input_line}: {folder} has a sweep over {', '.join(sorted(swept_keys))}; "
+                "other points need a sweep of their own"
+            )
+
+
+def _refuse_unrepeatable(folder: Path, hydra: DictConfig, new: list[str]) -> None:
+    """Raise InputError for a search whose sampler would not propose the finished points again before new ones."""
+    if not searches(hydra):
+        return
+    if hydra.sweeper.storage is not None:
+        raise InputError(f"resume={folder}: its study is in {hydra.sweeper.storage}: repeat the command to continue it")
+    if hydra.sweeper.sampler.get("seed", 0) is None:
+        raise InputError(
+            f"resume={folder}: a search without hydra.sweeper.sampler.seed cannot be repeated, start a new one"
+        )
+    for override in parse(new):
+        if not override.is_hydra_override():
+            raise InputError(f"{override.input_line}: {folder} has a search, whose scores must stay comparable")
+
+
+def _latest() -> Path:
+    """The newest folder that can be resumed; a sweep is as new as the newest checkpoint of its jobs.
+
+    Raises InputError if there is none."""
+    ages: dict[Path, float] = {file.parent: _modified(file) for file in Path("multirun").glob(f"*/*/{SWEEP_RECORD}")}
+    runs = [*Path("outputs").glob("*/*/checkpoints/step-*"), *Path("multirun").glob("*/*/*/checkpoints/step-*")]
+    for checkpoint in runs:
+        run = checkpoint.parents[1]
+        folder = run.parent if run.parent in ages else run
+        ages[folder] = max(ages.get(folder, 0), _modified(checkpoint))
+    if not ages:
+        raise InputError("resume=latest: no run under outputs/ or multirun/ has a checkpoint, name the run folder")
+    return max(ages, key=ages.get)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _read_yaml(file: Path) -> Any:
+    """The content of a record of Hydra's, with `${...}` in overrides as the user typed it."""
+    return OmegaConf.to_container(OmegaConf.load(file), resolve=False)

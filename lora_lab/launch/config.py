@@ -1,9 +1,13 @@
-"""From conf/ and the command line to a checked Config."""
+"""From conf/ and the command line to a checked Config, whose files, folders, models and packages exist.
 
-from collections.abc import Iterator
+Imports no torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -18,12 +22,14 @@ try:
 except ImportError:
     from yaml import SafeLoader
 
+from lora_lab import track
+from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.captions.captioner import check_captioner
+from lora_lab.captions.refiner import check_refiner
 from lora_lab.errors import InputError
-from lora_lab.launch.keys import keys_of, unknown_key
-from lora_lab.settings.decides import fields_of
 from lora_lab.settings.refusal import SettingError
-from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config
-from lora_lab.settings.setting import defaults_of, facts_of
+from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config, fields_of
+from lora_lab.settings.setting import defaults_of, facts_of, location_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
@@ -33,6 +39,16 @@ CONF = HOME / "conf"
 # Groups of options with keys of other libraries, which only their files in conf/ know, and where these keys belong.
 OPTIONS = {name: name for name in ("captioner", "refiner", "adapter", "optimizer", "sampler")} | {"targets": "adapter"}
 PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
+
+# How to install the launchers and sweepers that are packages of their own. Ray's requires an older cloudpickle than the
+# others do, but works with theirs, so it is installed without its requirements.
+INSTALL = {
+    "joblib": 'pip install "lora_lab[joblib]"',
+    "submitit_local": 'pip install "lora_lab[submitit]"',
+    "submitit_slurm": 'pip install "lora_lab[submitit]"',
+    "ray": 'pip install "lora_lab[ray]" && pip install --no-deps hydra-ray-launcher==1.2.2',
+    "optuna": 'pip install "lora_lab[optuna]"',
+}
 
 
 def register() -> None:
@@ -173,3 +189,74 @@ def _place(key: str, composition: DictConfig) -> str:
     recipe = ConfigStore.instance().repo.get("experiment", {}).get(f"{name}.yaml")
     has_key = recipe is None or OmegaConf.select(recipe.node, key.partition("[")[0]) is not None
     return f"in experiment/{name}.yaml: " if has_key else ""
+
+
+def check_inputs(config: Config) -> None:
+    """Raise InputError for a picture, folder, model or tracker that is named but does not exist.
+
+    A stage names the keys that it needs (`Stage.inputs`), the type of a key says what its value must be."""
+    kinds = {key: location.kind for key, info in fields_of() if (location := location_of(info))}
+    for key in dict.fromkeys(config.stage.inputs(config)):
+        value = _value(config, key)
+        if kinds[key] == "dataset":
+            several = config.stage.several_folders
+            for root in [folder.root for folder in config.dataset.folders] if several else [config.dataset.folder]:
+                locate_folder(key, root)
+        elif kinds[key] == "tracker":
+            track.refuse_missing(value)
+        elif kinds[key] == "captioner":
+            check_captioner(value)
+        elif kinds[key] == "refiner":
+            check_refiner(value)
+        elif kinds[key] == "mask" and config.loss.masks != "folder":
+            continue
+        elif value is not None:
+            check = locate_model if kinds[key] == "model" else locate_folder
+            for name in value if isinstance(value, list) else [value]:
+                check(key, str(name))
+
+
+def _value(config: Config, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def name_of(override: str) -> str:
+    """The key that an override names: `lr` of `+lr=1e-4`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def nearest(word: str, choices: Sequence[str], cutoff: float = 0.5) -> str:
+    """', did you mean X?', or nothing where no choice is like `word`."""
+    matches = get_close_matches(word, choices, n=1, cutoff=cutoff)
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+def keys_of(tree: Mapping[str, object], prefix: str = "") -> list[str]:
+    """Every key of a nested dict, dotted: `lr`, `optimizer`, `optimizer.lr`, `stage.photo`, ..."""
+    keys = []
+    for key, value in tree.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += keys_of(value, f"{prefix}{key}.")
+    return keys
+
+
+def unknown_key(key: str, known: Sequence[str], of_stages: Mapping[str, Sequence[str]]) -> str:
+    """The sentence for a key that is not among `known`. It offers a key of nearly that name in the same group, else one
+    of another stage (`of_stages` has the keys of each), else one anywhere."""
+    parent, _, leaf = key.rpartition(".")
+    siblings = {_leaf(k): k for k in known if k.rpartition(".")[0] == parent}
+    others = {k: f"stage.{k} of stage={name}" for name, keys in of_stages.items() for k in keys if parent == "stage"}
+    everywhere = {_leaf(k): k for k in reversed(known)}  # the first of several keys of one name wins
+    for keys, cutoff in ((siblings, 0.6), (others, 0.7), (everywhere, 0.7)):
+        matches = get_close_matches(leaf, keys, n=1, cutoff=cutoff)
+        if matches:
+            return f"{key}: no such key, did you mean {keys[matches[0]]}?"
+    hint = f"{parent} has {', '.join(siblings)}" if parent and siblings else "--cfg job shows all keys"
+    return f"{key}: no such key; {hint}"
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]

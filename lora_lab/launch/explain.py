@@ -15,9 +15,8 @@ from omegaconf.errors import (
 )
 
 from lora_lab.errors import InputError
-from lora_lab.launch import config, grid
-from lora_lab.launch.grid import name_of
-from lora_lab.launch.keys import keys_of, nearest, unknown_key
+from lora_lab.launch import config
+from lora_lab.launch.config import INSTALL, keys_of, name_of, nearest, unknown_key
 from lora_lab.settings import schema
 
 TYPE_NAMES = {"integer": "a whole number", "float": "a number", "boolean": "true or false", "bool": "true or false"}
@@ -95,8 +94,8 @@ def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> 
     group, _, option = error.missing_cfg_file.rpartition("/")
     if group == "experiment" and (reason := config.unreadable_recipe(option)):
         return reason
-    if group.startswith("hydra/") and option in grid.INSTALL:
-        return f"{group}={option} is not installed: {grid.INSTALL[option]}"
+    if group.startswith("hydra/") and option in INSTALL:
+        return f"{group}={option} is not installed: {INSTALL[option]}"
     choices = sorted(error.options or ())
     recipe = next((o.partition("=")[2] for o in overrides if name_of(o) == "experiment"), None)
     where = f"in experiment/{recipe}.yaml: " if recipe and group not in map(name_of, overrides) else ""

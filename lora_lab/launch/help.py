@@ -4,7 +4,7 @@ import json
 import re
 
 from lora_lab.launch.config import CONF, compose, recipe_files
-from lora_lab.settings.decides import fields_of
+from lora_lab.settings.schema import fields_of
 from lora_lab.settings.setting import default_of
 from lora_lab.settings.stages import STAGES
 

@@ -18,13 +18,13 @@ from hydra.core.utils import JobReturn, JobRuntime, configure_log, run_job, setu
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from lora_lab.board.hook import rewrite_page
+from lora_lab.board.page import rewrite_page
 from lora_lab.console import labelled_output, quiet_libraries, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config, workers
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.run_job import fail, job_settings, prepare_process, resume_in
-from lora_lab.runs import STOP_FILE, read_result, refuse_unwritable, write_result
+from lora_lab.runs import STOP_FILE, read_result, refuse_unwritable, score_of, write_result
 from lora_lab.settings import schema
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def launch(
     if points:
         _train(sweep, points, max_jobs, worker_count)
     for point in points:
-        score = sweeps.score_of(read_result(point.folder)) if point.is_done() else None
+        score = score_of(read_result(point.folder)) if point.is_done() else None
         job_returns[point.number].return_value = score
     return list(job_returns.values())
 
@@ -186,7 +186,7 @@ def _prepare_job(cfg: DictConfig) -> Point | float | None:
     try:
         if result := sweeps.finished_result(folder, number, overrides):
             say(f"{folder} is done")
-            return sweeps.score_of(result)
+            return score_of(result)
         settings = job_settings(config.typed(cfg), Path(hydra.sweep.dir))
         refuse_unwritable(folder)
         settings.resume = None if sweeps.recorded_overrides(folder, number) is None else str(folder)
@@ -213,7 +213,7 @@ def _log_of_each(points: Sequence[Point]) -> Iterator[None]:
 
 
 def _train_together(points: Sequence[Point], sweep: Path) -> None:
-    from lora_lab.training.pack_runner import train_pack
+    from lora_lab.training.pack import train_pack
 
     ended: set[int] = set()
 
@@ -223,7 +223,7 @@ def _train_together(points: Sequence[Point], sweep: Path) -> None:
             fail(point.folder, point.overrides, error)
         else:
             write_result(point.folder, result)
-            score = sweeps.score_of(read_result(point.folder))
+            score = score_of(read_result(point.folder))
             say(f"#{point.number} is done{'' if score is None else f', score {score:.3f}'}")
         rewrite_page(sweep)
 

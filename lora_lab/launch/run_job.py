@@ -21,14 +21,25 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.board.hook import rewrite_page
-from lora_lab.console import labelled_output, log, say
+from lora_lab.board.page import rewrite_page
+from lora_lab.console import labelled_output, log, quiet_libraries, say
 from lora_lab.errors import InputError, RunError
-from lora_lab.launch import config, grid
+from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
+from lora_lab.launch.command_line import searches, write_missing_points
 from lora_lab.launch.explain import explain
-from lora_lab.runs import STOP_FILE, read_result, stop_file_of, sweep_of
+from lora_lab.runs import (
+    STOP_FILE,
+    read_result,
+    refuse_unwritable,
+    score_of,
+    stage_function,
+    stop_file_of,
+    sweep_of,
+    write_result,
+)
 from lora_lab.settings import schema
+from lora_lab.settings.schema import Config
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 
@@ -52,11 +63,11 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
         folder = Path(HydraConfig.get().runtime.output_dir)
         if stop_file := stop_file_of(folder):  # a job of a sweep, run alone
             stop_file.unlink(missing_ok=True)
-            grid.write_missing_points(stop_file.parent)
+            write_missing_points(stop_file.parent)
         try:
-            score = run_stage(settings, folder)
+            run_stage(settings, folder)
             (folder / "failed.json").unlink(missing_ok=True)
-            return score
+            return score_of(read_result(folder))
         except Exception as error:  # raised, Hydra would print it in its own words
             exit_codes.append(report(error))
             if exit_codes == [2]:
@@ -119,8 +130,8 @@ class SweepTask:
             recorded = sweeps.recorded_overrides(folder, number)
             if result := sweeps.finished_result(folder, number, overrides):
                 say(f"{folder} is done")
-                return sweeps.score_of(result)
-            if recorded and grid.searches(hydra):
+                return score_of(result)
+            if recorded and searches(hydra):
                 if recorded != sorted(overrides):
                     raise InputError(f"{folder} has another trial: the search cannot be repeated, start a new one")
                 if (folder / "failed.json").is_file():  # the sampler chose the next points knowing that it failed
@@ -134,7 +145,8 @@ class SweepTask:
                 if recorded:
                     resume_in(settings, folder)
                 sweeps.record_start(folder, number, overrides)
-                score = run_stage(settings, folder)
+                run_stage(settings, folder)
+            score = score_of(read_result(folder))
         except Exception as error:
             fail(folder, overrides, error)
             return None
@@ -158,14 +170,6 @@ def resume_in(settings: schema.Config, folder: Path) -> None:
         settings.resume = None
     else:
         settings.resume = str(folder)
-
-
-def run_stage(settings: schema.Config, folder: Path) -> float | None:
-    """Run the stage of `settings` in `folder`; returns the score if its result has one."""
-    from lora_lab.stages import run
-
-    run(settings, folder)
-    return sweeps.score_of(read_result(folder))
 
 
 def fail(folder: Path, overrides: Sequence[str], error: Exception) -> None:
@@ -204,3 +208,12 @@ def _remove_if_unused(folder: Path) -> None:
         for empty in (folder.parent, outputs):
             with suppress(OSError):
                 empty.rmdir()
+
+
+def run_stage(config: Config, folder: Path) -> object:
+    """Do what `config.stage` says in `folder`, and leave its result there as result.json."""
+    quiet_libraries()
+    refuse_unwritable(folder)
+    result = stage_function(type(config.stage))(config, folder)
+    write_result(folder, result)
+    return result

@@ -12,13 +12,13 @@ from hydra.core.utils import configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lab.board.hook import attach_page, rewrite_page
-from lora_lab.launch import config, grid
+from lora_lab.board.page import attach_page, rewrite_page
+from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
-from lora_lab.launch.resume import quote_path
+from lora_lab.launch.command_line import all_points, quote_path, searches, write_points
+from lora_lab.launch.config import name_of
 from lora_lab.launch.run_job import SweepTask, job_settings, sentence
-from lora_lab.launch.stopping import stop_jobs_on_signal
-from lora_lab.runs import STOP_FILE, display_path
+from lora_lab.runs import STOP_FILE, display_path, stop_jobs_on_signal
 from lora_lab.settings import schema
 
 LOCAL_LAUNCHERS = (".BasicLauncher", ".PackedLauncher")  # they run jobs in this process, or handle signals themselves
@@ -31,7 +31,7 @@ def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed_folder
     cannot be used."""
     hydra = composition.hydra
     overrides = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
-    user_named = any(grid.name_of(override) == "hydra.sweep.dir" for override in overrides)
+    user_named = any(name_of(override) == "hydra.sweep.dir" for override in overrides)
     if resumed_folder:
         sweeps.refuse_running(resumed_folder)
     # Absolute, because jobs may run in other working directories.
@@ -44,7 +44,7 @@ def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed_folder
         sweeps.write_record(sweep, record["overrides"]["hydra"], record["overrides"]["task"])
         stop_file.unlink(missing_ok=True)
         with nullcontext() if local else stop_jobs_on_signal(stop_file), config.hydra_loader() as loader:
-            grid.write_points(sweep, grid.all_points(record, loader))
+            write_points(sweep, all_points(record, loader))
             _launch(composition, task, loader)
     except KeyboardInterrupt as interrupt:
         print(f"\nlora_lab: {str(interrupt).partition(';')[0] or 'stopped'}; {_how_to_resume(sweep)}", file=sys.stderr)
@@ -67,7 +67,7 @@ def worst(exit_codes: list[int]) -> int:
 def _set_folder(hydra: DictConfig, sweep: Path) -> None:
     """Make `sweep` the folder of the sweep, also for the jobs, which are composed from the recorded overrides."""
     overrides = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
-    others = [override for override in overrides if grid.name_of(override) != "hydra.sweep.dir"]
+    others = [override for override in overrides if name_of(override) != "hydra.sweep.dir"]
     hydra.overrides.hydra = [*others, f"hydra.sweep.dir={quote_path(sweep)}"]
     hydra.sweep.dir = str(sweep)
 
@@ -85,7 +85,7 @@ def _launch(composition: DictConfig, task: SweepTask, loader: ConfigLoader) -> N
 
 def _report_abort(sweep: Path, hydra: DictConfig, error: Exception) -> int:
     started, exit_codes = sweeps.has_jobs(sweep), _report_failures(sweep)
-    no_scores = started and grid.searches(hydra) and not sweeps.has_scores(sweep)
+    no_scores = started and searches(hydra) and not sweeps.has_scores(sweep)
     reason = "no job has a score" if no_scores else sentence(error)
     hint = f"; {_how_to_resume(sweep)}" if started else ""
     print(f"lora_lab: the sweep was aborted: {reason}{hint}", file=sys.stderr)

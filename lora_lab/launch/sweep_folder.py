@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_lab.errors import InputError
-from lora_lab.runs import STOP_FILE, SWEEP_RECORD, read_result, write_json
+from lora_lab.runs import STOP_FILE, SWEEP_RECORD, read_result, score_of, write_json
 
 POINTS, LOCK = "points.json", ".lock"
 
@@ -142,11 +142,6 @@ def failures(sweep: Path) -> list[Failure]:
         for job, record in records
     ]
     return sorted(failed, key=lambda failure: (len(failure.folder.name), failure.folder.name))
-
-
-def score_of(result: dict[str, Any] | None) -> float | None:
-    """The combined score of a result, which is better the higher it is; None if there is none."""
-    return result["scores"]["score"]["value"] if result and result.get("scores") else None
 
 
 def has_jobs(sweep: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from hydra.core.utils import env_override
 
-from lora_lab.launch.stopping import stop_jobs_on_signal
+from lora_lab.runs import stop_jobs_on_signal
 
 T = TypeVar("T")
 POLL_SECONDS = 1.0  # between two checks of processes whose end is not signalled, because their children still run

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_lab.errors import InputError
+from lora_lab.settings.sections import TIMESTEPS
 from lora_lab.settings.setting import FolderPath, FolderPaths, Section, section, setting
-from lora_lab.settings.training import TIMESTEPS
 
 if TYPE_CHECKING:
     from lora_lab.settings.schema import Config

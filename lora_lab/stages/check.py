@@ -8,9 +8,9 @@ from pathlib import Path
 from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import aspect_buckets
 from lora_lab.images.dataset import (
     apply_caption_affixes,
+    find_masks,
     list_names,
     missing_captions,
     read_folders,
@@ -20,7 +20,7 @@ from lora_lab.images.dataset import (
     unmatched_captions,
 )
 from lora_lab.images.inspection import CLIP_WINDOW, Findings, inspect_dataset
-from lora_lab.images.masks import find_masks
+from lora_lab.images.pixels import aspect_buckets
 from lora_lab.runs import write_json
 from lora_lab.settings.schema import Config
 

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lab.base.locate import locate_folder
-from lora_lab.board.page import write_page
+from lora_lab.board.page import verdict, write_page
 from lora_lab.board.read import read_sweep
-from lora_lab.board.verdict import verdict
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.launch.grid import write_missing_points
+from lora_lab.launch.command_line import write_missing_points
 from lora_lab.runs import refuse_unwritable
 from lora_lab.settings.schema import Config
 

@@ -5,17 +5,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_lab.adapters.files import resolve_lora
-from lora_lab.adapters.metadata import prediction_from_metadata
-from lora_lab.base import quantize
+from lora_lab.adapters.files import prediction_from_metadata, resolve_lora
+from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.metrics import Scores
-from lora_lab.evaluation.prompts import ScorePrompts
 from lora_lab.evaluation.scores import (
     ScoredImages,
+    ScorePrompts,
     Scorer,
     held_out_pictures,
     pictures_in,
@@ -25,7 +24,7 @@ from lora_lab.evaluation.scores import (
 )
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import distinct_names, refuse_used, write_atomically, write_manifest
-from lora_lab.sampling.render import load_base_for_sampling, render_settings
+from lora_lab.sampling.generate import load_base_for_sampling, render_settings
 from lora_lab.settings.schema import Config, Loss
 
 
@@ -63,7 +62,7 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     validate_embedders(config.model, config.score, config.captioner)
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.precision, device)
-    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
+    validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     training = _training_pictures(config)
     held_out = held_out_pictures(config.model, config.score)
     references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"

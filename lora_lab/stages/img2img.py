@@ -8,25 +8,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.files import resolve_lora
-from lora_lab.adapters.metadata import prediction_from_metadata
-from lora_lab.base import quantize
+from lora_lab.adapters.files import prediction_from_metadata, resolve_lora
+from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder
+from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import pick_device, validate_prediction
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.captioner import check_captioner, load_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import aspect_buckets
-from lora_lab.images.pixels import open_picture
+from lora_lab.images.pixels import aspect_buckets, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import distinct_names, refuse_used, save_picture, write_atomically, write_manifest, write_text
-from lora_lab.sampling.generate import check_strength, generate
-from lora_lab.sampling.photo import PhotoRequest, photo_to_request
-from lora_lab.sampling.render import load_base_for_sampling
+from lora_lab.sampling.generate import PhotoRequest, check_strength, generate, load_base_for_sampling, photo_to_request
 from lora_lab.settings.schema import Config
 
 
@@ -63,7 +59,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
     device = pick_device(config.device)
-    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
+    validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
     photo_requests = _photo_requests(config, photos, device)

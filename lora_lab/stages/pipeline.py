@@ -26,7 +26,7 @@ from lora_lab.evaluation.metrics import Scores
 from lora_lab.images.dataset import copy_pictures
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import refuse_used, write_atomically
+from lora_lab.runs import refuse_used, stage_function, write_atomically
 from lora_lab.settings.schema import Caption, Check, Config, Refine, Stage
 from lora_lab.training.checkpoint import checkpoints
 
@@ -87,10 +87,8 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
 
 def run_stage(name: str, config: Config, stage_settings: Stage, folder: Path, **changes: object):
     """The result of another stage, run in `folder` with its settings and other `changes` of the configuration."""
-    from lora_lab.stages import stage
-
     say(f"\n== {name}")
-    return stage(name)(replace(config, stage=stage_settings, **changes), folder)
+    return stage_function(type(stage_settings))(replace(config, stage=stage_settings, **changes), folder)
 
 
 def prepare_dataset(config: Config, folder: Path) -> Path:

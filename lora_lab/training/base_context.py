@@ -1,22 +1,21 @@
 """The base model with everything that trainings of one dataset share on it: encoded data, prior, scores of the base."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from lora_lab.adapters.tokens import tokenizers_of
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.base.encode import Cache, Encoder
+from lora_lab.base.layers import quantize_
 from lora_lab.base.load import load_base
-from lora_lab.base.quantize import quantize_
-from lora_lab.evaluation.prompts import ScorePrompts
-from lora_lab.evaluation.scores import ScoredImages, Scorer
+from lora_lab.evaluation.scores import ScoredImages, ScorePrompts, Scorer
 from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
 from lora_lab.training.engine import StepBatches
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import Batch
-from lora_lab.training.memory import free_gpu_memory
 from lora_lab.training.prior import PriorData, prior_data
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.resolve import ResolvedTraining
@@ -82,17 +81,7 @@ def prepare_base(training: ResolvedTraining) -> BaseContext:
     data = encode_dataset(files.samples, images.crops, files.texts, training.dataset.flip, encoder)
     validation_data = _held_out_data(training, encoder) if files.held_out else data
     quantize_(base.network, training.memory.linear_weights, training.memory.convolution_weights, training.device)
-    prior = prior_data(
-        training.prior,
-        training.trigger,
-        data,
-        files.texts,
-        files.class_samples,
-        images.class_images,
-        training.model,
-        training.render,
-        encoder,
-    )
+    prior = _prior(training, data, encoder) if training.prior.kind != "none" else None
     if training.text.learns:  # a text's embedding changes with every step from now on
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
     base_scores = scorer and scorer.score_base(training.render, training.folder, encoder)
@@ -113,9 +102,44 @@ def _load_scorer(training: ResolvedTraining) -> Scorer:
     )
 
 
+def _prior(training: ResolvedTraining, data: TrainingData, encoder: Encoder) -> PriorData:
+    """What preserves the prior, for `data` of the character. Raises RunError for non-finite values."""
+    return prior_data(
+        training.prior,
+        training.trigger,
+        data,
+        training.files.texts,
+        training.files.class_samples,
+        training.images.class_images,
+        training.model,
+        training.render,
+        encoder,
+    )
+
+
 def _held_out_data(training: ResolvedTraining, encoder: Encoder) -> TrainingData:
     """The held-out images with the first caption of each, cut at the centre and not mirrored."""
     held_out, trigger = training.files.held_out, training.trigger
     crops = [[fitted] for fitted in training.images.held_out]
     texts = [caption_texts(sample.captions[:1], training.dataset, trigger) for sample in held_out]
     return encode_dataset(held_out, crops, texts, False, encoder)
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Within the context the garbage collector is off.
+
+    Building a network makes a hundred thousand objects; scanning all of them every few hundred takes a third of the
+    time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def free_gpu_memory(device: torch.device) -> None:
+    """Free what earlier trainings in this process held: networks and their hooks refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -8,10 +8,10 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lora_lab.adapters.keys import START
+from lora_lab.adapters.files import START
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.settings.decides import compare_fingerprints
+from lora_lab.settings.schema import compare_fingerprints
 from lora_lab.training.lora_training import LoRATraining
 
 WEIGHTS, STATE, RECORD = "learnt.safetensors", "state.pt", "training.json"

@@ -13,10 +13,8 @@ from torch.nn.functional import interpolate
 from lora_lab.base.encode import Encoder
 from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.console import say
-from lora_lab.images.buckets import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket
-from lora_lab.images.dataset import Sample, apply_caption_affixes, require_trigger
-from lora_lab.images.masks import Masks
-from lora_lab.images.pixels import open_picture
+from lora_lab.images.dataset import Masks, Sample, apply_caption_affixes, require_trigger
+from lora_lab.images.pixels import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket, open_picture
 from lora_lab.settings.schema import Dataset
 from lora_lab.training.loss import Batch, Objective
 from lora_lab.training.randomness import batch_indices, choose, sample_randomness, shuffle_caption_tags

@@ -1,20 +1,63 @@
-"""The forward and backward passes of one step: the protocol, and the engine for a single LoRA."""
+"""The forward and backward passes of one step: the protocol, and the engine for a single LoRA.
 
+Blocks of the network may be compiled with torch: fewer and faster kernels, for seconds or minutes before the first
+step. Each block is compiled by itself, since a network repeats few kinds of them many times. Compiled code is kept on
+disk, where the next process that computes the same finds it."""
+
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
 
-from lora_lab.adapters.attach import adapters_disabled
 from lora_lab.adapters.fused import fuse
+from lora_lab.adapters.inject import adapters_disabled
 from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.settings.schema import Memory
-from lora_lab.training.compile import compile_blocks
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import Batch, per_sample_loss, predict
+
+RECOMPILE_LIMIT = 128  # compiled variants of one function: one for every width of a block and size of image
+
+
+class GroupNorm(nn.Module):
+    """nn.GroupNorm, whose own forward torch.compile skips."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C, ...)."""
+        return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def compile_blocks(network: nn.Module, mode: str, cache: Path | None, backend: str = "inductor") -> None:
+    """Let `network` compile when it first runs: nothing (`off`), its transformer blocks (`blocks`), or ResNet blocks
+    and norms too, with convolutions in the memory layout that they prefer (`full`).
+
+    Compiled code is kept in `cache`/compiled, or where torch puts it."""
+    if mode == "off":
+        return
+    if cache is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute() / "compiled"))
+    torch._dynamo.config.automatic_dynamic_shapes = False  # there are few sizes, and each has its own CUDA graph
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    kinds = (BasicTransformerBlock,)
+    if mode == "full":
+        kinds += (ResnetBlock2D, GroupNorm)
+        network.to(memory_format=torch.channels_last)
+        for module in [m for m in network.modules() if isinstance(m, Transformer2DModel)]:
+            module.norm = GroupNorm(module.norm)
+    for module in network.modules():
+        if isinstance(module, kinds):
+            module.compile(backend=backend, dynamic=False)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,8 @@
 The base's figures (base.protocol.MemoryProfile) are fitted to what `python -m benchmarks` measures.
 """
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from lora_lab.base.protocol import MemoryProfile
 from lora_lab.errors import RunError
@@ -75,23 +70,3 @@ def out_of_memory_error(memory: Memory, batch_size: int, folder: Path) -> RunErr
     """The error for a run in `folder` that ran out of GPU memory: what to set, and how to resume."""
     resume = f", and resume with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
     return RunError(f"out of GPU memory: {memory_hint(memory, batch_size)}{resume}")
-
-
-@contextmanager
-def gc_paused() -> Iterator[None]:
-    """Within the context the garbage collector is off.
-
-    Building a network makes a hundred thousand objects; scanning all of them every few hundred takes a third of the
-    time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def free_gpu_memory(device: torch.device) -> None:
-    """Free what earlier trainings in this process held: networks and their hooks refer to each other."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -1,21 +1,108 @@
 """Prior preservation (Ruiz et al. 2022, arXiv 2208.12242): training on class images, or on the base's own predictions,
-beside the character. Without it every character of the class comes to look like the one that is trained."""
+beside the character. Without it every character of the class comes to look like the one that is trained.
+
+Class images are the user's, or rendered by the base before it is trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_lab.base.encode import Encoder
-from lora_lab.images.buckets import Fitted
-from lora_lab.images.dataset import Sample
-from lora_lab.sampling.render import RenderSettings
+from lora_lab.base.encode import Encoder, key_of
+from lora_lab.base.locate import locate_folder
+from lora_lab.console import say
+from lora_lab.errors import InputError
+from lora_lab.images.dataset import Sample, read_dataset
+from lora_lab.images.pixels import Fitted
+from lora_lab.images.scan import find_pictures
+from lora_lab.runs import hash_files, hash_text, save_picture
+from lora_lab.sampling.generate import RenderSettings, Request, generate
 from lora_lab.settings.schema import Model, Prior
-from lora_lab.training.class_pictures import draw_missing
 from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures, to_device
 from lora_lab.training.loss import Batch
 from lora_lab.training.randomness import seed_of
+
+
+def class_samples(
+    prior: Prior, trigger: str, character: Sequence[Sample], render: RenderSettings, folder: Path
+) -> list[Sample]:
+    """The class images with their captions, including those not yet rendered; [] for a prior without class images.
+
+    `character` is what the LoRA is trained on, `folder` the run's. Raises InputError."""
+    for key in ("prompt", "class_noun"):
+        value = getattr(prior, key)
+        if value and trigger in value:
+            raise InputError(
+                f"prior.{key}={value}: the trigger {trigger} is the character's name, use a word for the class, such "
+                "as character"
+            )
+    if prior.kind == "pictures":
+        samples = _user_samples(prior)
+        _refuse_the_character(samples, trigger, character)
+        return samples
+    if prior.kind == "generated":
+        place = _generated_folder(prior, render, folder)
+        return [Sample(f"{i:05d}.png", place / f"{i:05d}.png", (prior.prompt,)) for i in range(prior.number)]
+    return []  # prior=prediction
+
+
+def _user_samples(prior: Prior) -> list[Sample]:
+    root = locate_folder("prior.root", prior.root)
+    pictures = find_pictures(root, "prior.root")
+    if prior.prompt is not None:
+        return [Sample(name, path, (prior.prompt,)) for name, path in pictures.items()]
+    try:
+        return read_dataset(root)
+    except InputError as error:
+        raise InputError(f"prior.root: {error}, or set one caption for all of them with prior.prompt=") from error
+
+
+def _refuse_the_character(samples: Sequence[Sample], trigger: str, character: Sequence[Sample]) -> None:
+    """Raise InputError where class images show the character."""
+    paths = {sample.path.resolve() for sample in character}
+    for sample in samples:
+        if sample.path.resolve() in paths:
+            raise InputError(f"prior.root: {sample.path} is in dataset.root too, keep the two in different folders")
+        if any(trigger in caption for caption in sample.captions):
+            raise InputError(
+                f"prior.root: the caption of {sample.path} has the trigger {trigger}, but class pictures show others: "
+                "take it out"
+            )
+
+
+def _generated_folder(prior: Prior, render: RenderSettings, folder: Path) -> Path:
+    """The folder of the base's class images, named by all that decides what they show, so that runs share them.
+
+    Their number is not part of it: a larger one adds to them. Without a cache they lie in the run `folder`."""
+    key = key_of("class pictures", render.base_key, prior.prompt, prior.seed, render.side)
+    return (render.cache or folder) / "class" / key
+
+
+def hash_of(samples: Sequence[Sample], prior: Prior) -> str:
+    """What runs on the same class images have in common. For generated ones it is known before they are rendered."""
+    if prior.kind == "generated":
+        return samples[0].path.parent.name
+    captions = "\n".join("\t".join([s.name, *s.captions]) for s in samples)
+    return hash_text(hash_files(*(s.path for s in samples)) + captions)
+
+
+def draw_missing(samples: Sequence[Sample], prior: Prior, render: RenderSettings, encoder: Encoder) -> None:
+    """Let the base, without an adapter, render those of `samples` that are not on disk.
+
+    Each is saved when it is finished, so an interrupted run loses one image at most; two runs that render the same
+    image write the same file. Raises RunError for non-finite values."""
+    missing = [sample for sample in samples if not sample.path.is_file()]
+    if not missing:
+        return
+    size = (render.side, render.side)
+    requests = [Request(s.captions[0], seed_of("class picture", prior.seed, s.name), size) for s in missing]
+    say(f"drawing {len(missing)} class pictures into {missing[0].path.parent}; an interrupted run leaves them there")
+    encoder = replace(encoder, tokenizers=None)  # text encoders are not trained yet
+    for sample, request in zip(missing, requests, strict=True):  # one at a time, also with offloading
+        (image,) = generate(encoder.base, [request], render.sampler, encoder)
+        save_picture(sample.path, image, {"prompt": request.prompt, "seed": request.seed, "lora": "none"})
 
 
 @dataclass(frozen=True)
@@ -47,13 +134,11 @@ def prior_data(
     model: Model,
     render: RenderSettings,
     encoder: Encoder,
-) -> PriorData | None:
-    """What `prior` describes, before an adapter is injected; missing class images are rendered. None for prior=none.
+) -> PriorData:
+    """What `prior` describes, before an adapter is injected; missing class images are rendered.
 
     For prior=prediction it is the character's own `data`, whose `texts` name the class in place of the trigger; else
     the class images `samples`, of which `pictures` are on disk. Raises RunError for non-finite values."""
-    if prior.kind == "none":
-        return None
     if prior.kind == "prediction":
         class_data = with_class_noun(data, texts, trigger, prior.class_noun, encoder)
     else:

@@ -14,19 +14,16 @@ from PIL import Image
 
 from lora_lab import track
 from lora_lab.adapters import inject
-from lora_lab.adapters.files import find_lora
-from lora_lab.adapters.tokens import embeddings_path, read_tokens
-from lora_lab.base import quantize
+from lora_lab.adapters.files import embeddings_path, find_lora, read_tokens
+from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
-from lora_lab.images.buckets import Fitted
-from lora_lab.images.dataset import Sample, read_dataset, read_folders
-from lora_lab.images.masks import find_masks
+from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
+from lora_lab.images.pixels import Fitted
 from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used, write_manifest
-from lora_lab.sampling.render import RenderSettings, render_settings
-from lora_lab.settings.decides import training_fingerprint
+from lora_lab.sampling.generate import RenderSettings, render_settings
 from lora_lab.settings.schema import (
     Config,
     Dataset,
@@ -40,14 +37,19 @@ from lora_lab.settings.schema import (
     Text,
     Tracker,
     Train,
+    training_fingerprint,
 )
-from lora_lab.settings.targets import instantiate_target
-from lora_lab.training import class_pictures, text_encoders
+from lora_lab.settings.setting import instantiate_target
 from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
 from lora_lab.training.memory import TrainingSize
+from lora_lab.training.prior import class_samples, hash_of
+from lora_lab.training.text_encoders import validate_text
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of every step, and of every measurement of validation loss
+# Settings that a ResolvedTraining has as they are in the configuration.
+COPIED = ("trigger", "class_noun", "name", "rank", "steps", "batch_size", "seed", "compile", "model", "dataset", "text",
+          "loss", "prior", "schedule", "score", "captioner", "refiner", "memory", "tracker")  # fmt: skip
 MakeOptimizer = Callable[[list], torch.optim.Optimizer]  # from parameters or groups of them
 
 
@@ -142,10 +144,11 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     make_optimizer = resolve_optimizer(config.optimizer, device)
     traits, _ = OptimizerTraits.split(config.optimizer)
     optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
-    text_encoders.validate_text(config.text, adapter, optimizer_name, traits, start_lora)
+    if config.text.learns or start_lora:
+        validate_text(config.text, adapter, optimizer_name, traits, start_lora)
     if settings.ema_decay and traits.averages_weights:
         raise InputError("stage.ema_decay: the optimizer saves an average of its own, use stage.ema_decay=0")
-    quantize.validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
+    validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     dtype = pick_dtype(config.model.precision, device)
     files = reuse_from.files if reuse_from else _read_files(config, folder, base, dtype)
     hashes = files.hashes
@@ -158,32 +161,14 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     if resume_from:
         validate_fingerprint(resume_from, fingerprint)
     return ResolvedTraining(
+        **{key: getattr(config, key) for key in COPIED},
         folder=folder,
-        trigger=config.trigger,
-        class_noun=config.class_noun,
-        name=config.name,
         lr=config.rate,
         requested_lr=config.lr,
-        rank=config.rank,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
         install=config.publish is not False,
         cache=None if config.cache is None else Path(config.cache),
-        compile=config.compile,
         settings=settings,
-        model=config.model,
-        dataset=config.dataset,
-        text=config.text,
-        loss=config.loss,
-        prior=config.prior,
-        schedule=config.schedule,
         render=_render(config, hashes["base"], dtype),
-        score=config.score,
-        captioner=config.captioner,
-        refiner=config.refiner,
-        memory=config.memory,
-        tracker=config.tracker,
         files=files,
         images=reuse_from.images if reuse_from else _open_images(config, files),
         adapter=adapter,
@@ -278,18 +263,21 @@ def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> 
     if config.loss.masks == "folder":
         hashes["masks"] = hash_files(*(masks.file(s.name) for s in samples))
     render = _render(config, hashes["base"], dtype)
-    class_samples = class_pictures.class_samples(config.prior, config.trigger, samples, render, folder)
-    if class_samples:
-        hashes["prior"] = class_pictures.hash_of(class_samples, config.prior)
+    prior_samples = []
+    if config.prior.kind != "none":
+        prior_samples = class_samples(config.prior, config.trigger, samples, render, folder)
+    if prior_samples:
+        hashes["prior"] = hash_of(prior_samples, config.prior)
     held_out = []
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
         hashes["validation"] = hash_files(*(s.path for s in held_out))
-    validate_embedders(config.model, config.score, config.captioner)
+    if config.model.judge is not None:
+        validate_embedders(config.model, config.score, config.captioner)
     track.refuse_missing(config.tracker.kind)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or use cache=null")
-    return TrainingFiles(samples, texts, held_out, class_samples, hashes)
+    return TrainingFiles(samples, texts, held_out, prior_samples, hashes)
 
 
 def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
@@ -298,11 +286,12 @@ def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
     fitted = fit_pictures(files.samples, resolution, bucket_step, masks)
     held_out = fit_pictures(files.held_out, resolution, bucket_step, None)
     on_disk = [sample for sample in files.class_samples if sample.path.is_file()]
+    references = held_out_pictures(config.model, config.score) if config.model.judge is not None else []
     return TrainingImages(
         fitted=fitted,
         crops=crop_pictures(files.samples, fitted, masks, dataset.crops if dataset.random_crop else 1),
         held_out=held_out,
-        references=held_out_pictures(config.model, config.score) or [image.picture for image in held_out],
+        references=references or [image.picture for image in held_out],
         class_images=fit_pictures(on_disk, resolution, bucket_step, None),
     )
 

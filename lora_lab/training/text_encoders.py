@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
+from lora_lab.adapters.files import COUNT, read_tokens
 from lora_lab.adapters.inject import is_pissa
-from lora_lab.adapters.tokens import COUNT, NewTokens, initial_vectors, install_tokens, read_tokens, tokenizers_of
+from lora_lab.adapters.tokens import NewTokens, initial_vectors, install_tokens, tokenizers_of
 from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import OptimizerTraits, Text
@@ -68,11 +69,10 @@ def adapted_text_encoders(base: BaseModel, text: Text) -> list[str]:
 
 def inject_text_adapters(
     base: BaseModel, device: torch.device, text: Text, trigger: str, seed: int, adapter: PeftConfig
-) -> TrainableTextEncoders | None:
-    """Inject LoRAs and new tokens into the base's text encoders, which then stay on `device`; None if `text` trains
-    nothing. Raises InputError for tokens that the base's tokenizers have already."""
-    if not text.learns:
-        return None
+) -> TrainableTextEncoders:
+    """Inject LoRAs and new tokens into the base's text encoders, which then stay on `device`.
+
+    Raises InputError for tokens that the base's tokenizers have already."""
     for encoder in base.text_encoders.values():
         encoder.to(device)
     for name in adapted_text_encoders(base, text):

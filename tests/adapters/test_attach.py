@@ -8,9 +8,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from sdxl_structure import NARROW, outputs, pipeline
 
-from lora_lab.adapters.attach import adapters_disabled, lora_attached
-from lora_lab.adapters.files import find_lora, save_lora
-from lora_lab.adapters.keys import kohya_state
+from lora_lab.adapters.files import find_lora, kohya_state, save_lora
+from lora_lab.adapters.inject import adapters_disabled, lora_attached
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 

@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import files
-from lora_lab.adapters.files import keep_older, save_lora
-from lora_lab.adapters.keys import kohya_state
-from lora_lab.adapters.metadata import metadata
-from lora_lab.base.diffusion import resolve_prediction_type
+from lora_lab.adapters.files import keep_older, kohya_state, metadata, save_lora
+from lora_lab.base.load import resolve_prediction_type
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose

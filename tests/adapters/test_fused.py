@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from lora_lab.adapters.fused import FusedAttention, FusedLinear, fuse
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
-from lora_lab.training.flat import FlatParams
+from lora_lab.training.lora_training import FlatParams
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

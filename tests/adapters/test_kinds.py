@@ -12,15 +12,13 @@ from safetensors.torch import load_file
 from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.files import save_lora
-from lora_lab.adapters.keys import describe, kohya_state
-from lora_lab.adapters.metadata import network_metadata
-from lora_lab.base.quantize import quantize_
+from lora_lab.adapters.files import describe, kohya_state, network_metadata, save_lora
+from lora_lab.adapters.inject import lora_attached
+from lora_lab.base.layers import quantize_
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF, compose
-from lora_lab.settings.targets import instantiate_target
+from lora_lab.settings.setting import instantiate_target
 
 BASE = pipeline(NARROW)
 FEW = r"(mid|up)_block.*transformer_blocks\.[01]\.attn.\.to_(q|out\.0)"

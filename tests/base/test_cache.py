@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.cache import Cache, identity_of
-from lora_lab.base.encode import Encoder
+from lora_lab.base.encode import Cache, Encoder, identity_of
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import RunError
 
@@ -169,7 +168,7 @@ def test_two_processes_can_write_and_read_one_file_at_once(tmp_path):
     script = f"""
 import torch
 from pathlib import Path
-from lora_lab.base.cache import Cache
+from lora_lab.base.encode import Cache
 cache, tensor = Cache(Path({str(tmp_path)!r})), torch.arange(2.0**16).reshape(4, 128, 128)
 for turn in range(150):
     cache.put("latents", "key", {{"latents": tensor}})

@@ -9,8 +9,7 @@ from diffusers import EulerDiscreteScheduler
 from hydra.utils import instantiate
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.diffusion import resolve_prediction_type
-from lora_lab.base.load import load_base, validate_prediction
+from lora_lab.base.load import load_base, resolve_prediction_type, validate_prediction
 from lora_lab.base.sdxl import SDXL
 from lora_lab.demo import BASE
 from lora_lab.errors import InputError

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.sdxl import SDXL
-from lora_lab.base.sdxl.text import micro_conditioning
+from lora_lab.base.sdxl import SDXL, micro_conditioning
 from lora_lab.errors import RunError
 
 

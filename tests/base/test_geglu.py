@@ -8,9 +8,8 @@ from diffusers.models.activations import GEGLU
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lora_lab.base import geglu
-from lora_lab.base.geglu import SplitGEGLU, split_geglu_
-from lora_lab.base.quantize import quantize_
+from lora_lab.base import layers as geglu
+from lora_lab.base.layers import SplitGEGLU, quantize_, split_geglu_
 
 CPU = torch.device("cpu")
 

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from toy_base import Euler, Flow, ToyBase, checkerboard, save_weights
 
-from lora_lab.adapters.attach import lora_attached
+from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.load import load_base
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
+from lora_lab.launch.run_job import run_stage
 from lora_lab.sampling.generate import Request, generate
-from lora_lab.stages import run
 from lora_lab.training.loss import Batch, objective, per_sample_loss
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def trained(place):
         f"model.base={place / 'toy.safetensors'}", *TOY, "steps=150", "lr=1e-2", "batch_size=4",
         "stage.prompts=['A {trigger}']", "stage.validate_every=0", "stage.save_dtype=fp32",
     )  # fmt: skip
-    return run(config, place / "run")
+    return run_stage(config, place / "run")
 
 
 def base_of(place) -> ToyBase:

@@ -9,19 +9,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters.fused import FusedAttention, fuse
-from lora_lab.base import quantize as storing
-from lora_lab.base.load import load_base
-from lora_lab.base.quantize import (
+from lora_lab.base import layers as storing
+from lora_lab.base.layers import (
     QuantizedConv2d,
     QuantizedLinear,
     concatenate_weights,
     quantize_,
     validate_quantization,
 )
+from lora_lab.base.load import load_base
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
-from lora_lab.training.flat import FlatParams
+from lora_lab.launch.run_job import run_stage
+from lora_lab.training.lora_training import FlatParams
 
 CPU = torch.device("cpu")
 ERROR = {"fp8": 0.03, "int8": 0.012, "nf4": 0.11, "fp8_products": 0.05}  # relative, of random numbers
@@ -193,7 +193,7 @@ def test_training_on_a_quantized_base_is_nearly_the_same(how, tmp_path, monkeypa
     common += ("stage.prompts=['A {trigger}']",)
 
     def train(name: str, *more: str) -> torch.Tensor:
-        run(compose(*common, f"name={name}", *more), tmp_path / name)
+        run_stage(compose(*common, f"name={name}", *more), tmp_path / name)
         return torch.cat(
             [v.flatten().float() for k, v in load_file(f"{name}/lora/{name}.safetensors").items() if "lora_up." in k]
         )

@@ -7,8 +7,7 @@ from shutil import copy, copytree
 import pytest
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
-from lora_lab.board.hook import rewrite_page
-from lora_lab.board.page import files_to_share
+from lora_lab.board.page import files_to_share, rewrite_page
 
 pytestmark = pytest.mark.slow
 

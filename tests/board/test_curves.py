@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_lab.board.curves import loss_plot, read_metrics, running_mean
+from lora_lab.board.read import loss_plot, read_metrics, running_mean
 
 LINES = [{"step": step, "loss": 1 / step, "lr": 1e-4, "grad_norm": 0.5} for step in range(1, 41)]
 

@@ -11,12 +11,12 @@ from PIL import Image
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab import board
-from lora_lab.board.hook import rewrite_page
+from lora_lab.board.page import rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
-from lora_lab.launch.inputs import check_inputs
-from lora_lab.launch.resume import expand_resume
-from lora_lab.stages import run
+from lora_lab.launch.command_line import expand_resume
+from lora_lab.launch.config import check_inputs
+from lora_lab.launch.run_job import run_stage
 
 HERE = Path(board.__file__).parent
 
@@ -146,7 +146,7 @@ def test_the_commands_of_a_run_are_accepted_by_the_program(sweep):
 
 def test_stage_compare_writes_the_page_of_a_sweep_and_returns_the_winner(sweep, composed, capsys):
     finish(sweep / "2", score=(0.45, 0.3, 0.6))
-    result = run(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
+    result = run_stage(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
     assert result.page == f"{sweep}/index.html" and Path(result.picture).is_file()
     result_file = json.loads(Path("out/result.json").read_text())
     assert result_file["winner"] == f"{sweep}/0" and result_file["ties"] == [f"{sweep}/2"]
@@ -158,14 +158,14 @@ def test_stage_compare_writes_the_page_of_a_sweep_and_returns_the_winner(sweep, 
 
 def test_stage_compare_lists_the_missing_jobs_of_a_sweep_without_points(sweep, composed):
     (sweep / "points.json").unlink()  # as older versions left it
-    result = run(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
+    result = run_stage(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
     assert result.runs == {"done": 1, "failed": 1, "unfinished": 1, "missing": 1}
 
 
 def test_stage_compare_puts_the_page_of_several_folders_into_its_own(sweep, composed):
     other = write_run(Path("outputs/day/noon"), {"lr": 1e-2})
     measure(other, 0.1)
-    result = run(composed("stage=compare", f"stage.folder=[{sweep},{other}]"), Path("out"))
+    result = run_stage(composed("stage=compare", f"stage.folder=[{sweep},{other}]"), Path("out"))
     assert result.page == "out/index.html" and not (sweep / "index.html").exists()
     assert len(data(Path(result.page))["runs"]) == 5
     assert Path("out/page/outputs-day-noon/000004-p0-s0.png").is_file()
@@ -174,7 +174,7 @@ def test_stage_compare_puts_the_page_of_several_folders_into_its_own(sweep, comp
 def test_stage_compare_refuses_what_it_cannot_compare(sweep, composed):
     Path("empty").mkdir()
     with pytest.raises(InputError, match="no training runs in empty: name a sweep's folder, or run folders"):
-        run(composed("stage=compare", "stage.folder=empty"), Path("out"))
+        run_stage(composed("stage=compare", "stage.folder=empty"), Path("out"))
     with pytest.raises(InputError, match=r"multirun/day/tme: there is no such file or folder, did you mean"):
         check_inputs(composed("stage=compare", "stage.folder=multirun/day/tme"))
     for wrong in ("[]", "3", "[3]", "null"):
@@ -191,7 +191,7 @@ def test_the_page_may_be_moved(sweep):
 
 def test_every_text_is_there_in_both_languages():
     texts = json.loads((HERE / "words.json").read_text(encoding="utf-8"))
-    programs = ("page.js", "matrix.js", "zoom.js", "runs.js", "verdict.py")
+    programs = ("page.js", "matrix.js", "zoom.js", "runs.js", "page.py")
     program = "".join((HERE / name).read_text(encoding="utf-8") for name in programs)
     template = (HERE / "template.html").read_text(encoding="utf-8")
     used = set(re.findall(r'\bsay\(\s*"(\w+)"', program)) | set(re.findall(r'word\("(\w+)"\)', template))

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
+from lora_lab.board.page import axes, fault, format_value, label, verdict
 from lora_lab.board.read import final_validation_loss, read_sweep
-from lora_lab.board.verdict import axes, fault, format_value, label, verdict
 
 LRS = {"lr": [1e-5, 1e-3, 3e-2]}
 
@@ -54,7 +54,7 @@ def test_the_page_reads_the_points_that_the_launcher_wrote(tmp_path):
 def test_writing_the_page_imports_neither_hydra_nor_the_command_line(tmp_path):
     write_sweep(tmp_path / "sweep", LRS, missing=1)
     code = (
-        "import sys; from pathlib import Path; from lora_lab.board.hook import rewrite_page; "
+        "import sys; from pathlib import Path; from lora_lab.board.page import rewrite_page; "
         "assert rewrite_page(Path('sweep')); "
         "sys.exit(str([m for m in sys.modules if (m + '.').startswith(('hydra.', 'lora_lab.launch.'))] or '') or 0)"
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable, GraphPool
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training.lora_training import LoRATraining, Update
 
 pytestmark = [
@@ -85,7 +85,7 @@ def train(folder: str, *overrides: str) -> dict[str, torch.Tensor]:
         "stage=train", "tracker=off", "model.judge=null", "steps=40", "sampler.steps=2", "stage.save_dtype=fp32",
         "stage.prompts=['A {trigger}']", "stage.validate_every=15", *overrides,
     )  # fmt: skip
-    run(config, Path(folder).absolute())
+    run_stage(config, Path(folder).absolute())
     return load_file(f"{folder}/lora/HANA_TOFU.safetensors")
 
 

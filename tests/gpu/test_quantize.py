@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lab.base import quantize
+from lora_lab.base import layers as quantize
 from lora_lab.base.cuda_graph import WARM_UP_CALLS, GraphedCallable, GraphPool
-from lora_lab.base.quantize import quantize_
+from lora_lab.base.layers import quantize_
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,11 +18,9 @@ from peft import LoraConfig
 from PIL import Image
 from sdxl_structure import FULL, NARROW, pipeline
 
-from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.files import save_lora
-from lora_lab.adapters.keys import kohya_state
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.adapters.inject import lora_attached
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.sdxl import SDXL
 from lora_lab.launch.config import CONF, compose
 from lora_lab.sampling import generate as drawing

@@ -25,8 +25,8 @@ from sdxl_structure import FULL, NARROW, pipeline, save_single_file
 from lora_lab import demo
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
+from lora_lab.launch.run_job import run_stage
 from lora_lab.settings.schema import Config
-from lora_lab.stages import run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -179,7 +179,7 @@ def test_a_photo_becomes_a_picture_of_the_models_size(trained, place, measured):
         place, "stage=img2img", f"lora={trained.folder}", "stage.photo=demo:photos/1.png",
         'stage.prompt="A {trigger} with a red hat"', "stage.strength=0.5",
     )  # fmt: skip
-    result = run(config, place.work / "img2img")
+    result = run_stage(config, place.work / "img2img")
     picture = result.pictures[0].picture
     measured("img2img", seconds=since(began), peak_gib=peak_gib(), picture_spread=spread(picture))
     assert result.pictures[0].prompt == "A HANA_TOFU with a red hat"
@@ -243,7 +243,7 @@ def composed(place: Place, *overrides: str) -> Config:
 def train(place: Place, name: str, *overrides: str) -> Run:
     free()
     folder = place.work / name
-    run(composed(place, "stage=train", PROMPTS, *overrides), folder)
+    run_stage(composed(place, "stage=train", PROMPTS, *overrides), folder)
     result = json.loads((folder / "result.json").read_text())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return Run(folder, result, metrics)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import aspect_buckets, enlargement, fit, fit_crops, nearest_bucket
+from lora_lab.images.pixels import aspect_buckets, enlargement, fit, fit_crops, nearest_bucket
 
 GRIDS = [(128, 16), (128, 64), (512, 64), (768, 64), (1000, 64), (1024, 32), (1024, 64), (100, 64)]
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from lora_lab.errors import InputError
-from lora_lab.images.masks import find_masks
+from lora_lab.images.dataset import find_masks
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
 from lora_lab.launch.grouping import alone, groups
 from lora_lab.settings.schema import Config
-from lora_lab.training import pack_runner
+from lora_lab.training import pack as pack_runner
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.pack import PackedStep
 from lora_lab.training.resolve import group_snapshots, snapshot_key

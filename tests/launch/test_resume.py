@@ -6,7 +6,7 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
-from lora_lab.launch.resume import expand_resume
+from lora_lab.launch.command_line import expand_resume
 from lora_lab.launch.sweep_folder import write_record
 
 

@@ -7,8 +7,9 @@ import threading
 import pytest
 
 from lora_lab.errors import InputError
-from lora_lab.launch.grid import all_points
-from lora_lab.launch.sweep_folder import create_folder, job_lock, score_of
+from lora_lab.launch.command_line import all_points
+from lora_lab.launch.sweep_folder import create_folder, job_lock
+from lora_lab.runs import score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
 

@@ -11,11 +11,11 @@ from peft import LoraConfig
 from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.cache import Cache
+from lora_lab.base import sdxl as vae
 from lora_lab.base.cuda_graph import GraphPool
-from lora_lab.base.encode import Encoder
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
-from lora_lab.base.sdxl import SDXL, vae
+from lora_lab.base.sdxl import SDXL
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch.config import CONF, compose

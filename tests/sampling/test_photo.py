@@ -5,8 +5,8 @@ from PIL import Image
 
 from lora_lab.captions.rules import Rule, compile_rules
 from lora_lab.errors import RunError
-from lora_lab.images.buckets import aspect_buckets
-from lora_lab.sampling.photo import photo_to_request
+from lora_lab.images.pixels import aspect_buckets
+from lora_lab.sampling.generate import photo_to_request
 
 BUCKETS = aspect_buckets(128, 16)
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lora_lab.launch.config import compose
-from lora_lab.sampling.render import image_specs, load_base_for_sampling, render_base, render_settings
+from lora_lab.sampling.generate import image_specs, load_base_for_sampling, render_base, render_settings
 
 CPU = torch.device("cpu")
 FEW = ("sampler.steps=1",)

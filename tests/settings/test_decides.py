@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from lora_lab.launch.config import compose
-from lora_lab.settings.decides import (
+from lora_lab.settings.schema import (
     base_image_settings,
     compare_fingerprints,
     fields_of,

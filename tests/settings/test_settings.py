@@ -9,8 +9,7 @@ import pytest
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF
 from lora_lab.launch.help import help_text
-from lora_lab.settings.decides import fields_of, values_of
-from lora_lab.settings.schema import OptimizerTraits
+from lora_lab.settings.schema import OptimizerTraits, fields_of, values_of
 from lora_lab.settings.setting import Decision, facts_of
 from lora_lab.settings.stages import STAGES
 

@@ -10,8 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_runs import inside, train
 
-from lora_lab.adapters.files import save_lora
-from lora_lab.adapters.keys import kohya_state
+from lora_lab.adapters.files import kohya_state, save_lora
 from lora_lab.base.load import load_base
 from lora_lab.base.sdxl import SDXL
 from lora_lab.demo import TOFU

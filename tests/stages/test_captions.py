@@ -10,7 +10,7 @@ from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def root(tmp_path):
 
 def do(root: Path, *overrides: str):
     config = compose("dataset=folder", f"dataset.root={root}", "refiner=avatars", "device=cpu", *overrides)
-    return run(config, root.parent / "run")
+    return run_stage(config, root.parent / "run")
 
 
 def test_missing_captions_are_written_and_those_of_a_person_are_kept(root):
@@ -68,9 +68,9 @@ def test_propose_writes_another_file_and_changes_nothing(root):
 def test_the_bundled_pictures_are_never_written_to(tmp_path):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir())
     with pytest.raises(InputError, match="bundled files are not written to"):
-        run(compose("stage=caption", "stage.mode=propose"), tmp_path)
+        run_stage(compose("stage=caption", "stage.mode=propose"), tmp_path)
     with pytest.raises(InputError, match="bundled files are not written to"):
-        run(compose("stage=convert", "stage.form=csv"), tmp_path)
+        run_stage(compose("stage=convert", "stage.form=csv"), tmp_path)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir()) == before
 
 

@@ -12,11 +12,11 @@ from lora_lab.captions.files import read_captions
 from lora_lab.captions.phrases import common_phrases
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
-from lora_lab.images.buckets import aspect_buckets
 from lora_lab.images.inspection import inspect_dataset
+from lora_lab.images.pixels import aspect_buckets
 from lora_lab.images.scan import find_pictures
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 
 TRIGGER = "HANA_TOFU"
 
@@ -41,7 +41,7 @@ def write(root, captions):
 
 def check(root, *overrides):
     """The result of stage=check. Raises InputError for a folder that it refuses."""
-    return run(compose("stage=check", "dataset=folder", f"dataset.root={root}", *overrides), root.parent / "run")
+    return run_stage(compose("stage=check", "dataset=folder", f"dataset.root={root}", *overrides), root.parent / "run")
 
 
 def checked(root, *overrides):
@@ -59,7 +59,7 @@ def checked(root, *overrides):
 
 
 def test_the_bundled_tofu_is_ready_and_only_its_background_is_a_warning(tmp_path, capsys):
-    result = run(compose("stage=check"), tmp_path / "run")
+    result = run_stage(compose("stage=check"), tmp_path / "run")
     assert result.errors == [] and result.ready
     assert result.findings.duplicates == [], "a wink is not a copy"
     assert result.findings.buckets == {"128x128": 24}
@@ -193,7 +193,7 @@ def test_what_training_refuses_is_in_the_report(root, spoil):
     spoil(root)
     training = compose("stage=train", "dataset=folder", f"dataset.root={root}", "tracker=off", "device=cpu")
     with pytest.raises(InputError) as refused:
-        run(training, root.parent / "training")
+        run_stage(training, root.parent / "training")
     result = checked(root)
     assert not result["ready"]
     assert [line for line in result["errors"] + result["warnings"] if line.endswith(str(refused.value))]

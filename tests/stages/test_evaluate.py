@@ -12,7 +12,7 @@ from tiny_runs import inside
 
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 
 PROMPTS = (
     "score.prompts=['A {trigger} with a green background, smiling','A {trigger} with a red background']",
@@ -30,7 +30,7 @@ FAST = (
 
 
 def evaluate(folder, *overrides):
-    return run(compose(*FAST, *overrides), Path(folder).absolute())
+    return run_stage(compose(*FAST, *overrides), Path(folder).absolute())
 
 
 @pytest.fixture(scope="module")

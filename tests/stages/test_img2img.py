@@ -12,13 +12,13 @@ from unloadable import unloadable_models
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 
 FAST = ("stage=img2img", "device=cpu", "sampler.steps=4", "stage.strength=0.8")
 
 
 def draw(folder: Path, *overrides: str):
-    return run(compose(*FAST, *overrides), folder)
+    return run_stage(compose(*FAST, *overrides), folder)
 
 
 def test_a_photo_is_captioned_refined_and_drawn(tmp_path, made_lora):

@@ -16,7 +16,7 @@ from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.stages.pipeline import draw_overview
 
 SHORT = (
@@ -29,7 +29,7 @@ SHORT = (
 @pytest.mark.slow
 def test_the_pipeline_goes_from_pictures_to_an_overview(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(compose(*SHORT), tmp_path / "run")
+    run_stage(compose(*SHORT), tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["stage"] == "pipeline" and result["steps"] == 2
     assert Path(result["lora"]).is_file() and result["scores"]["score"]["low"] <= result["scores"]["score"]["high"]
@@ -55,7 +55,7 @@ def test_a_pipeline_killed_before_its_first_checkpoint_resumes(tmp_path, monkeyp
         process.kill()
     first = json.loads(metrics.read_text().splitlines()[0])
     assert not list(folder.glob("checkpoints/*"))
-    run(compose(*short, f"resume={folder}"), folder)
+    run_stage(compose(*short, f"resume={folder}"), folder)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == first["loss"]
@@ -65,7 +65,7 @@ def test_a_pipeline_killed_before_its_first_checkpoint_resumes(tmp_path, monkeyp
 def test_wrong_settings_of_a_later_stage_are_refused_before_the_dataset_is_copied(tmp_path):
     for override in ("captioner.beams=0", "refiner.subjects=cat"):
         with pytest.raises(InputError, match=override.partition("=")[0]):
-            run(compose(*SHORT, override), tmp_path / "run")
+            run_stage(compose(*SHORT, override), tmp_path / "run")
         assert not (tmp_path / "run" / "dataset").exists()
 
 

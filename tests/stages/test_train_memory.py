@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 
 FAST = (
     "stage=train", "tracker=off", "model.judge=null", "steps=1", "rank=2", "batch_size=1", "sampler.steps=1",
@@ -19,7 +19,7 @@ FAST = (
 
 def train(folder: str, *overrides: str) -> float:
     """The loss of the first step."""
-    run(compose(*FAST, *overrides), Path(folder).absolute())
+    run_stage(compose(*FAST, *overrides), Path(folder).absolute())
     return json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 

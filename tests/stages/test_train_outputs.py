@@ -18,7 +18,7 @@ from tiny_runs import MEASURED, lora, metrics, train, validation
 from lora_lab.demo import BASE
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training.checkpoint import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -63,7 +63,7 @@ def test_a_base_said_to_predict_v_is_drawn_with_as_it_was_trained():
              "sampler.steps=2")  # fmt: skip
 
     def photo_drawn(folder, *overrides):
-        return np.asarray(Image.open(run(compose(*asked, *overrides), Path(folder)).pictures[0].picture))
+        return np.asarray(Image.open(run_stage(compose(*asked, *overrides), Path(folder)).pictures[0].picture))
 
     remembered = photo_drawn("a")
     assert np.array_equal(remembered, photo_drawn("b", "loss=zero_snr"))

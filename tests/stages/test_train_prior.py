@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_runs import FAST, assert_same, cut_out, encoded, interrupt_at, lora, metrics, resolved, train
 
-from lora_lab.adapters.attach import lora_attached
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.adapters.inject import lora_attached
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch.config import compose
-from lora_lab.training import class_pictures, engine
+from lora_lab.training import engine
+from lora_lab.training import prior as class_pictures
 from lora_lab.training.loss import objective, predict
 from lora_lab.training.prior import prior_data
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import FAST, NOISE, checkpointed, encoded, lora, metrics, train
 
-from lora_lab.adapters.attach import lora_attached
+from lora_lab.adapters.inject import lora_attached
 from lora_lab.demo import TOFU
 from lora_lab.errors import RunError
 from lora_lab.launch.config import compose

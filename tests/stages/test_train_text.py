@@ -15,22 +15,21 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import checkpointed, inside, interrupt_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.adapters.attach import lora_attached
-from lora_lab.adapters.files import find_lora
-from lora_lab.adapters.tokens import embeddings_path, installed_tokens, tokenizers_of
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.adapters.files import embeddings_path, find_lora
+from lora_lab.adapters.inject import lora_attached
+from lora_lab.adapters.tokens import installed_tokens, tokenizers_of
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
 from lora_lab.demo import BASE, PHOTOS, TOFU
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
-from lora_lab.training.build import build_training
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training.data import encode_dataset
 from lora_lab.training.engine import build_single_step
 from lora_lab.training.loss import Batch, objective, per_sample_loss
 from lora_lab.training.resolve import resolve_training
 from lora_lab.training.text_encoders import inject_text_adapters
+from lora_lab.training.trainer import build_training
 
 # Four of the tofu pictures, encoded once for all tests.
 FAST = (
@@ -71,7 +70,7 @@ EVERY_STEP = ("steps=4", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
 
 
 def train(folder: str, *overrides: str):
-    return run(compose(*FAST, *overrides), Path(folder).absolute())
+    return run_stage(compose(*FAST, *overrides), Path(folder).absolute())
 
 
 def injected(base, config, adapter):
@@ -315,7 +314,7 @@ def test_img2img_draws_with_the_embeddings_and_misses_them(trained):
 
     def drawn(folder, *more):
         asked = ("stage=img2img", "device=cpu", "sampler.steps=2", f"stage.photo={sorted(PHOTOS.glob('*.png'))[0]}")
-        result = run(compose(*asked, "lora=HANA_TOFU", f"stage.prompt={PROMPT}", *more), Path(folder).absolute())
+        result = run_stage(compose(*asked, "lora=HANA_TOFU", f"stage.prompt={PROMPT}", *more), Path(folder).absolute())
         return np.asarray(Image.open(result.pictures[0].picture))
 
     right, emb = drawn("right"), load_file(str(embeddings_path(file)))

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import FAST, MEASURED, assert_same, cut_out, inside, train, validation
 
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose

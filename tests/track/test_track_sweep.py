@@ -15,7 +15,7 @@ from sweep_folders import draw, write_sweep
 from sweep_runs import ended, pictures, start
 from wandb_files import WANDB, inspect, isolated
 
-from lora_lab.board.hook import attach_page, rewrite_page
+from lora_lab.board.page import attach_page, rewrite_page
 from lora_lab.settings.schema import Tracker
 
 pytestmark = pytest.mark.slow

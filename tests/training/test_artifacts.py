@@ -5,7 +5,7 @@ import threading
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_lab.training.artifacts import install_lora
+from lora_lab.training.observers import install_lora
 
 
 def test_runs_that_finish_at_once_lose_no_file_of_one_name(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_lab.training.async_metrics import AsyncMetrics
+from lora_lab.training.metrics import AsyncMetrics
 
 
 def test_on_a_cpu_a_step_is_reported_before_the_next_one():

@@ -5,11 +5,10 @@ import torch
 
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
-from lora_lab.training.build import build_training
-from lora_lab.training.compile import compile_blocks
-from lora_lab.training.engine import build_single_step
+from lora_lab.training.engine import build_single_step, compile_blocks
 from lora_lab.training.loss import objective
 from lora_lab.training.resolve import resolve_training
+from lora_lab.training.trainer import build_training
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from lora_lab.base.sdxl import SDXL
-from lora_lab.images.dataset import Sample
-from lora_lab.images.masks import find_masks
+from lora_lab.images.dataset import Sample, find_masks
 from lora_lab.launch.config import compose
 from lora_lab.training.data import Example, TrainingData, View, fit_pictures, latent_mask
 from lora_lab.training.loss import objective

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lab.training.flat import FlatParams
+from lora_lab.training.lora_training import FlatParams
 
 
 def model(dtype):

@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.errors import RunError
 from lora_lab.launch.config import compose
-from lora_lab.stages import run
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training import engine
 from lora_lab.training.memory import describe_memory, expected_mib, memory_hint
 from lora_lab.training.resolve import training_size
@@ -62,9 +62,9 @@ def test_a_run_out_of_memory_keeps_what_it_learnt_and_says_what_helps(tmp_path, 
     with pytest.raises(
         RunError, match=r"out of GPU memory: use memory=balanced, or batch_size=2 .* resume with resume=.*run"
     ):
-        run(compose(*common), folder)
+        run_stage(compose(*common), folder)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-000002"]
-    run(compose(*common, f"resume={folder}", "memory=low"), folder)
+    run_stage(compose(*common, f"resume={folder}", "memory=low"), folder)
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lora_lab.launch.config import CONF, compose
-from lora_lab.training.flat import FlatParams
-from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.lora_training import FlatParams, LoRATraining
 from lora_lab.training.resolve import resolve_optimizer
 
 OPTIONS = sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml"))

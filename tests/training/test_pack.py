@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny_runs import FAST, encoded
 
-from lora_lab.base.quantize import quantize_
+from lora_lab.base.layers import quantize_
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
 from lora_lab.training.base_context import BaseContext
-from lora_lab.training.build import build_training
 from lora_lab.training.engine import build_single_step
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import objective
 from lora_lab.training.pack import build_packed_step, clone_sharing_weights
 from lora_lab.training.resolve import resolve_training
+from lora_lab.training.trainer import build_training
 
 STEPS = 4
 POINTS = {

@@ -7,16 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_lab.adapters.files import save_lora
-from lora_lab.adapters.keys import kohya_state
-from lora_lab.base.cache import Cache
-from lora_lab.base.encode import Encoder
+from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
 from lora_lab.launch.config import compose
 from lora_lab.track.base import NO_TRACK
-from lora_lab.training.artifacts import RunArtifacts
+from lora_lab.training.observers import RunArtifacts, ValidationImages
 from lora_lab.training.resolve import resolve_training
-from lora_lab.training.validation_images import ValidationImages
 
 CPU = torch.device("cpu")
 FEW = ("stage=train", "model.judge=null", "sampler.steps=2", "stage.seeds=[0,1]", "stage.prompts=['A {trigger}']")

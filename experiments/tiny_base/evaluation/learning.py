@@ -15,7 +15,7 @@ from experiments.tiny_base.held_out import HELD_OUT, HeldOut
 from experiments.tiny_base.palette import BACKGROUNDS
 from experiments.tiny_base.vocabulary import full_caption, parsed
 from lora_lab import demo
-from lora_lab.adapters.attach import lora_attached
+from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.load import load_base, pick_device
 from lora_lab.sampling.generate import Request, generate
 from lora_lab.stages.img2img import img2img
