@@ -31,6 +31,9 @@ class ColourCaptioner:
         return [f"a {self.noun} of #{r:02x}{g:02x}{b:02x}" for r, g, b in pixels]
 '''
 FORGETFUL = """
+import json
+
+
 class Forgetful:
     def __init__(self, device):
         pass
@@ -87,10 +90,21 @@ def add_option(work: Path, group: str, name: str, code: str, option: str) -> Non
 def lora_lab(work: Path, *arguments: str) -> subprocess.CompletedProcess:
     """The program as a user starts it in the folder `work`."""
     plugin = work / "plugin"
+    names = ["color", *sorted(file.stem for file in plugin.glob("*.py"))]
     search = f"hydra.searchpath=['file://{plugin / 'conf'}']"
     paths = os.pathsep.join([str(plugin), str(Path(__file__).parents[1])])
     return subprocess.run(
-        [sys.executable, "-m", "lora_lab", "dataset=folder", "dataset.root=tofu", "device=cpu", search, *arguments],
+        [
+            sys.executable,
+            "-m",
+            "lora_lab",
+            "dataset=folder",
+            "dataset.root=tofu",
+            "device=cpu",
+            search,
+            f"allow_targets=[{','.join(names)}]",
+            *arguments,
+        ],
         cwd=work,
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
@@ -116,8 +130,16 @@ def test_a_captioner_of_the_users_own_writes_captions(work):
         ("captioner.nuon=x", "captioner.nuon: no such key, did you mean captioner.noun?"),
         ("captioner.precision=much", "captioner.precision=much: should be a valid integer"),
         (
+            "captioner._target_=forgetful.json.loads",
+            "captioner._target_=forgetful.json.loads: cannot be imported (json is a module that forgetful uses",
+        ),
+        (
             "captioner._target_=color.Captioner",
-            "captioner: color.Captioner needs the package color, which is not installed",
+            "captioner._target_=color.Captioner: needs the package color, which is not installed",
+        ),
+        (
+            "captioner._target_=colours.Captioner",
+            "captioner._target_=colours.Captioner: no option in conf/captioner has it, and no module of allow_targets",
         ),
         ("captioner._target_=colour.Captioner", "captioner._target_=colour.Captioner: cannot be imported"),
         ("captioner._target_=forgetful.Forgetful", "captioner.noun: forgetful.Forgetful does not accept noun"),

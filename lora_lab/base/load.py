@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
-from hydra.utils import get_class
 from torch import Tensor
 
 from lora_lab.base.locate import locate_model
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Loss, Model
+from lora_lab.settings.setting import imported
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,10 +46,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def base_class(model: Model) -> type[BaseModel]:
     """The class that `model._target_` names. Raises InputError if there is none."""
-    try:
-        return get_class(model._target_)
-    except Exception as error:  # hydra wraps whatever importing the module raises
-        raise InputError(f"model._target_={model._target_}: is no class that can be imported ({error})") from error
+    return imported("model", model._target_)
 
 
 def load_base(model: Model, device: torch.device, waiting: bool = False) -> BaseModel:

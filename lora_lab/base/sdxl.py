@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
-from hydra.utils import instantiate
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.settings.schema import Loss, Model
+from lora_lab.settings.setting import call_target
 
 
 @torch.no_grad()
@@ -383,7 +383,7 @@ class SDXL:
 
     def solver(self, settings: dict[str, Any]) -> SchedulerMixin:
         """The scheduler of diffusers that `settings` name, on the base's noise schedule."""
-        return instantiate(settings)(self.pipe.scheduler.config)
+        return call_target("sampler.scheduler", settings, self.pipe.scheduler.config)
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """What the UNet predicts of `noisy` (B, 4, h, w) at `timesteps` (B,) or (1,), of that shape.

@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -17,18 +18,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
+from lora_lab.launch.recipes import read_yaml, refuse_foreign
+from lora_lab.launch.spelling import keep_spelling, parses, with_quotes
 from lora_lab.launch.sweep_folder import POINTS
 from lora_lab.runs import SWEEP_RECORD, write_json
 from lora_lab.settings import schema
+from lora_lab.settings.setting import at_home
 
+RECORD = ".hydra"  # Hydra's folder in that of a run
 CHOICES = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
@@ -141,9 +145,8 @@ def write_missing_points(sweep: Path) -> None:
     if (sweep / POINTS).exists() or not (sweep / SWEEP_RECORD).is_file():
         return
     # A damaged record, or a folder that cannot be written: its page lacks the jobs that were not started.
-    with suppress(OSError, YAMLError, HydraException, OmegaConfBaseException, TypeError, KeyError, AttributeError):
-        record = OmegaConf.to_container(OmegaConf.load(sweep / SWEEP_RECORD), resolve=False)
-        write_points(sweep, all_points(record["hydra"]))
+    with suppress(OSError, InputError, HydraException, OmegaConfBaseException, TypeError, KeyError, AttributeError):
+        write_points(sweep, all_points(read_yaml(sweep / SWEEP_RECORD)["hydra"]))
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -152,7 +155,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     Raises InputError for an unknown flag, or one that this program does not have."""
     parser = get_args_parser()
     parser.error = _refuse_flag
-    arguments = parser.parse_intermixed_args(argv)
+    flags = parser._option_string_actions
+    if unreadable := next((word for word in argv if _is_surrogate(word)), None):
+        raise InputError(f"{unreadable!a}: is not in UTF-8, as the files of a run are: rename what it names")
+    arguments = parser.parse_intermixed_args([_as_override(word, flags) for word in argv])
     if arguments.config_name or arguments.config_path or arguments.config_dir:
         raise InputError(
             "--config-name, --config-path and --config-dir are not for this program: recipes go into ./experiments, "
@@ -163,12 +169,22 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.run and arguments.multirun:
         raise InputError("--run and --multirun contradict each other: leave one out")
     arguments.multirun = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
-    arguments.overrides = [_quoted(override, arguments.multirun) for override in arguments.overrides]
+    arguments.overrides = [keep_spelling(with_quotes(word, arguments.multirun)) for word in arguments.overrides]
     return arguments
 
 
 def _refuse_flag(message: str) -> None:
-    raise InputError(f"{message} (--help shows the flags)")
+    raise InputError(f"{message} (--help shows the flags; a setting is KEY=VALUE)")
+
+
+def _as_override(word: str, flags: Collection[str]) -> str:
+    """`lr=0.02` of `--lr=0.02`, as `wandb agent` writes it; a flag of Hydra's, and all else, as it is."""
+    match = re.match(r"--([A-Za-z_][\w./]*)=", word)
+    return word.removeprefix("--") if match and f"--{match[1]}" not in flags else word
+
+
+def _is_surrogate(word: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -179,23 +195,6 @@ def show(arguments: argparse.Namespace) -> None:
     arguments.resolve |= arguments.cfg == "job"  # values, not the interpolations that they come from
     version.setbase("1.3")
     _run_hydra(arguments, get_args_parser(), task_function=show, config_path=str(config.CONF), config_name="config")
-
-
-def _quoted(override: str, multirun: bool) -> str:
-    """Put the quotes that Hydra requires around a value such as `두부 (1).jpg`, if no other reading is possible."""
-    key, equals, value = override.partition("=")
-    if _parses(override) or not equals or any(mark in value[:1] + value[-1:] for mark in "[]'\""):
-        return override
-    values = value.split(",") if multirun else [value]
-    quoted = f"{key}={','.join(QuotedString(v, quote=Quote.single).with_quotes() for v in values)}"
-    return quoted if _parses(quoted) else override
-
-
-def _parses(override: str) -> bool:
-    try:
-        return bool(OverridesParser.create().parse_override(override).key_or_group)
-    except HydraException:
-        return False
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def check(overrides: list[str], multirun: bool) -> Command:
 
     Raises InputError for what cannot be composed, or has a value that is refused."""
     for override in overrides:
-        if not _parses(override):
+        if not parses(override):
             raise InputError(
                 f"{override}: cannot be read as KEY=VALUE (text with brackets or commas needs quotes: \"key='a, b'\")"
             )
@@ -227,6 +226,7 @@ def check(overrides: list[str], multirun: bool) -> Command:
         if multirun:
             return _check_sweep(overrides, parsed)
         composition = config.with_hydra(overrides)
+        _refuse_other_places(composition.hydra)
         if composition.hydra.mode == RunMode.MULTIRUN:  # set by a recipe
             return _check_sweep(overrides, parsed)
         return Command(composition, [config.resolve(composition)])
@@ -237,12 +237,27 @@ def check(overrides: list[str], multirun: bool) -> Command:
 def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
     refuse_swept_hydra(parsed)
     composition = config.with_hydra([*without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    _refuse_other_places(composition.hydra)
     refuse_none_at_once(composition.hydra)
     points = representative_points(with_params(parsed, composition.hydra))
     runs = [config.resolve(config.with_hydra(without_mode(point))) for point in points]
     if searches(composition.hydra):
         refuse_unscored(runs)
     return Command(composition, runs)
+
+
+def _refuse_other_places(hydra: DictConfig) -> None:
+    """Raise InputError for settings of Hydra with which names of files, or the record of a run, would not fit."""
+    if hydra.job.chdir:
+        raise InputError(
+            "hydra.job.chdir=true: paths are relative to the folder that you are in, leave it false; hydra.run.dir= "
+            "names the folder that a run writes"
+        )
+    if hydra.output_subdir != RECORD:
+        raise InputError(
+            f"hydra.output_subdir={'null' if hydra.output_subdir is None else hydra.output_subdir}: resume= and the "
+            f"comparison page read the record of a run in {RECORD}, leave it there"
+        )
 
 
 def hydra_part(overrides: list[str]) -> DictConfig:
@@ -279,16 +294,18 @@ def expand_resume(overrides: list[str], multirun: bool) -> tuple[list[str], Path
     name = values.get("resume")
     if name in (None, "null"):
         return overrides, None
-    folder = _latest() if name == "latest" else Path(name)
+    folder = _latest() if name == "latest" else Path(at_home(name))
     new = [o for o in overrides if name_of(o) not in ("resume", "hydra.run.dir", "hydra.sweep.dir")]
     if name and (folder / SWEEP_RECORD).is_file():
         return _resumed_sweep(folder, new), folder
     if multirun:
         raise InputError(f"resume={name}: not the folder of a sweep (no {SWEEP_RECORD}), leave out the -m")
-    record = folder / ".hydra" / "overrides.yaml"
+    record = folder / RECORD / "overrides.yaml"
     if not name or not record.is_file():
         raise InputError(f"resume={name}: name a run folder, one with {Path(*record.parts[-2:])} in it")
-    recorded = [o for o in _read_yaml(record) if name_of(o) not in values and name_of(o) != "resume"]
+    dropped = {*values, "resume", "allow_targets"}
+    recorded = [o for o in _overrides(read_yaml(record), record) if name_of(o) not in dropped]
+    refuse_foreign(recorded, f"resume={name}: {record}")
     return [*recorded, *new, f"resume={quote_path(folder)}", f"hydra.run.dir={quote_path(folder)}"], None
 
 
@@ -299,18 +316,36 @@ def quote_path(folder: Path) -> str:
 
 def _resumed_sweep(folder: Path, new: list[str]) -> list[str]:
     """The command line of the sweep in `folder`, then the overrides `new`, which must not change its points."""
-    record = _read_yaml(folder / SWEEP_RECORD)["hydra"]["overrides"]
-    recorded = [*record["hydra"], *record["task"]]
-    names = {name_of(o) for o in new}
+    recorded, names = _overrides_of_sweep(folder / SWEEP_RECORD), {name_of(o) for o in new}
+    if "hydra/launcher" in names:  # the keys of the earlier launcher do not apply to the new one
+        recorded = [o for o in recorded if not name_of(o).startswith("hydra.launcher.")]
+    replaced = {name for name in names if name.startswith("hydra.")} | {"hydra.mode", "allow_targets"}
+    recorded = [o for o in recorded if name_of(o) not in replaced]
+    refuse_foreign(recorded, f"resume={folder}: {folder / SWEEP_RECORD}")
     hydra = hydra_part(recorded)
     points = with_params(parse(recorded), hydra)
     _refuse_other_points(folder, points, new)
     _refuse_unrepeatable(folder, hydra, new)
-    dropped = names | {"resume", "hydra.sweep.dir", "hydra.mode"}
-    recorded = [o for o in recorded if name_of(o) not in dropped]
-    if "hydra/launcher" in names:  # the keys of the earlier launcher do not apply to the new one
-        recorded = [o for o in recorded if not name_of(o).startswith("hydra.launcher.")]
-    return [*recorded, *new]
+    return [*(o for o in recorded if name_of(o) not in names | {"resume", "hydra.sweep.dir"}), *new]
+
+
+def _overrides_of_sweep(file: Path) -> list[str]:
+    try:
+        record = read_yaml(file)["hydra"]["overrides"]
+        return [*_overrides(record["hydra"], file), *_overrides(record["task"], file)]
+    except (KeyError, TypeError):
+        raise _no_record(file) from None
+
+
+def _overrides(content: Any, file: Path) -> list[str]:
+    """The recorded overrides, word for word. Raises InputError for what is no list of texts."""
+    if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
+        raise _no_record(file)
+    return content
+
+
+def _no_record(file: Path) -> InputError:
+    return InputError(f"{file} is damaged: it has not the command line of a run, repeat that with hydra.run.dir=")
 
 
 def _refuse_other_points(folder: Path, overrides: Sequence[Override], new: list[str]) -> None:
@@ -357,8 +392,3 @@ def _latest() -> Path:
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime
-
-
-def _read_yaml(file: Path) -> Any:
-    """The content of a record of Hydra's, with `${...}` in overrides as the user typed it."""
-    return OmegaConf.to_container(OmegaConf.load(file), resolve=False)

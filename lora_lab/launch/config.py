@@ -2,6 +2,7 @@
 
 Imports no torch."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,8 +15,8 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
-from yaml import YAMLError, load
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from yaml import load
 
 try:
     from yaml import CSafeLoader as SafeLoader  # ten times as fast as the one in Python
@@ -27,17 +28,15 @@ from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.captioner import check_captioner
 from lora_lab.captions.refiner import check_refiner
 from lora_lab.errors import InputError
+from lora_lab.launch.recipes import CONF, read_recipe, recipe_files, register_recipes
+from lora_lab.launch.spelling import keep_spelling
 from lora_lab.settings.refusal import SettingError
-from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config, fields_of
-from lora_lab.settings.setting import defaults_of, facts_of, location_of
-
-PACKAGE = Path(__file__).resolve().parents[1]
-# conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
-HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
-CONF = HOME / "conf"
+from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Model, Packed, build_config, fields_of
+from lora_lab.settings.setting import at_home, defaults_of, facts_of, is_allowed, location_of
 
 # Groups of options with keys of other libraries, which only their files in conf/ know, and where these keys belong.
 OPTIONS = {name: name for name in ("captioner", "refiner", "adapter", "optimizer", "sampler")} | {"targets": "adapter"}
+CALLED = ("captioner", "refiner", "adapter", "optimizer", "sampler.scheduler")  # what has a _target_, besides model
 PATTERNS = ("adapter.rank_pattern.", "adapter.alpha_pattern.")  # below these the user's own patterns are the keys
 
 # How to install the launchers and sweepers that are packages of their own. Ray's requires an older cloudpickle than the
@@ -52,51 +51,19 @@ INSTALL = {
 
 
 def register() -> None:
-    """Give Hydra the defaults of every setting, and every recipe: the package's and those in ./experiments."""
+    """Give Hydra the defaults of every setting, and the way to every recipe."""
     store = ConfigStore.instance()
     store.store(name="schema", node=defaults_of(Config))
     store.store(group="hydra/launcher", name="packed", node=Packed, provider="lora_lab")
     for name, stage in STAGES.items():
         store.store(group="schema/stage", name=name, node=defaults_of(stage))
-    store.repo.pop("experiment", None)  # of another working folder, in a notebook or a test
-    for name, file in recipe_files().items():
-        try:
-            store.store(group="experiment", name=name, node=_read_recipe(file), package="_global_")
-        except InputError:
-            continue  # only a run that names this recipe is refused: see unreadable_recipe
-
-
-def recipe_files() -> dict[str, Path]:
-    """The file of every recipe by name; one in ./experiments hides the package's of that name."""
-    folders = (HOME / "experiments", Path.cwd() / "experiments")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-
-
-def unreadable_recipe(name: str) -> str | None:
-    """Why the recipe `name` cannot be read; None if it can, or if there is none."""
-    try:
-        _read_recipe(recipe_files()[name])
-    except KeyError:
-        return None
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _read_recipe(file: Path) -> DictConfig:
-    try:
-        recipe = OmegaConf.load(file)
-        if not isinstance(recipe, DictConfig):
-            raise ValueError("it is not a list of KEY: VALUE")
-    except (YAMLError, ValueError, OSError) as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    return recipe
+    register_recipes()
 
 
 def compose(*overrides: str) -> Config:
     """The configuration that the command line would give, for notebooks: `compose("stage=train", "lr=1e-3")`."""
     register()
-    return resolve(with_hydra([*overrides]))
+    return resolve(with_hydra([keep_spelling(override) for override in overrides]))
 
 
 def resolve(composition: DictConfig) -> Config:
@@ -124,7 +91,10 @@ def with_hydra(overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
 
     In the mode MULTIRUN it leaves out the overrides that are swept. Raises HydraException."""
     with hydra_loader() as loader:
-        return loader.load_configuration("config", overrides, run_mode=mode)
+        composition = loader.load_configuration("config", overrides, run_mode=mode)
+    for place in (composition.hydra.run, composition.hydra.sweep):
+        place.dir = at_home(OmegaConf.to_container(place, resolve=False)["dir"])
+    return composition
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -152,7 +122,7 @@ def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
     if all(key in known or key.startswith(PATTERNS) for key in keys):
         return
     # Only now, for it takes as long as the first: what Hydra composes of the options alone.
-    search = [override for override in composition.hydra.overrides.hydra if override.startswith("hydra.searchpath")]
+    search = [o for o in plain(composition.hydra.overrides.hydra) if o.startswith("hydra.searchpath")]
     options = with_hydra([*(f"{group}={choices[group]}" for group in OPTIONS), *search])
     known = keys_of({key: value for key, value in OmegaConf.to_container(options).items() if key != "hydra"})
     for key in keys:
@@ -173,6 +143,7 @@ def _keys_of_file(folders: list[Path], group: str, option: str) -> set[str]:
 def typed(cfg: DictConfig) -> Config:
     """The checked configuration without OmegaConf. Raises InputError for an unknown key and for a wrong value."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    refuse_targets(tree)
     config, unknown = build_config(tree)
     if unknown:
         known = [key for key in keys_of(tree) if key not in unknown]
@@ -180,14 +151,48 @@ def typed(cfg: DictConfig) -> Config:
     return config
 
 
+def refuse_targets(tree: dict[str, Any]) -> None:
+    """Raise SettingError for a `_target_` that the options in conf/ do not have, and that the user does not allow.
+
+    What a stranger's recipe or record names would be called, and most of Python runs what it is given."""
+    allowed = tree.get("allow_targets") or []
+    for key, target in targets_of(tree):
+        group, place = key.partition(".")[0], key.rpartition(".")[0]
+        if place not in (*CALLED, "model"):
+            raise SettingError(key, f"{key}={target}: only {', '.join(CALLED)} and model have a _target_, leave it out")
+        if target not in _known_targets(group) and not is_allowed(str(target), [str(module) for module in allowed]):
+            hint = f"allow_targets=[{str(target).partition('.')[0]}]"
+            raise SettingError(
+                key,
+                f"{key}={target}: no option in conf/{group} has it, and no module of allow_targets defines it; if you "
+                f"trust it, type {hint}, also when you resume a run",
+            )
+
+
+def targets_of(node: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted key and the value of every `_target_` in nested dicts and lists."""
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        inner = f"{key}.{name}".removeprefix(".")
+        if name == "_target_":
+            yield inner, value
+        else:
+            yield from targets_of(value, inner)
+
+
+def _known_targets(group: str) -> set[object]:
+    """Each `_target_` that the options of a group have."""
+    texts = [file.read_text(encoding="utf-8") for file in (CONF / group).glob("*.yaml")]
+    return {Model.__pydantic_fields__["_target_"].default, *re.findall(r"\b_target_: ([\w.]+)", "\n".join(texts))}
+
+
 def _place(key: str, composition: DictConfig) -> str:
     """`in experiment/NAME.yaml: ` if `key` comes from the recipe and not from an override, else nothing."""
     name = composition.hydra.runtime.choices.get("experiment")
-    overrides = [override.partition("=")[0].lstrip("+~") for override in composition.hydra.overrides.task]
+    overrides = [name_of(override) for override in plain(composition.hydra.overrides.task)]
     if name is None or any(key == override or key.startswith(f"{override}.") for override in overrides):
         return ""
-    recipe = ConfigStore.instance().repo.get("experiment", {}).get(f"{name}.yaml")
-    has_key = recipe is None or OmegaConf.select(recipe.node, key.partition("[")[0]) is not None
+    file = recipe_files().get(name)
+    has_key = file is None or OmegaConf.select(OmegaConf.create(read_recipe(file)), key.partition("[")[0]) is not None
     return f"in experiment/{name}.yaml: " if has_key else ""
 
 
@@ -220,6 +225,11 @@ def _value(config: Config, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name)
     return config
+
+
+def plain(overrides: ListConfig) -> list[str]:
+    """Overrides as they were typed: iterating OmegaConf's list would resolve the `${...}` in them."""
+    return OmegaConf.to_container(overrides, resolve=False)
 
 
 def name_of(override: str) -> str:

@@ -8,8 +8,8 @@ from typing import get_args
 from omegaconf import OmegaConf
 from pydantic.fields import FieldInfo
 
-from lora_lab.launch.config import CONF, HOME
 from lora_lab.launch.help import options, shown
+from lora_lab.launch.recipes import CONF, HOME
 from lora_lab.settings.schema import Config
 from lora_lab.settings.setting import bounds_of, bounds_text, choices_of, default_of, facts_of, location_of
 from lora_lab.settings.stages import STAGES
@@ -36,7 +36,8 @@ of another key; a key without a default gets its value from the options of its g
 HEAD = "| key | default | values | decides | pack | meaning |\n|---|---|---|---|---|---|"
 HEAD_OF_OPTION = "| key | default | meaning |\n|---|---|---|"
 LOCATIONS = {
-    "folder": "path", "dataset": "path or list", "mask": "`none`, `alpha` or path", "model": "hub id or path",
+    "path": "path", "folder": "path", "dataset": "path or list", "mask": "`none`, `alpha` or path",
+    "model": "hub id or path",
     "tracker": "`wandb`, `trackio`, `tensorboard`, `off`",
 }  # fmt: skip
 TYPES = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}

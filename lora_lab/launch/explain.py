@@ -19,6 +19,27 @@ from lora_lab.launch import config
 from lora_lab.launch.config import INSTALL, keys_of, name_of, nearest, unknown_key
 from lora_lab.settings import schema
 
+# Options by the names that the same has in other trainers, in the library, or in a neighbouring group.
+SAME = {
+    "adapter": {"locon": "lora targets=all", "lycoris": "lokr", "none": "lora", "qlora": "lora memory=low"},
+    "loss": {
+        "mse": "plain",
+        "l2": "plain",
+        "none": "plain",
+        "snr": "min_snr",
+        "smooth_l1": "huber",
+        "v_pred": "zero_snr",
+    },
+    "memory": {"none": "fast", "high": "fast", "lowvram": "low", "medvram": "balanced"},
+    "optimizer": {"dadaptation": "prodigy", "lion": "lion8bit"},
+    "prior": {"none": "off", "reg": "pictures", "regularization": "pictures", "class": "generated"},
+    "refiner": {"none": "off"},
+    "sampler": {"euler_discrete": "euler", "dpm++_2m_karras": "dpmpp_2m_karras", "dpmsolver": "dpmpp_2m_karras"},
+    "schedule": {"constant_with_warmup": "constant schedule.warmup=100", "warmup": "constant schedule.warmup=100"},
+    "targets": {"attn": "attention", "full": "all", "mlp": "ff"},
+    "text": {"none": "frozen", "off": "frozen", "textual_inversion": "pivotal", "both": "lora"},
+    "tracker": {"none": "off", "tb": "tensorboard"},
+}
 TYPE_NAMES = {"integer": "a whole number", "float": "a number", "boolean": "true or false", "bool": "true or false"}
 
 
@@ -92,14 +113,14 @@ def hydra_keys(overrides: Sequence[str]) -> list[str]:
 
 def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
     group, _, option = error.missing_cfg_file.rpartition("/")
-    if group == "experiment" and (reason := config.unreadable_recipe(option)):
-        return reason
     if group.startswith("hydra/") and option in INSTALL:
         return f"{group}={option} is not installed: {INSTALL[option]}"
     choices = sorted(error.options or ())
     recipe = next((o.partition("=")[2] for o in overrides if name_of(o) == "experiment"), None)
     where = f"in experiment/{recipe}.yaml: " if recipe and group not in map(name_of, overrides) else ""
-    return f"{where}{group}={option}: no such {group}{nearest(option, choices)} (there are {', '.join(choices)})"
+    same = SAME.get(group, {}).get(option.lower())
+    hint = f", it is {group}={same} here" if same else nearest(option, choices)
+    return f"{where}{group}={option}: no such {group}{hint} (there are {', '.join(choices)})"
 
 
 def _key(error: OmegaConfBaseException) -> str:

@@ -3,7 +3,8 @@
 import json
 import re
 
-from lora_lab.launch.config import CONF, compose, recipe_files
+from lora_lab.launch.config import compose
+from lora_lab.launch.recipes import CONF, recipe_files
 from lora_lab.settings.schema import fields_of
 from lora_lab.settings.setting import default_of
 from lora_lab.settings.stages import STAGES

@@ -182,7 +182,7 @@ def _on_worker_end(points: Sequence[Point], exit_code: int, sweep: Path) -> None
 def _prepare_job(cfg: DictConfig) -> Point | float | None:
     """The task of a job before it is trained: the job, or the score of one that is done, or None if it cannot start."""
     hydra = HydraConfig.get()
-    folder, number, overrides = Path(hydra.runtime.output_dir), hydra.job.num, list(hydra.overrides.task)
+    folder, number, overrides = Path(hydra.runtime.output_dir), hydra.job.num, config.plain(hydra.overrides.task)
     try:
         if result := sweeps.finished_result(folder, number, overrides):
             say(f"{folder} is done")

@@ -2,12 +2,14 @@
 
 Imports nothing heavy. A process learns only from files how the jobs of other processes ended."""
 
+import logging
 import os
 import shutil
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lora_lab.console import labelled_output, log, quiet_libraries, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
-from lora_lab.launch.command_line import searches, write_missing_points
+from lora_lab.launch.command_line import RECORD, searches, write_missing_points
 from lora_lab.launch.explain import explain
 from lora_lab.runs import (
     STOP_FILE,
@@ -36,11 +38,13 @@ from lora_lab.runs import (
     stage_function,
     stop_file_of,
     sweep_of,
+    write_atomically,
     write_result,
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
 
+RECORDS_OF_JOBS = ("job.json", "failed.json", "result.json", "result.before.json", ".lock")  # of a sweep
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 
 
@@ -70,20 +74,23 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
             return score_of(read_result(folder))
         except Exception as error:  # raised, Hydra would print it in its own words
             exit_codes.append(report(error))
-            if exit_codes == [2]:
-                _remove_if_unused(folder)
             return None
-        finally:
-            if sweep := sweep_of(folder):
-                rewrite_page(sweep)
 
+    HydraConfig.instance().set_config(deepcopy(composition))  # for a name with ${hydra:...}; it makes it read-only
+    before = FolderBefore(Path(composition.hydra.run.dir))
     composition.hydra.mode = RunMode.RUN
     configure_log(composition.hydra.hydra_logging, composition.hydra.verbose)
-    with config.hydra_loader() as loader:
-        callbacks = Callbacks(composition)
-        callbacks.on_run_start(config=composition, config_name="config")
-        job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
-        callbacks.on_run_end(config=composition, config_name="config", job_return=job_return)
+    try:
+        with config.hydra_loader() as loader:
+            callbacks = Callbacks(composition)
+            callbacks.on_run_start(config=composition, config_name="config")
+            job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
+            callbacks.on_run_end(config=composition, config_name="config", job_return=job_return)
+    finally:  # also after Ctrl-C: the page shows how far the job came
+        if exit_codes == [2]:
+            before.restore()
+        elif sweep := sweep_of(before.folder):
+            rewrite_page(sweep)
     return max(exit_codes, default=0)
 
 
@@ -125,7 +132,7 @@ class SweepTask:
             rewrite_page(sweep)
 
     def _run(self, cfg: DictConfig, hydra: DictConfig, sweep: Path) -> float | None:
-        folder, number, overrides = Path(hydra.runtime.output_dir), hydra.job.num, list(hydra.overrides.task)
+        folder, number, overrides = Path(hydra.runtime.output_dir), hydra.job.num, config.plain(hydra.overrides.task)
         try:
             recorded = sweeps.recorded_overrides(folder, number)
             if result := sweeps.finished_result(folder, number, overrides):
@@ -198,16 +205,44 @@ def sentence(error: Exception, overrides: Sequence[str] = ()) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def _remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that was refused, if it has only Hydra's record and an empty log."""
-    outputs = Path.cwd() / "outputs"
-    if outputs not in folder.parents:  # hydra.run.dir= may name any folder, also one with earlier runs
-        return
-    if all(f.name == ".hydra" or (f.suffix == ".log" and not f.stat().st_size) for f in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
-        for empty in (folder.parent, outputs):
+class FolderBefore:
+    """A run folder before a command: what Hydra and the log write into it, and the state of all else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.records = {file: file.read_bytes() for file in self._files() if _is_record(file)}
+        self.others = self._others()
+
+    def restore(self) -> None:
+        """Put back what a refused run has overwritten, and remove what it has added; a run that did more stays as it
+        is."""
+        if self._others() != self.others:
+            return
+        for handler in logging.root.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+        for file in [file for file in self._files() if _is_record(file) and file not in self.records]:
+            file.unlink()
+        for file, content in self.records.items():
+            if not file.is_file() or file.read_bytes() != content:
+                write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content))
+        if self.missing and not self._files():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder / RECORD, *self.missing):
             with suppress(OSError):
-                empty.rmdir()
+                folder.rmdir()  # which is possible only if it is empty
+
+    def _files(self) -> list[Path]:
+        return [file for file in self.folder.rglob("*") if file.is_file()]
+
+    def _others(self) -> dict[Path, tuple[int, int]]:
+        states = {file: file.stat() for file in self._files() if not _is_record(file)}
+        return {file: (state.st_mtime_ns, state.st_size) for file, state in states.items()}
+
+
+def _is_record(file: Path) -> bool:
+    return file.parent.name == RECORD or file.suffix == ".log" or file.name in RECORDS_OF_JOBS
 
 
 def run_stage(config: Config, folder: Path) -> object:

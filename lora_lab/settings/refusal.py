@@ -61,8 +61,8 @@ def _sentence(key: str, detail: dict[str, Any], info: FieldInfo | None) -> str:
     if kind == "list_type":
         return f"{key}: not a list, write {key}=[...]"
     if kind in BOUNDS and info:
-        number = value if int in (info.annotation, *get_args(info.annotation)) else float(value)
-        return f"{key}={number}: {leaf} must be {bounds_text(bounds_of(info))}"
+        number = float(value) if info.annotation in (float, float | None) else value
+        return f"{key}={number}: {leaf.partition('[')[0]} must be {bounds_text(bounds_of(info))}"
     if kind == "union_tag_invalid" and info:
         return f"{key}.kind={value['kind']}: kind is one of {', '.join(_tags(info.annotation))}"
     if kind == "literal_error" and info:

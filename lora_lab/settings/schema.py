@@ -2,16 +2,16 @@
 
 What resume compares, what a pack shares and what the base's images depend on follow from the declarations."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_lab.errors import InputError
-from lora_lab.settings.refusal import refusals
+from lora_lab.settings.refusal import SettingError, refusals
 from lora_lab.settings.sections import (
     Dataset,
     Folder,
@@ -26,7 +26,21 @@ from lora_lab.settings.sections import (
     Text,
     Tracker,
 )
-from lora_lab.settings.setting import Facts, Location, Section, facts_of, open_group, section, setting
+from lora_lab.settings.setting import (
+    SEEDS,
+    AnyPath,
+    AnyPaths,
+    Bounds,
+    Facts,
+    Location,
+    Section,
+    facts_of,
+    is_text,
+    open_group,
+    section,
+    setting,
+    too_large,
+)
 from lora_lab.settings.stages import (
     STAGES,
     Caption,
@@ -49,6 +63,29 @@ __all__ = [
 
 PER_JOB_OF_ADAPTER = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
 
+# The bounds of what other libraries take, under the names that the options in conf/ have for it. A library would refuse
+# it with words of its own, or not at all.
+POSITIVE, FRACTION, AT_LEAST_1 = Bounds(gt=0), Bounds(ge=0, lt=1), Bounds(ge=1)
+ALPHA = Bounds(gt=0, hint="; kohya's 0 means alpha = rank, which is the default here: leave the key out")
+BOUNDS_OF_ADAPTER = {
+    "r": AT_LEAST_1,
+    "rank_pattern": AT_LEAST_1,
+    **dict.fromkeys(("lora_alpha", "alpha", "alpha_pattern"), ALPHA),
+    **dict.fromkeys(("lora_dropout", "rank_dropout", "module_dropout"), FRACTION),
+}
+BOUNDS_OF_OPTIMIZER = {
+    **dict.fromkeys(("lr", "eps", "eps1", "eps2", "clip_threshold", "d0", "d_coef"), POSITIVE),
+    **dict.fromkeys(("betas", "beta1", "beta2", "beta3", "momentum"), FRACTION),
+    **dict.fromkeys(("weight_decay", "r", "weight_lr_power"), Bounds(ge=0)),
+    "decay_rate": Bounds(lt=0),
+}
+BOUNDS_OF_CAPTIONER = dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1)
+
+# What a file name may not have on one of the systems to which a LoRA may be copied.
+LONGEST_NAME = 200  # bytes; the system's 255 less what is put behind a name: step, number, suffix, that of a new file
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+
 
 def _kind(stage: object) -> object:
     return stage.get("kind") if isinstance(stage, dict) else getattr(stage, "kind", None)
@@ -68,18 +105,25 @@ class Config(Section):
     dataset: Dataset
     # Training compares the captions themselves, by their hash; the refined caption of a photo is a prompt of img2img.
     captioner: Annotated[dict[str, Any], Location("captioner")] = open_group(
-        "the captioner", decides=("weights", "request"), hashed_as="captions", decide_nothing=("name",)
+        "the captioner",
+        decides=("weights", "request"),
+        hashed_as="captions",
+        decide_nothing=("name",),
+        bounds=BOUNDS_OF_CAPTIONER,
     )
     refiner: Annotated[dict[str, Any], Location("refiner")] = open_group(
         "the refiner", decides=("weights", "request"), hashed_as="captions"
     )
-    adapter: dict[str, Any] = open_group("peft's adapter", decides="weights", per_job=PER_JOB_OF_ADAPTER)
+    adapter: dict[str, Any] = open_group(
+        "peft's adapter", decides="weights", per_job=PER_JOB_OF_ADAPTER, bounds=BOUNDS_OF_ADAPTER
+    )
     text: Text
     optimizer: dict[str, Any] = open_group(
         "the optimizer",
         decides="weights",
         per_job=True,
         decide_nothing=("averages_weights", "finds_lr", "state_bytes"),
+        bounds=BOUNDS_OF_OPTIMIZER,
     )
     schedule: Schedule
     loss: Loss
@@ -112,14 +156,16 @@ class Config(Section):
         ge=1,
     )
     batch_size: int = setting("images in one forward pass", decides="weights", default=1, ge=1)
-    seed: int = setting("seed of every random number of training", decides="weights", per_job=True, default=0, ge=0)
-    lora: Any = setting(
+    seed: int = setting(
+        "seed of every random number of training", decides="weights", per_job=True, default=0, ge=0, lt=SEEDS
+    )
+    lora: AnyPaths = setting(
         "LoRA to draw with or to score (or a list): file, name in models/lora or run folder",
         decides="request",
         per_job=True,
         default=None,
     )
-    resume: str | None = setting(
+    resume: AnyPath | None = setting(
         "run folder or latest: continue that run from its newest checkpoint",
         decides="nothing",
         per_job=True,
@@ -131,7 +177,7 @@ class Config(Section):
         per_job=True,
         default=None,
     )
-    cache: str | None = setting(
+    cache: AnyPath | None = setting(
         "folder of latents and text embeddings for other runs; null keeps them in memory",
         decides="nothing",
         default="cache",
@@ -142,6 +188,12 @@ class Config(Section):
         default="off",
     )
     device: str = setting("auto takes cuda, else mps, else cpu", decides="nothing", default="auto")
+    allow_targets: list[str] = setting(
+        "modules, or classes and functions, that _target_ may name besides those of conf/; only typed on the command "
+        "line, also when a run is resumed",
+        decides="nothing",
+        default_factory=list,
+    )
 
     def __post_init__(self) -> None:
         if not self.trigger.strip() or self.trigger != " ".join(self.trigger.split()):
@@ -151,8 +203,11 @@ class Config(Section):
                 f"class_noun={self.class_noun!r}: name what others of the kind of {self.trigger} are called, such as "
                 "character"
             )
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
-            raise InputError(f"name={self.name}: the name becomes a file name, so it may not hold a slash")
+        if reason := unfit_for_a_file(self.name):
+            raise SettingError("name", f"name={self.name[:60]}: the name becomes a file name, so it {reason}")
+        for key, info in type(self).__pydantic_fields__.items():
+            for inner, bounds in facts_of(info).bounds if facts_of(info) else ():
+                refuse_outside(f"{key}.{inner}", getattr(self, key).get(inner), bounds)
         if self.schedule.warmup_steps(self.steps) >= self.steps:
             raise InputError(f"schedule.warmup={self.schedule.warmup:g}: a warm-up must end before steps={self.steps}")
         if self.schedule.name == "polynomial" and self.rate <= 1e-7:
@@ -170,6 +225,32 @@ class Config(Section):
             return []
         readers = ["captioner", "refiner"] if self.score.attributes else []  # they read the drawn images back
         return ["model.judge", "model.dino", "score.held_out", *readers]
+
+
+def unfit_for_a_file(name: str) -> str | None:
+    """Why a file of this name, or one that begins with it, cannot be written everywhere; None if it can."""
+    if found := FORBIDDEN.search(name):
+        return f"may not hold {'a slash' if found[0] in '/' else repr(found[0])}"
+    if not name.strip(" .") or name != name.strip(" ") or name.endswith("."):
+        return "may not be empty, begin or end with a space, or end with a dot"
+    if RESERVED.fullmatch(name):
+        return "may not be one that Windows reserves for a device"
+    if (size := len(name.encode("utf-8", "surrogateescape"))) > LONGEST_NAME:
+        return f"may have {LONGEST_NAME} bytes, not {size}"
+    return None
+
+
+def refuse_outside(key: str, value: Any, bounds: Bounds) -> None:
+    """Raise SettingError for a number, or one of a list or a dict, that is not within `bounds`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for position, item in items:
+        refuse_outside(f"{key}.{position}" if isinstance(value, dict) else f"{key}[{position}]", item, bounds)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if reason := too_large(value):
+        raise SettingError(key, f"{key}={value}: {reason}")
+    if not bounds.hold(value):
+        raise SettingError(key, f"{key}={value}: {key.rpartition('.')[2]} must be {bounds.text()}{bounds.hint}")
 
 
 @dataclass
@@ -228,6 +309,11 @@ def fields_of(section: type[Section] = Config, prefix: str = "") -> Iterator[tup
         else:
             for kind in kinds:
                 yield from fields_of(kind, f"{prefix}{name}.")
+
+
+def text_keys() -> set[str]:
+    """The keys whose values are texts or lists of texts: what is typed for them is never a number."""
+    return {key for key, info in fields_of() if is_text(info) and not facts_of(info).is_open}
 
 
 def training_fingerprint(config: Config) -> dict[str, Any]:

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 from lora_lab.errors import InputError
 from lora_lab.settings.setting import (
+    SEEDS,
+    AnyPath,
     DatasetRoot,
     FolderPath,
     MaskSource,
     ModelLocation,
     Section,
+    Seed,
     TrackerName,
     open_group,
     section,
@@ -34,8 +37,8 @@ class Model(Section):
         decides=BOTH,
         hashed_as="base",
     )
-    vae: str | None = setting("VAE instead of the base's: hub id or folder", decides=BOTH, default=None)
-    config: str | None = setting(
+    vae: ModelLocation | None = setting("VAE instead of the base's: hub id or folder", decides=BOTH, default=None)
+    config: AnyPath | None = setting(
         "folder of configs and tokenizers for a single-file checkpoint; null asks the hub", decides=BOTH, default=None
     )
     judge: ModelLocation | None = setting(
@@ -232,6 +235,7 @@ class Prior(Section):
         decides="weights",
         default=None,
         ge=0,
+        lt=SEEDS,
     )
     class_noun: str | None = setting(
         "of prior=prediction: the noun that replaces the trigger in captions", decides="weights", default=None
@@ -485,7 +489,7 @@ class Score(Section):
     other_prompts: list[str] = setting(
         "also drawn with the LoRA, and should look as they do without it; {class_noun} is replaced", decides="request"
     )
-    seeds: list[int] = setting(
+    seeds: list[Seed] = setting(
         "one image for each prompt and seed; other_prompts use only the first seed",
         decides="request",
         default_factory=lambda: [0, 1],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_lab.errors import InputError
 from lora_lab.settings.sections import TIMESTEPS
-from lora_lab.settings.setting import FolderPath, FolderPaths, Section, section, setting
+from lora_lab.settings.setting import AnyPath, FolderPath, FolderPaths, Section, Seed, section, setting
 
 if TYPE_CHECKING:
     from lora_lab.settings.schema import Config
@@ -68,7 +68,7 @@ class Refine(Stage):
 @section
 class Convert(Stage):
     kind: Literal["convert"] = _kind("convert")
-    source: str | None = setting(
+    source: AnyPath | None = setting(
         "caption file to read; null reads the one in dataset.root", decides="request", default=None
     )
     form: Literal["jsonl", "csv", "json", "txt"] = setting(
@@ -76,7 +76,7 @@ class Convert(Stage):
         decides="request",
         default="jsonl",
     )
-    output: str | None = setting("folder to write to; null is dataset.root", decides="request", default=None)
+    output: AnyPath | None = setting("folder to write to; null is dataset.root", decides="request", default=None)
 
     def inputs(self, config: "Config") -> list[str]:
         return []
@@ -87,7 +87,7 @@ class Train(Stage):
     several_folders: ClassVar[bool] = True
 
     kind: Literal["train"] = _kind("train")
-    start_from: str | None = setting(
+    start_from: AnyPath | None = setting(
         "LoRA file, name in models/lora or run folder: training starts from its weights",
         decides="weights",
         hashed_as="start",
@@ -143,7 +143,7 @@ class Train(Stage):
         per_job=True,
         default_factory=lambda: list(PROMPTS),
     )
-    seeds: list[int] = setting(
+    seeds: list[Seed] = setting(
         "one validation image for each prompt and seed", decides="request", per_job=True, default_factory=lambda: [0]
     )
     validation_loss_every: int = setting(
@@ -198,7 +198,7 @@ class Img2img(Stage):
         gt=0,
         le=1,
     )
-    seeds: list[int] = setting("one image for each photo and seed", decides="request", default_factory=lambda: [0])
+    seeds: list[Seed] = setting("one image for each photo and seed", decides="request", default_factory=lambda: [0])
     lora_weight: float = setting("scale of the LoRA; 0 leaves it out", decides="request", default=1.0)
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ from lora_lab.settings.schema import (
     Train,
     training_fingerprint,
 )
-from lora_lab.settings.setting import instantiate_target
+from lora_lab.settings.setting import bind_target, call_target
 from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
 from lora_lab.training.memory import TrainingSize
@@ -137,7 +137,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     validate_prediction(config.model, config.loss)
     device = pick_device(config.device)
     # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
-    adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
+    adapter = call_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
     settings = config.stage
     start_lora = find_lora(settings.start_from, "stage.start_from") if settings.start_from else None
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
@@ -205,7 +205,8 @@ def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOpt
     _, arguments = OptimizerTraits.split(settings)
     if arguments.get("fused", False) is None:
         arguments["fused"] = device.type == "cuda"
-    return instantiate_target("optimizer", arguments, [_probe()])
+    call_target("optimizer", arguments, [_probe()])  # a wrong argument is found before work begins
+    return bind_target("optimizer", arguments, leading=1)
 
 
 def training_size(config: Config) -> TrainingSize:

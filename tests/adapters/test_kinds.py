@@ -18,7 +18,7 @@ from lora_lab.base.layers import quantize_
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import CONF, compose
-from lora_lab.settings.setting import instantiate_target
+from lora_lab.settings.setting import call_target
 
 BASE = pipeline(NARROW)
 FEW = r"(mid|up)_block.*transformer_blocks\.[01]\.attn.\.to_(q|out\.0)"
@@ -243,7 +243,7 @@ def test_the_metadata_says_what_the_file_holds(kind, module, dim, alpha, args):
 
 def refuse(*overrides, start=None, **more):
     settings = compose("stage=train", *overrides).adapter | more
-    made = instantiate_target("adapter", {key: {} if value is None else value for key, value in settings.items()})
+    made = call_target("adapter", {key: {} if value is None else value for key, value in settings.items()})
     inject.validate_adapter(made, settings, 1.0, start)
 
 
@@ -271,7 +271,7 @@ def test_every_key_of_an_option_reaches_peft(option):
     patterns = ["adapter.rank_pattern={attn2.to_q: 3}", "adapter.alpha_pattern={.*to_k: 5}"]
     asked = [f"adapter={option}", "adapter.r=7", "adapter.target_modules=.*to_q", *shares, *flags, *patterns]
     settings = compose(*asked).adapter
-    made = instantiate_target("adapter", settings)
+    made = call_target("adapter", settings)
     assert {key: getattr(made, key) for key in settings if key != "_target_"} | {
         "_target_": f"peft.{type(made).__name__}"
     } == settings

@@ -23,8 +23,8 @@ from lora_lab.training.loss import Batch, objective, per_sample_loss
 
 CPU = torch.device("cpu")
 TOY = (
-    "model._target_=toy_base.ToyBase", "model.judge=null", "model.resolution=64", "adapter.target_modules='.*mlp.[02]'",
-    "tracker=off", "device=cpu", "sampler.steps=8", "sampler.guidance=1",
+    "model._target_=toy_base.ToyBase", "allow_targets=[toy_base]", "model.judge=null", "model.resolution=64",
+    "adapter.target_modules='.*mlp.[02]'", "tracker=off", "device=cpu", "sampler.steps=8", "sampler.guidance=1",
 )  # fmt: skip
 PROMPT = "A HANA_TOFU"
 

@@ -54,6 +54,8 @@ def refused(answer, *parts):
         ("experiment=sdlx", ["did you mean sdxl?"]),
         ("tracker=wandbb", ["did you mean wandb?"]),
         ("optimizer=Adam", ["did you mean adamw?"]),
+        ("schedule=constant_with_warmup", ["it is schedule=constant schedule.warmup=100 here"]),
+        ("tracker=none", ["it is tracker=off here"]),
         ("model=null", ["model=null", "sdxl, tiny"]),
         ("tracker=null", ["off, tensorboard, trackio, wandb"]),
         ("model=3", ["sdxl, tiny"]),
@@ -111,6 +113,34 @@ def refused(answer, *parts):
         ("loss.weighting=max_snr", ["loss.weighting=max_snr", "none, min_snr, debiased"]),
         ("trigger=", ["trigger=''"]),
         ("name=a/b", ["name=a/b", "slash"]),
+        ("name=con", ["name=con", "Windows"]),
+        ("name=LPT1.v2", ["Windows"]),
+        ("name=a.", ["name=a.: ", "dot"]),
+        ("name=' a'", ["space"]),
+        ("name='a:b'", ["':'"]),
+        (f"name={'a' * 250}", ["200 bytes, not 250"]),
+        (f"trigger={'두' * 70}", ["name=두", "200 bytes, not 210"]),
+        ("trigger=\udcff", ["UTF-8"]),
+        # what a library would find out only after the base is loaded
+        ("adapter.lora_alpha=0", ["adapter.lora_alpha=0: lora_alpha must be above 0", "alpha = rank"]),
+        ("adapter.lora_alpha=-1", ["above 0"]),
+        ("adapter=loha adapter.alpha=0", ["adapter.alpha=0"]),
+        ("adapter.alpha_pattern={a:0}", ["adapter.alpha_pattern.a=0"]),
+        ("adapter.rank_pattern={a:0}", ["adapter.rank_pattern.a=0"]),
+        ("adapter.lora_dropout=1", ["adapter.lora_dropout=1: ", "below 1"]),
+        ("optimizer.betas=[0.9,1]", ["optimizer.betas[1]=1", "below 1"]),
+        ("optimizer.eps=0", ["optimizer.eps=0: eps must be above 0"]),
+        ("optimizer.weight_decay=-1", ["optimizer.weight_decay=-1"]),
+        ("optimizer.weight_decay=nan", ["optimizer.weight_decay=nan"]),
+        ("optimizer.lr=1e300", ["optimizer.lr=1e+300: the largest number is 3.4e+38"]),
+        ("lr=1e300", ["lr=1e+300: the largest number is 3.4e+38"]),
+        ("sampler.steps=0", ["sampler.steps=0"]),
+        ("captioner.beams=0", ["captioner.beams=0"]),
+        ("seed=12345678901234567890123", ["64 bits"]),
+        ("seed=18446744073709551615 rank=0", ["rank=0"]),
+        ("stage=train stage.seeds=[0,-1]", ["stage.seeds[1]=-1: seeds must be at least 0 and below 2^64"]),
+        ("stage=train stage.seeds=[18446744073709551616]", ["64 bits"]),
+        ("score.seeds=[-1]", ["score.seeds[0]=-1"]),
         ("model.precision=fp8", ["model.precision=fp8", "bf16"]),
         ("=3", ["=3: cannot be read"]),
         # files that are not there
@@ -158,6 +188,11 @@ def refused(answer, *parts):
         ("rank=4,8", ["rank=4,8: several values are a sweep and need -m"]),
         # flags
         ("--foo", ["unrecognized arguments: --foo"]),
+        ("--lr 0.02", ["unrecognized arguments: --lr", "a setting is KEY=VALUE"]),
+        ("--lrr=1", ["lrr: no such key, did you mean lr?"]),
+        ("hydra.job.chdir=true", ["hydra.job.chdir=true", "leave it false"]),
+        ("hydra.output_subdir=null", ["hydra.output_subdir=null", ".hydra"]),
+        ("-m rank=2,4 hydra.output_subdir=x", ["hydra.output_subdir=x"]),
         ("--cfg", ["--cfg"]),
         ("--config-name foo", ["./experiments"]),
         ("--cfg job --info", ["Only one of"]),
@@ -219,6 +254,11 @@ def test_cfg_job_shows_the_overrides_and_writes_nothing(type_in, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_setting_may_be_written_as_a_flag(type_in):
+    code, out, _ = type_in("--lr=0.02", "--cfg", "job", "--stage.mode=replace", "stage=caption")  # as wandb agent does
+    assert code == 0 and "lr: 0.02\n" in out and "mode: replace" in out
+
+
 def test_version_is_that_of_lora_lab(type_in):
     assert type_in("--version") == (0, f"lora_lab {lora_lab.__version__}\n", "")
 
@@ -238,12 +278,18 @@ def test_a_finished_run_exits_with_0_and_writes_its_result(type_in, tmp_path):
     assert json.loads(result.read_text())["captions"] == 1
 
 
-def test_a_run_that_its_stage_refuses_leaves_no_folder(type_in, tmp_path):
+@pytest.mark.parametrize("run_dir", [[], ["hydra.run.dir=mine"], ["hydra.run.dir=new/mine"]])
+def test_a_run_that_its_stage_refuses_changes_nothing(type_in, tmp_path, run_dir):
     (tmp_path / "empty").mkdir()
-    refused(type_in("stage=convert", "dataset=folder", "dataset.root=empty"), "no captions in empty")
-    assert [f.name for f in tmp_path.iterdir()] == ["empty"]
-    refused(type_in("stage=convert", "dataset=folder", "dataset.root=empty", "hydra.run.dir=mine"), "no captions")
-    assert (tmp_path / "mine").is_dir(), "a folder that the user named is the user's"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "lora_lab.log").write_text("of another run\n")
+    before = contents(tmp_path)
+    refused(type_in("stage=convert", "dataset=folder", "dataset.root=empty", *run_dir), "no captions in empty")
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {file: file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
 
 
 def test_a_refused_job_does_not_end_the_sweep_but_decides_its_exit_code(type_in, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import Container, OmegaConf
 
 from lora_lab.errors import InputError
-from lora_lab.launch.config import CONF, HOME
+from lora_lab.launch.recipes import CONF, HOME
 from lora_lab.settings.schema import STAGES, Config, Folder, Train
 from lora_lab.settings.setting import defaults_of
 

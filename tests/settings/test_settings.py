@@ -57,7 +57,7 @@ def test_a_key_that_decides_the_weights_and_may_change_says_why():
     [
         ("name=2024", lambda config: config.name, "2024"),
         ("trigger=2024", lambda config: config.name, "2024"),
-        ("trigger=true", lambda config: config.trigger, "True"),
+        ("trigger=true", lambda config: config.trigger, "true"),
         ("lr=1", lambda config: config.lr, 1.0),
         ("lr='1e-4'", lambda config: config.lr, 1e-4),
         ("rank='4'", lambda config: config.rank, 4),
