@@ -25,7 +25,7 @@ from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
-from lora_lab.launch.recipes import read_yaml, refuse_foreign
+from lora_lab.launch.recipes import PARAMS, read_yaml, refuse_foreign
 from lora_lab.launch.spelling import keep_spelling, parses, with_quotes
 from lora_lab.launch.sweep_folder import POINTS
 from lora_lab.runs import SWEEP_RECORD, write_json
@@ -232,6 +232,11 @@ def check(overrides: list[str], multirun: bool) -> Command:
         return Command(composition, [config.resolve(composition)])
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from error
+    except AssertionError:  # of OmegaConf, for a key below null
+        param = next((word for word in overrides if word.startswith(PARAMS)), None)
+        if param is None:
+            raise
+        raise InputError(f"{param}: the sweeper has no params yet, write +{param}") from None
 
 
 def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:

@@ -1,13 +1,17 @@
 """`resume=`: the command line that it stands for. How training resumes is in stages/test_train_resume.py."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from lora_lab.console import log
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
 from lora_lab.launch.command_line import expand_resume
 from lora_lab.launch.sweep_folder import write_record
+from lora_lab.runs import write_json
 
 
 @pytest.fixture
@@ -85,3 +89,79 @@ def test_latest_is_the_newest_run_or_sweep(runs, sweep):
     later = (older / "checkpoints" / "step-000100").stat().st_mtime + 10
     os.utime(checkpoint, (later, later))
     assert expand_resume(["resume=latest"], False)[1] == sweep, "one of its jobs is newer still"
+
+
+WORDS = [
+    ["rank=2,4", "name='${trigger}-r${rank}-lr${lr}'", "tracker.tags=[a,'b, c',1.10]", "lr=choice(1e-3,1e-4)"],
+    ["seed=range(0,3)", "dataset.caption_suffix='\"A\"'", 'class_noun="s"', "model.vae=null", "cache='${oc.env:HOME}'"],
+    ["schedule=glob(cos*)", "hydra.sweep.subdir=${hydra.job.override_dirname}", "dataset.root=[{root:a},1_0]"],
+    ["name=1.10,2024_01,TRUE", "dataset.caption_prefix='{trigger}: '", "lora=[a,'b=c']", "optimizer.betas=[0.9,0.99]"],
+    ["+hydra.sweeper.params.rank='4,8'", "name='${trigger}_${rank}'", "score.attributes=['a|b','c\\d']"],
+]  # fmt: skip
+
+
+def make_folders():
+    for name in ("a", "1_0"):
+        Path(name).mkdir()
+
+
+@pytest.mark.parametrize("words", WORDS, ids=range(len(WORDS)))
+def test_a_resumed_sweep_is_the_unbroken_one(type_in, monkeypatch, words):
+    make_folders()
+    trained, stop_after = {}, None
+
+    def train(config, folder):
+        if len(trained) == stop_after:
+            raise KeyboardInterrupt
+        trained[folder.name] = replace(config, tracker=replace(config.tracker, group=None))
+        write_json(folder / "result.json", {"scores": None})
+
+    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", train)
+    results = []
+    for sweep, stop_after in (("unbroken", None), ("broken", 1)):
+        answer = type_in("-m", "stage=check", *words, f"hydra.sweep.dir={sweep}")
+        assert answer[0] == (0 if stop_after is None else 1), answer[2]
+        if stop_after:
+            stop_after = None
+            assert type_in("resume=broken")[0] == 0
+        assert len(trained) > 1
+        results.append(dict(trained))
+        trained.clear()
+    assert results[0] == {name: replace(config, resume=None) for name, config in results[1].items()}
+    assert type_in("resume=broken")[0] == 0 and not trained, "all are done"
+
+
+@pytest.mark.parametrize("words", WORDS, ids=range(len(WORDS)))
+def test_a_resumed_run_is_the_first_one(type_in, monkeypatch, words):
+    make_folders()
+    swept = ("range", "glob", "2,4", "choice", "TRUE", "hydra")
+    words = [word for word in words if not any(mark in word for mark in swept)]
+    configs = []
+    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder: configs.append(config))
+    assert type_in("stage=check", *words, "hydra.run.dir=run")[0] == 0
+    assert type_in("resume=run")[0] == 0 and type_in("resume=run")[0] == 0
+    assert configs[0] == replace(configs[1], resume=None) == replace(configs[2], resume=None)
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.is_file() and file.read_bytes() for file in folder.rglob("*")}
+
+
+def test_a_refused_resume_changes_nothing(type_in, monkeypatch, tmp_path):
+    def train(config, folder):
+        log.info("a line of the log")
+        if config.lr == 5e-5:
+            raise InputError("was trained with lr=0.001, not 5e-05")
+        write_json(folder / "result.json", {"scores": None})
+
+    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", train)
+    assert type_in("stage=check", "hydra.run.dir=run")[0] == 0
+    assert type_in("-m", "stage=check", "rank=2,4", "hydra.sweep.dir=sweep")[0] == 0
+    before = contents(tmp_path)
+    for folder in ("run", "sweep", "sweep/0"):
+        code, _, err = type_in(f"resume={folder}", "lr=5e-5")
+        assert code == 2 and "lr=0.001, not 5e-05" in err
+        changed = [name for name, content in contents(tmp_path).items() if before.get(name) != content]
+        assert changed == [] and contents(tmp_path).keys() == before.keys(), folder
+        assert type_in(f"resume={folder}")[0] == 0, "the plain command is as it was"
+        before = contents(tmp_path)
