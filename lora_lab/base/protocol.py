@@ -64,7 +64,7 @@ class MemoryProfile:
     adapter: float  # numbers of a LoRA on the attention, per rank
     activations: dict[bool, tuple[float, float]]  # gradient checkpointing: MiB in any case, and MiB per image
     sampling: float  # MiB of the network while it samples
-    decoding: float  # MiB of the autoencoder while it decodes in tiles
+    decoding: dict[bool, float]  # tiling: MiB of the autoencoder while it decodes an image
     image_area: int  # pixels of the image that the figures are for
 
 

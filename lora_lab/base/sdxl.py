@@ -247,7 +247,7 @@ class SDXL:
         adapter=1.45e6,
         activations={False: (350, 4610), True: (450, 560)},
         sampling=1300,
-        decoding=1050,  # where 3,400 are free it decodes whole images
+        decoding={False: 3400, True: 1050},
         image_area=1024 * 1024,
     )
 
