@@ -234,7 +234,7 @@ def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_bo
     assert not np.array_equal(drawn, plain)
 
 
-def test_lora_plus_lets_b_learn_faster_and_leaves_a(three_steps):
+def test_lora_plus_lets_b_learn_faster_and_leaves_a():
     """A's gradient is zero in the first step, since B is; after it A stands still, and B is 16 times as far."""
     train("one", "steps=1", "optimizer.weight_decay=0")
     train("plus", "steps=1", "optimizer.weight_decay=0", "stage.lora_plus_ratio=16")
@@ -254,7 +254,7 @@ def metadata_of(folder):
 
 
 @pytest.mark.slow
-def test_training_starts_from_a_lora_file_and_goes_on_only_with_that(three_steps, uninterrupted):
+def test_training_starts_from_a_lora_file_and_goes_on_only_with_that(uninterrupted):
     """One step with a learning rate of next to nothing leaves what the file holds."""
     file = Path(uninterrupted, "lora", "HANA_TOFU.safetensors")
     train("run", "steps=1", "lr=1e-12", f"stage.start_from={file}", "optimizer.weight_decay=0")
