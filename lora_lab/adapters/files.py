@@ -22,16 +22,15 @@ from lora_lab.errors import InputError
 from lora_lab.runs import write_atomically
 from lora_lab.settings.schema import Loss
 
+MODELS = Path("models") / "lora"  # in the user's working folder
 COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
 TRIGGER = "modelspec.trigger_phrase"
-
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 LEAVES |= {leaf: leaf for leaf in (*HADAMARD, *KRONECKER)}
 SCALED = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the tensor of a layer that a change of scale goes to
 START = "start"  # the frozen adapter that subtracts a PiSSA adapter's initial product: adapters/inject.py
-
 ComponentKey = Callable[[str, str], str]  # base.lora_key: (component, module) -> name in a file
 
 
@@ -44,7 +43,8 @@ def kohya_state(
     """The tensors of `adapter` in `components` (by name) as a file has them, on the CPU: for a linear layer (O, I) and
     rank R these are lora_down.weight (R, I), lora_up.weight (O, R) and alpha ().
 
-    `values` has exact parameters, of the same shapes, by component.name, where those in the modules are rounded.
+    `values` has the parameters by component.name, of the same shapes, in full precision, if those in the modules are
+    rounded.
 
     alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r. Each
     component's LoRA has one alpha, since diffusers drops differing ones; where a pattern sets others, the up matrices
@@ -111,12 +111,11 @@ def _difference_from_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[
 def peft_state(
     model: nn.Module, state: dict[str, Tensor], key_of: Callable[[str], str], adapter: str = "default"
 ) -> dict[str, Tensor]:
-    """The inverse of kohya_state: what set_peft_model_state_dict puts into `adapter` of `model`. `key_of` gives
-    a module's name in the file.
+    """The inverse of kohya_state: a file's tensors, of the same shapes, by the names that set_peft_model_state_dict
+    expects for `adapter` of `model`. `key_of` gives a module's name in the file.
 
-    Shapes are those of the file, with the parameters' names in peft. The adapter may have another alpha than the file:
-    the product stays that of the file. Raises ValueError for a key
-    that `model` has no module for."""
+    If the adapter has another alpha than the file, the tensors are scaled, so that the adapter adds to the weights what
+    the file says. Raises ValueError for a key that `model` has no module for."""
     peft_leaves = {leaf: peft_leaf for peft_leaf, leaf in LEAVES.items()}
     tensors = {}
     for module, leaves in layers_of(model, state, key_of).items():
@@ -286,7 +285,7 @@ def metadata(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.trigger_phrase": trigger,
+        TRIGGER: trigger,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }
@@ -313,15 +312,12 @@ def read_metadata(lora: Path) -> dict[str, str]:
         raise InputError(f"{lora}: is not a readable .safetensors file ({error})") from error
 
 
-MODELS = Path("models") / "lora"  # in the user's working folder
-
-
 def resolve_lora(value: str, trigger: str | None) -> Path:
     """The file that lora=`value` names. Raises InputError for a missing file, for one without the embeddings that it
     needs, and for one that was trained on another trigger than `trigger`, which would not render the character."""
     lora = find_lora(value)
     read_tokens(lora)
-    trained = read_metadata(lora).get("modelspec.trigger_phrase")
+    trained = read_metadata(lora).get(TRIGGER)
     if trained and trigger and trained != trigger:
         raise InputError(f"{lora.name} was trained on the trigger {trained}, not {trigger}: set trigger={trained}")
     return lora

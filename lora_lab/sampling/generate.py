@@ -57,11 +57,12 @@ def check_strength(steps: int, strength: float) -> None:
 def generate(
     base: BaseModel, requests: list[Request], sampler: Sampler, encoder: Encoder | None = None
 ) -> Iterator[Image.Image]:
-    """Sample every request with `base` and what is attached to it (adapters.attach.lora_attached); yields the images in
-    the order of the requests.
+    """Sample every request with `base` and the LoRA that adapters.inject.lora_attached has put onto it; yields the
+    images in the order of the requests.
 
-    `encoder` (of `base`) says on which device, and whether components are offloaded: then one component at a time is on
-    the device, and all images wait as latents for the autoencoder. Without it all of `base` is on one device.
+    `encoder` (of `base`) has the device, and says whether components are offloaded. If they are, one component at a
+    time is on the device, and the latents of all images are sampled before the first is decoded. Without `encoder` all
+    of `base` is on one device.
     Noise comes from a CPU generator, so a seed gives the same noise on every device; in batches of one an image does
     not depend on the other requests.
     Raises InputError for a strength that leaves no step, RunError, naming the request, for non-finite values."""
@@ -142,7 +143,7 @@ def _all_latents(
 
 def predictor(base: BaseModel, graphs: GraphPool, capture: bool) -> Callable[[Tensors], Tensor]:
     """The base's network as a function of tensors: sample (B, C, h, w), timestep (1,) and the conditioning, each
-    (B, ...), to the prediction (B, C, h, w). Sampling calls the network here only.
+    (B, ...), to the prediction (B, C, h, w). It is the only place where sampling calls the network.
 
     With `capture` it becomes a CUDA graph, which is valid as long as the weights keep their addresses."""
     network: nn.Module = base.network
