@@ -111,4 +111,4 @@ def test_the_score_of_a_run_is_its_combined_score_and_never_its_loss(result, sco
 
 def test_a_sweep_that_searches_has_no_points_to_list():
     hydra = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}}
-    assert all_points(hydra | {"overrides": {"task": ["lr=1e-3,1e-4"]}}) == []
+    assert all_points(hydra | {"overrides": {"task": ["lr=1e-3,1e-4"]}}, loader=None) == []
