@@ -39,6 +39,13 @@ def find_pictures(root: Path, key: str = "dataset.root") -> dict[str, Path]:
     return paths
 
 
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether `path`, with all links in it followed, lies outside the folder `root`; for a link to nothing, its target.
+
+    A dataset may come from a stranger: what a link in it names elsewhere is neither read nor written to."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
 def unsupported(root: Path) -> list[str]:
     """Names of the images under `root` in a format that is not read (HEIC, AVIF, JPEG XL, GIF), in natural order.
 

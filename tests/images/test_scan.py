@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from lora_lab.errors import InputError
-from lora_lab.images.scan import find_pictures, same_names, unsupported
+from lora_lab.images.scan import find_pictures, leads_out, same_names, unsupported
 
 
 def put(root, *names):
@@ -53,3 +53,21 @@ def test_a_folder_of_phone_pictures_says_to_convert_them(tmp_path):
     assert unsupported(tmp_path) == ["IMG_2.HEIC", "IMG_10.heic", "x.gif"]
     with pytest.raises(InputError, match=r"no pictures in .*IMG_2\.HEIC .*convert them to PNG"):
         find_pictures(tmp_path)
+
+
+def test_a_link_leads_out_of_the_folder_by_where_it_ends(tmp_path):
+    root, outside = put(tmp_path / "data", "in/a.png"), put(tmp_path / "data2", "b.png")
+    links = {
+        "inside": "in/a.png", "folder": "in", "dangling_inside": "in/none.png", "around": "../data/in/a.png",
+        "outside": "../data2/b.png", "dangling": "../none", "absolute": "/etc/passwd", "sibling": "../data2",
+        "chain": "outside", "loop": "loop",
+    }  # fmt: skip
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    (tmp_path / "alias").symlink_to(root)
+    for folder in (root, tmp_path / "alias"):
+        outward = {name for name in links if leads_out(folder / name, folder)}
+        assert outward == {"outside", "dangling", "absolute", "sibling", "chain"}
+        assert leads_out(folder / "sibling" / "b.png", folder)
+        assert not leads_out(folder / "folder" / "a.png", folder) and not leads_out(folder / "in/a.png", folder)
+    assert outside.is_dir()
