@@ -102,6 +102,14 @@ def write_captions(root: Path, captions: dict[str, str], form: str | None = None
 # ---- the caption files of a folder
 
 
+def is_in_use(path: Path, root: Path) -> bool:
+    """Whether `path`, which is not an image, is a caption file of the folder `root` that is read, or beside one: hints,
+    the journal, proposals, a backup."""
+    if path.suffix == ".bak" or path.name in ("captions.history.jsonl", "metadata.proposed.jsonl"):
+        return True
+    return path in {root / "hints.jsonl", root / "hints.csv"} or any(path in _paths(root, form) for form in FORMS)
+
+
 def _paths(root: Path, form: str) -> list[Path]:
     if form == "txt":
         beside = dict.fromkeys(path.with_suffix(".txt") for path in pictures(root).values())
