@@ -1,4 +1,4 @@
-"""stage=convert: write captions in another form: metadata.jsonl, .csv, .json or one .txt beside each image."""
+"""stage=convert: write captions in another form: metadata.jsonl, .csv, .json, or a text file beside each image."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ def convert(config: Config, folder: Path) -> ConvertResult:
     Raises InputError for a source without captions, a malformed one, and a folder that cannot be written to."""
     stage = config.stage
     if stage.source is not None:
-        captions = read_caption_file(Path(stage.source))
+        images = Path(stage.output) if stage.output else locate_folder("dataset.root", config.dataset.folder)
+        captions = read_caption_file(Path(stage.source), images)
     else:
         captions = read_captions(locate_folder("dataset.root", config.dataset.folder))
     if not captions:
