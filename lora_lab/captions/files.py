@@ -24,6 +24,7 @@ from lora_lab.captions.names import ImageNames
 from lora_lab.captions.sources import (
     FORMS,
     HISTORY,
+    NOT_CAPTIONS,
     PROPOSED,
     Source,
     Texts,
@@ -31,6 +32,7 @@ from lora_lab.captions.sources import (
     find_sources,
     refuse_overlooked,
     require_equal,
+    source_files,
 )
 from lora_lab.console import say_once
 from lora_lab.errors import InputError
@@ -52,7 +54,7 @@ def read_caption_lists(root: Path, follow_links: bool = False) -> dict[str, Text
     malformed file, two forms with different captions, a file that has a missing caption but is not read as one, and,
     without `follow_links`, a caption file that is a link out of the folder."""
     root = Path(root)
-    images = ImageNames(pictures(root))
+    images = ImageNames(pictures(root, follow_links))
     sources = find_sources(root, images, follow_links)
     if not sources:
         captions: dict[str, Texts] = {}
@@ -83,6 +85,14 @@ def read_caption_file(path: Path, root: Path | None = None) -> dict[str, str]:
         images = ImageNames(pictures(Path(root or path.parent)))
         captions = checked(((where, images.find(name, where), text) for where, name, text in table_rows(path)), path)
     return _singles(captions, path)
+
+
+def caption_files(root: Path, others: Iterable[Path], follow_links: bool = False) -> set[Path]:
+    """The caption files in a dataset folder, and those of `others`, its files that are no images, that are kept beside
+    captions: hints, the journal, proposals, backups. Raises InputError as `scan` does."""
+    kept = {Path(root, name) for name in NOT_CAPTIONS}
+    read = source_files(root, ImageNames(pictures(root, follow_links)), follow_links)
+    return {path for path in others if path.suffix == ".bak" or path in kept}.union(read)
 
 
 def write_captions(

@@ -44,6 +44,15 @@ def find_sources(root: Path, images: ImageNames, follow_links: bool) -> list[Sou
     return []
 
 
+def source_files(root: Path, images: ImageNames, follow_links: bool) -> list[Path]:
+    """The files of `find_sources`; of a folder with a malformed one those that it would be read with."""
+    try:
+        return [file for source in find_sources(root, images, follow_links) for file in source.files]
+    except InputError:
+        places = [*_places(root, images), *_other_places(root, images)]
+        return [file for _, _, files, _ in places for file in files]
+
+
 def _places(root: Path, images: ImageNames) -> Iterator[Place]:
     for form in TABLE_FORMS:
         files = [path for path in _tables(root) if path.name.lower() == f"metadata.{form}"]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.captions.history import REFINE, record
 from lora_lab.captions.refiner import load_refiner, read_hints, run_refiner
-from lora_lab.console import say
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
 
@@ -57,5 +58,5 @@ def refine(config: Config, folder: Path) -> RefineResult:
 def _table(before: Mapping[str, str], after: Mapping[str, str]) -> Table:
     table = Table("picture", "before", "after", show_lines=True)
     for name in before:
-        table.add_row(name, before[name], after[name])
+        table.add_row(*(Text(printable(cell)) for cell in (name, before[name], after[name])))  # never markup
     return table
