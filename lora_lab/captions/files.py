@@ -23,9 +23,7 @@ from lora_lab.captions.forms import (
 from lora_lab.captions.names import ImageNames
 from lora_lab.captions.sources import (
     FORMS,
-    HISTORY,
     NOT_CAPTIONS,
-    PROPOSED,
     Source,
     Texts,
     checked,
@@ -38,6 +36,8 @@ from lora_lab.console import say_once
 from lora_lab.errors import InputError
 from lora_lab.images.scan import leads_out, natural_key, pictures
 from lora_lab.runs import write_atomically
+
+WRITTEN = {".bak", *(f".{form}" for form in FORMS)}  # suffixes
 
 
 def read_captions(root: Path, follow_links: bool = False) -> dict[str, str]:
@@ -87,7 +87,7 @@ def read_caption_file(path: Path, root: Path | None = None) -> dict[str, str]:
     return _singles(captions, path)
 
 
-def caption_files(root: Path, others: Iterable[Path], follow_links: bool = False) -> set[Path]:
+def caption_files(root: Path, others: Iterable[Path] = (), follow_links: bool = False) -> set[Path]:
     """The caption files in a dataset folder, and those of `others`, its files that are no images, that are kept beside
     captions: hints, the journal, proposals, backups. Raises InputError as `scan` does."""
     kept = {Path(root, name) for name in NOT_CAPTIONS}
@@ -116,10 +116,12 @@ def write_captions(
     contents = _contents(root, captions, form, [source for source in sources if source.form in (form, None)], images)
     refuse_links(root, contents)
     for path, content in contents.items():
-        if path.is_file() and (old := path.read_bytes()) not in (content, (own or {}).get(path)):
+        old = path.read_bytes() if path.is_file() else None
+        if old is not None and old not in (content, (own or {}).get(path)):
             with _free_backup(path).open("xb") as backup:
                 backup.write(old)
-        write_atomically(path, lambda file, content=content: file.write_bytes(content))
+        if old != content:
+            write_atomically(path, lambda file, content=content: file.write_bytes(content))
     unchanged = {name: (text,) for name, text in captions.items()}
     for source in sources:
         # Of this form: text files of images that no longer have a caption.
@@ -129,12 +131,14 @@ def write_captions(
     return list(contents)
 
 
-def refuse_links(root: Path, paths: Iterable[Path] = ()) -> None:
-    """Raise InputError if one of `paths`, or a file that is written beside captions, is a link or lies behind one.
+def refuse_links(root: Path, paths: Iterable[Path] | None = None) -> None:
+    """Raise InputError if one of `paths`, all files in the folder that may be written if None, is a link or behind one.
 
     A dataset may come from a stranger, whose links lead to files of this computer."""
-    beside = (path for path in Path(root).iterdir() if path.suffix == ".bak" or path.name in (HISTORY, PROPOSED))
-    for path in (*paths, *beside):
+    if paths is None:
+        files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+        paths = (path for path in files if path.suffix.lower() in WRITTEN)
+    for path in paths:
         if path.is_symlink() or leads_out(path.parent, root):
             link = path if path.is_symlink() else path.parent
             raise InputError(f"{link} is a link to {os.path.realpath(link)}: nothing is written through it, remove it")
