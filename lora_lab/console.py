@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import lru_cache
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -64,6 +65,18 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
     log.info(text.strip())
+
+
+@lru_cache(1000)
+def say_once(text: str) -> None:
+    """`say`, unless this process has said it: what is true of a file is found again each time that it is read."""
+    say(text)
+
+
+def cut(value: object, most: int = 80) -> str:
+    """`value` as Python writes it, in which terminal escapes do nothing, and not much longer than `most` letters."""
+    text = repr(value[:most] if isinstance(value, str) else value)
+    return f"{text[: most + 2]}..." if len(text) > most + 2 or (isinstance(value, str) and len(value) > most) else text
 
 
 def warn(text: str) -> None:

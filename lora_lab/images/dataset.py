@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from lora_lab.base.locate import locate_folder
-from lora_lab.captions.files import is_in_use, read_caption_lists
+from lora_lab.captions.files import caption_files, read_caption_lists
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import Fitted, Size, count_frames, cut_away, open_picture, open_with_alpha
 from lora_lab.images.scan import Contents, find_contents, find_pictures, natural_key, scan
@@ -137,7 +137,7 @@ def read_dataset(root: Path, follow_links: bool = False) -> list[Sample]:
     """Every image under `root` with its captions, in natural order.
 
     Raises InputError unless every image has a caption and every caption an image."""
-    contents, captions = _images(root, follow_links), read_caption_lists(root)
+    contents, captions = _images(root, follow_links), read_caption_lists(root, follow_links)
     paths = contents.images
     uncaptioned = [name for name in paths if name not in captions]
     pictureless = [name for name in captions if name not in paths]
@@ -174,7 +174,8 @@ def unused_files(root: Path, follow_links: bool = False) -> dict[str, str]:
 
     Raises InputError as `scan` does."""
     contents = scan(root, follow_links)
-    unused = contents.left_out | {name: NO_USE for name, path in contents.others.items() if not is_in_use(path, root)}
+    in_use = caption_files(root, contents.others.values(), follow_links)
+    unused = contents.left_out | {name: NO_USE for name, path in contents.others.items() if path not in in_use}
     return {name: unused[name] for name in sorted(unused, key=natural_key)}
 
 

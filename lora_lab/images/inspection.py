@@ -78,7 +78,7 @@ def inspect_dataset(
     folders = {folder_prefix(root, roots): root for root in roots}
     contents = {prefix: find_contents(root, follow_links=follow_links) for prefix, root in folders.items()}
     paths = _prefixed({prefix: found.images for prefix, found in contents.items()})
-    captions, caption_files = _read_captions(folders)
+    captions, caption_files = _read_captions(folders, follow_links)
     images, unreadable = _open_all(paths)
     sizes = {name: image.size for name, image in images.items()}
     nearest = {name: nearest_bucket(size, buckets) for name, size in sizes.items()}
@@ -137,12 +137,12 @@ def _unmasked(masks: Masks, paths: Mapping[str, Path], sizes: Mapping[str, Size]
     return faults
 
 
-def _read_captions(folders: Mapping[str, Path]) -> tuple[dict[str, Texts], str]:
+def _read_captions(folders: Mapping[str, Path], follow_links: bool) -> tuple[dict[str, Texts], str]:
     """Captions by name, and why those of some folders cannot be read, "" if all can."""
     captions, reasons = {}, []
     for prefix, root in folders.items():
         try:
-            captions[prefix] = read_caption_lists(root)
+            captions[prefix] = read_caption_lists(root, follow_links)
         except InputError as error:
             reasons.append(str(error))
     return _prefixed(captions), "; ".join(reasons)
