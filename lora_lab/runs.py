@@ -149,14 +149,17 @@ def save_picture(path: Path, picture: "Image.Image", metadata: dict[str, object]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other."""
-    names: list[str] = []
+    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other.
+
+    They are cut to 200 bytes: with what is added to them a file name would have more than the 255 that it may."""
+    names: dict[str, None] = {}
     for path in paths:
-        name, number = path.stem, 2
+        stem, number = path.stem.encode()[:200].decode(errors="ignore"), 2
+        name = stem
         while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
+            name, number = f"{stem}-{number}", number + 1
+        names[name] = None
+    return list(names)
 
 
 def display_path(path: Path) -> Path:

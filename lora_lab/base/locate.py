@@ -19,7 +19,15 @@ def locate_folder(key: str, value: str | None) -> Path:
     if value is None:
         raise InputError(f"{key} is missing: set {key}=FOLDER")
     path = demo.HERE / value.removeprefix("demo:") if value.startswith("demo:") else Path(value)
-    if not path.exists():
+    try:
+        str(path.resolve()).encode()  # records and results are UTF-8
+        exists = path.exists()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{key}={value}: the path is not UTF-8: rename the file or folder") from error
+    except (OSError, RuntimeError) as error:  # a name over 255 bytes, a link to itself
+        reason = getattr(error, "strerror", None) or "it is a link to itself"
+        raise InputError(f"{key}={value}: this is not a file or folder ({reason}): correct the name") from error
+    if not exists:
         raise InputError(f"{key}={value}: there is no such file or folder{_nearest(path)}")
     return path
 

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from lora_lab.board.read import (
     read_sweep,
     running_mean,
 )
+from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
@@ -58,9 +58,9 @@ def rewrite_page(sweep: Path) -> Path | None:
             content = read_sweep([sweep])
             return write_page(content, verdict(content), sweep) if content.runs else None
     except InputError as error:
-        print(f"lora_lab: {error}", file=sys.stderr)
+        warn(str(error))
     except Exception as error:
-        print(f"lora_lab: the comparison page of {sweep} could not be written ({error!r})", file=sys.stderr)
+        warn(f"the comparison page of {sweep} could not be written ({error!r})")
     return None
 
 
@@ -74,9 +74,7 @@ def attach_page(sweep: Path, tracker: Tracker) -> None:
     try:
         wandb.attach(sweep, files_to_share(sweep), tracker.mode, names)
     except Exception as error:
-        print(
-            f"lora_lab: the comparison page of {display_path(sweep)} could not be logged ({error!r})", file=sys.stderr
-        )
+        warn(f"the comparison page of {display_path(sweep)} could not be logged ({error!r})")
 
 
 @dataclass(frozen=True)

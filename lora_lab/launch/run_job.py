@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.board.page import rewrite_page
-from lora_lab.console import labelled_output, log, quiet_libraries, say
+from lora_lab.console import labelled_output, log, quiet_libraries, say, warn
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
@@ -199,7 +199,7 @@ def report(error: Exception, prefix: str = "", overrides: Sequence[str] = ()) ->
 
     Returns the exit code: 2 for wrong input, 1 for anything else."""
     if isinstance(error, (RunError, *INPUT_ERRORS)):
-        print(f"lora_lab: {prefix}{sentence(error, overrides)}", file=sys.stderr, flush=True)
+        warn(f"{prefix}{sentence(error, overrides)}")
     else:
         traceback.print_exception(error)
         log.info("%s", sentence(error), exc_info=error)

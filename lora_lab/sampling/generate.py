@@ -18,7 +18,6 @@ from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
 from lora_lab.base.load import load_base
 from lora_lab.base.protocol import BaseModel, Conditioning, Solver
-from lora_lab.captions.captioner import Captioner, run_captioner
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
@@ -132,13 +131,19 @@ def _all_latents(
     def batches() -> Iterator[Tensor]:
         predict = predictor(base, encoder.graphs, sampler.capture)
         denoiser = _Denoiser(encoder, sampler, prompts, photos, predict, base.solver(sampler.scheduler))
-        for _, neighbours in groupby(requests, key=lambda request: request.form):
-            group = list(neighbours)
-            for start in range(0, len(group), sampler.batch_size):
-                yield from denoiser.latents(group[start : start + sampler.batch_size]).split(1)
+        for batch in batches_of(requests, sampler.batch_size):
+            yield from denoiser.latents(batch).split(1)
 
     with on_device(base.network, encoder.device, encoder.offload):
         yield from batches()  # when it ends its CUDA graphs are freed, before the network is moved
+
+
+def batches_of(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """What goes through the network together: neighbours of one form, at most `batch_size`."""
+    for _, neighbours in groupby(requests, key=lambda request: request.form):
+        group = list(neighbours)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def predictor(base: BaseModel, graphs: GraphPool, capture: bool) -> Callable[[Tensors], Tensor]:
@@ -342,7 +347,7 @@ class PhotoRequest:
 
 def photo_to_request(
     photo: Image.Image,
-    captioner: Captioner | None,
+    caption: str | None,
     refiner: Refiner,
     trigger: str,
     buckets: Sequence[Size],
@@ -351,15 +356,13 @@ def photo_to_request(
     seed: int = 0,
     strength: float = 1.0,
 ) -> PhotoRequest:
-    """Caption an RGB photo of any size, refine the caption to a prompt, and cut the photo to the nearest bucket.
+    """Refine the captioner's caption of an RGB photo of any size to a prompt, and cut the photo to the nearest bucket.
 
-    With a `prompt`, in which {trigger} stands for the trigger, no captioner is needed. `buckets` are (width, height) in
+    With a `prompt`, in which {trigger} stands for the trigger, no caption is needed. `buckets` are (width, height) in
     pixels; `strength` is above 0 (the photo itself) and at most 1 (noise only)."""
-    caption = None
     if prompt:
         prompt = prompt.replace("{trigger}", trigger)
     else:
-        (caption,) = run_captioner(captioner, [photo])
         (prompt,) = run_refiner(refiner, [caption], trigger)
     image = fit(photo, nearest_bucket(photo.size, buckets)).picture
     return PhotoRequest(caption, Request(prompt, seed, image.size, image, strength))

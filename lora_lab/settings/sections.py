@@ -172,6 +172,17 @@ class Dataset(Section):
     )
     caption_prefix: str = setting("text before every caption; {trigger} is replaced", decides="weights", default="")
     caption_suffix: str = setting("text after every caption; {trigger} is replaced", decides="weights", default="")
+    follow_links: bool = setting(
+        "also read files that links in the folder name outside of it",
+        decides="weights",
+        hashed_as="dataset",
+        default=False,
+    )
+    kohya_folders: bool = setting(
+        "read repeats from names of subfolders, as kohya's scripts do: 10_tofu shows its images ten times",
+        decides="weights",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         for folder in self.folders:

@@ -252,7 +252,8 @@ def _render(config: Config, base: str, dtype: torch.dtype) -> RenderSettings:
 
 def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:
     dataset, masks = config.dataset, find_masks(config.loss.mask)
-    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
+    folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders]
+    samples = read_folders(folders, dataset.follow_links, dataset.kohya_folders)
     texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
     check_trigger(texts, config.trigger)
     hashes = {
