@@ -381,9 +381,8 @@ def attach_page(sweep: Path, tracker: Tracker) -> None:
     from lora_lab.board.page import files_to_share
     from lora_lab.track import wandb
 
-    names = {"project": tracker.project, "group": tracker.group, "tags": tracker.tags}
     try:
-        wandb.attach(sweep, files_to_share(sweep), tracker.mode, names)
+        wandb.attach(sweep, files_to_share(sweep), tracker)
     except Exception as error:
         print(
             f"lora_lab: the comparison page of {display_path(sweep)} could not be logged ({error!r})", file=sys.stderr

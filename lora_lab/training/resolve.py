@@ -274,7 +274,7 @@ def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> 
         hashes["validation"] = hash_files(*(s.path for s in held_out))
     if config.model.judge is not None:
         validate_embedders(config.model, config.score, config.captioner)
-    track.refuse_missing(config.tracker.kind)
+    track.validate(config.tracker)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or use cache=null")
     return TrainingFiles(samples, texts, held_out, prior_samples, hashes)
