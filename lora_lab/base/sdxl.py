@@ -260,9 +260,9 @@ class SDXL:
         return cls(load_pipeline(model, device, waiting))
 
     @classmethod
-    def validate_loss(cls, model: Model, loss: Loss) -> None:
-        """Raise InputError for a prediction that does not fit the base's scheduler, where that can be read."""
-        validate_prediction_type(model, loss)
+    def validate_loss(cls, model: Model, loss: Loss) -> Loss:
+        """See validate_prediction_type. Raises InputError."""
+        return validate_prediction_type(model, loss)
 
     # --- components
 

@@ -12,7 +12,7 @@ from lora_lab.adapters.files import prediction_from_metadata, resolve_lora
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import pick_device, validate_prediction
+from lora_lab.base.load import layer_shapes, pick_device, validate_prediction
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.captioner import check_captioner, load_captioner
 from lora_lab.captions.refiner import load_refiner
@@ -97,7 +97,7 @@ def _lora(config: Config) -> Path | None:
         raise InputError("lora is missing: use lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: stage=img2img draws with one LoRA, name one")
-    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger)
+    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger, layer_shapes(config.model))
 
 
 def _photo_requests(config: Config, photos: Sequence[Image.Image], device: torch.device) -> list[PhotoRequest]:

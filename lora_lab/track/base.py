@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import InputError
+from lora_lab.errors import InputError, excerpt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +67,7 @@ def validate_name(key: str, name: str | None, forbidden: str = "", longest: int 
     printed or is in `forbidden`; None is no name."""
     if name is None:
         return
-    shown = repr(name if len(name) <= 40 else f"{name[:40]}…")
+    shown = f"'{excerpt(name, 40)}'"
     if not name.strip():
         raise InputError(f"{key}={shown}: is empty, name it or leave the key out")
     if len(name) > longest:
