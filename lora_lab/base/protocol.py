@@ -84,8 +84,9 @@ class BaseModel(Protocol):
         """Load the frozen base in the precision for `device`; with `waiting` it stays on the CPU. Raises InputError."""
 
     @classmethod
-    def validate_loss(cls, model: Model, loss: Loss) -> None:
-        """Raise InputError, before the base is loaded, where `loss` is known not to fit it."""
+    def validate_loss(cls, model: Model, loss: Loss) -> Loss | None:
+        """`loss` with what it leaves to the base filled in, as far as that is known before the base is loaded; None
+        where nothing is. Raises InputError where it is known not to fit."""
 
     # --- components
 

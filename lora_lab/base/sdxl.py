@@ -80,9 +80,9 @@ class SDXL:
         return cls(pipe if waiting else pipe.to(device))
 
     @classmethod
-    def validate_loss(cls, model: Model, loss: Loss) -> None:
-        """Raise InputError for a prediction that does not fit the base's scheduler, where that can be read."""
-        validate_prediction_type(model, loss)
+    def validate_loss(cls, model: Model, loss: Loss) -> Loss:
+        """See validate_prediction_type. Raises InputError."""
+        return validate_prediction_type(model, loss)
 
     # --- components
 

@@ -70,9 +70,8 @@ def attach_page(sweep: Path, tracker: Tracker) -> None:
     An error is one line on stderr."""
     from lora_lab.track import wandb
 
-    names = {"project": tracker.project, "group": tracker.group, "tags": tracker.tags}
     try:
-        wandb.attach(sweep, files_to_share(sweep), tracker.mode, names)
+        wandb.attach(sweep, files_to_share(sweep), tracker)
     except Exception as error:
         warn(f"the comparison page of {display_path(sweep)} could not be logged ({error!r})")
 

@@ -45,6 +45,7 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
+from lora_lab.track.base import fitting
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
@@ -175,7 +176,7 @@ class SweepTask:
 def job_settings(settings: schema.Config, sweep: Path) -> schema.Config:
     """Change `settings` for a job of `sweep`: one group for the tracker, no copy of the LoRA unless it is set."""
     if settings.tracker.group is None:
-        settings.tracker.group = "-".join(sweep.parts[-2:])  # date and time
+        settings.tracker.group = fitting("-".join(sweep.parts[-2:]))  # date and time
     settings.publish = bool(settings.publish)
     return settings
 

@@ -531,7 +531,9 @@ class Score(Section):
 
 @section
 class Tracker(Section):
-    kind: TrackerName = setting("wandb, trackio, tensorboard or off", decides="nothing", per_job=True, default="off")
+    kind: TrackerName = setting(
+        "which tracker shows the run, set by tracker=", decides="nothing", per_job=True, default="off"
+    )
     project: str | None = setting(
         "of wandb and trackio: the page that collects the runs", decides="nothing", per_job=True, default=None
     )
