@@ -9,3 +9,7 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on though the input was right (a loss that is not a number): one sentence, exit code 1."""
+
+
+class DiskFullError(RunError):
+    """A file could not be written for want of space: one sentence that names it."""
