@@ -19,6 +19,7 @@ from lora_lab.base.load import (
     DiffusionSchedule,
     pick_dtype,
     resolve_prediction_type,
+    vae_remedy,
     validate_prediction_type,
     with_prediction_type,
 )
@@ -128,9 +129,7 @@ def encode_image(vae: AutoencoderKL, image: Image.Image, name: str) -> Tensor:
     if upcast:
         vae.to(dtype)
     if not latents.isfinite().all():
-        raise RunError(
-            f"{name}: the VAE gave values that are not finite; use model.precision=fp32 or another model.vae"
-        )
+        raise RunError(f"{name}: the VAE gave values that are not finite; use {vae_remedy(dtype)}")
     return latents.cpu().contiguous()
 
 

@@ -190,6 +190,7 @@ class TrainingRun:
         self.metrics.flush()
         for observer in self.observers:
             observer.on_end(self.step)
+        self.artifacts.install()  # now that images could be drawn with it
         base_scores, scored = self.scores.context.base_scores, self.scores.scored
         self.result = TrainResult(
             stage="train",
