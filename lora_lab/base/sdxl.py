@@ -19,6 +19,7 @@ from lora_lab.base.load import (
     DiffusionSchedule,
     pick_dtype,
     resolve_prediction_type,
+    vae_remedy,
     validate_prediction_type,
     with_prediction_type,
 )
@@ -210,9 +211,7 @@ class SDXL:
         if upcast:
             vae.to(dtype)
         if not latents.isfinite().all():
-            raise RunError(
-                f"{name}: the VAE gave values that are not finite; use model.precision=fp32 or another model.vae"
-            )
+            raise RunError(f"{name}: the VAE gave values that are not finite; use {vae_remedy(dtype)}")
         return latents.cpu().contiguous()
 
     def encode_photo(self, photo: Image.Image) -> Callable[[torch.Generator], Tensor]:

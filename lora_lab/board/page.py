@@ -271,7 +271,7 @@ def _write_thumbnail(picture: Image.Image, source: Path, path: Path) -> None:
         picture.save(file, quality=85, method=4)
         os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
 
-    write_atomically(path, save)
+    write_atomically(path, save, durable=False)
 
 
 def html(data: dict[str, Any], sweep: Sweep, verdict: Verdict) -> str:

@@ -16,7 +16,7 @@ from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
-from lora_lab.base.load import load_base
+from lora_lab.base.load import load_base, vae_remedy
 from lora_lab.base.protocol import BaseModel, Conditioning, Solver
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
@@ -215,9 +215,10 @@ class _Denoiser:
 
 def _decode(base: BaseModel, request: Request, latents: Tensor) -> Image.Image:
     """The image of latents (1, C, h, w)."""
-    _refuse_not_finite(latents, request, f"the {base.network_name}", "model.precision=bf16 or fp32")
+    larger = "model.precision=bf16 or fp32" if base.dtype == torch.float16 else "a LoRA trained with a lower lr"
+    _refuse_not_finite(latents, request, f"the {base.network_name}", larger)
     pixels = base.decode(latents)
-    _refuse_not_finite(pixels, request, "the VAE", "model.precision=fp32 or another model.vae")
+    _refuse_not_finite(pixels, request, "the VAE", vae_remedy(base.dtype))
     pixels = ((pixels[0] / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

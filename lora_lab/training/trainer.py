@@ -16,7 +16,7 @@ from lora_lab.adapters.inject import DROPOUTS, inject_adapter, load_adapter_weig
 from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.load import base_class
 from lora_lab.console import bar, say
-from lora_lab.errors import InputError, RunError
+from lora_lab.errors import DiskFullError, InputError, RunError
 from lora_lab.runs import stop_on_signal
 from lora_lab.training.base_context import BaseContext, gc_paused, prepare_base
 from lora_lab.training.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ from lora_lab.training.loss import Objective, objective
 from lora_lab.training.memory import out_of_memory_error
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.resolve import ResolvedTraining
-from lora_lab.training.run import TrainingRun, TrainResult, describe, open_run
+from lora_lab.training.run import TrainingRun, TrainResult, check_disk, describe, open_run
 from lora_lab.training.text_encoders import TrainableTextEncoders, freeze_step, inject_text_adapters
 
 MakeEngine = Callable[[Sequence[LoRATraining]], StepEngine]
@@ -40,7 +40,10 @@ def train(resolved: ResolvedTraining) -> TrainResult:
         context = prepare_base(resolved)
         training = start_training(resolved, context, context.encoder.base.network)
         with open_run(resolved, training, context) as run:
-            train_runs([run], context, partial(_single_step, resolved, context.encoder.graphs))
+            try:
+                train_runs([run], context, partial(_single_step, resolved, context.encoder.graphs))
+            except DiskFullError as error:
+                raise run.disk_full_error(error) from error
             if run.unfinished:
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step}; resume with: python -m lora_lab resume={resolved.folder}"
@@ -58,6 +61,7 @@ def train_runs(
     With `on_end` the failure of one run does not end the others. It is called for each run when it ends, with a result
     or an error."""
     group = RunGroup(runs, context, make_engine, on_end)
+    check_disk(runs)
     group.activate(group.first_step)  # before the first measurement: the engine fuses layers
     for run in runs:
         run.start()
@@ -183,6 +187,8 @@ class RunGroup:
         except (RunError, InputError, OSError) as error:
             if self.on_end is None:
                 raise
+            if isinstance(error, DiskFullError):
+                error = run.disk_full_error(error)
             with suppress(type(error)):
                 run.fail(error)
             self.on_end(run)
