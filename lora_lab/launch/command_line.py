@@ -117,10 +117,10 @@ def refuse_swept_hydra(parsed: Sequence[Override]) -> None:
             raise InputError(f"{override.input_line}: {key} has one value for the whole sweep{quoted}")
 
 
-def all_points(hydra: Mapping[str, Any], loader: ConfigLoader | None = None) -> list[list[str]]:
+def all_points(hydra: Mapping[str, Any], loader: ConfigLoader) -> list[list[str]]:
     """Every job of a sweep as its overrides, in the order of their numbers; none if the sweeper searches.
 
-    `hydra` is Hydra's part of the composition. `loader` is needed to expand a glob. Raises HydraException."""
+    `hydra` is Hydra's part of the composition, `loader` expands a glob. Raises HydraException."""
     if not hydra["sweeper"]["_target_"].endswith("BasicSweeper"):
         return []
     params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
@@ -146,7 +146,9 @@ def write_missing_points(sweep: Path) -> None:
         return
     # A damaged record, or a folder that cannot be written: its page lacks the jobs that were not started.
     with suppress(OSError, InputError, HydraException, OmegaConfBaseException, TypeError, KeyError, AttributeError):
-        write_points(sweep, all_points(read_yaml(sweep / SWEEP_RECORD)["hydra"]))
+        record = read_yaml(sweep / SWEEP_RECORD)
+        with config.hydra_loader() as loader:
+            write_points(sweep, all_points(record["hydra"], loader))
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -233,10 +235,12 @@ def check(overrides: list[str], multirun: bool) -> Command:
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, overrides)) from error
     except AssertionError:  # of OmegaConf, for a key below null
-        param = next((word for word in overrides if word.startswith(PARAMS)), None)
+        param = next((word for word in overrides if name_of(word).startswith(PARAMS)), None)
         if param is None:
             raise
-        raise InputError(f"{param}: the sweeper has no params yet, write +{param}") from None
+        raise InputError(
+            f"{param}: a recipe sets these; here write {name_of(param).removeprefix(PARAMS)}=..."
+        ) from None
 
 
 def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
@@ -245,7 +249,8 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
     _refuse_other_places(composition.hydra)
     refuse_none_at_once(composition.hydra)
     points = representative_points(with_params(parsed, composition.hydra))
-    runs = [config.resolve(config.with_hydra(without_mode(point))) for point in points]
+    with config.hydra_loader() as loader:
+        runs = [config.resolve(loader.load_configuration("config", without_mode(p), RunMode.RUN)) for p in points]
     if searches(composition.hydra):
         refuse_unscored(runs)
     return Command(composition, runs)

@@ -13,6 +13,7 @@ from lora_lab.launch.recipes import CONF, HOME
 from lora_lab.settings.schema import Config
 from lora_lab.settings.setting import bounds_of, bounds_text, choices_of, default_of, facts_of, location_of
 from lora_lab.settings.stages import STAGES
+from lora_lab.track import KINDS
 
 PAGE = HOME / "docs" / "settings.md"
 INTRO = """\
@@ -36,9 +37,9 @@ of another key; a key without a default gets its value from the options of its g
 HEAD = "| key | default | values | decides | pack | meaning |\n|---|---|---|---|---|---|"
 HEAD_OF_OPTION = "| key | default | meaning |\n|---|---|---|"
 LOCATIONS = {
-    "path": "path", "folder": "path", "dataset": "path or list", "mask": "`none`, `alpha` or path",
-    "model": "hub id or path",
-    "tracker": "`wandb`, `trackio`, `tensorboard`, `off`",
+    "folder": "path", "dataset": "path or list", "mask": "`none`, `alpha` or path",
+    "path": "path", "model": "hub id or path",
+    "tracker": f"`{'`, `'.join(KINDS)}`",
 }  # fmt: skip
 TYPES = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
 

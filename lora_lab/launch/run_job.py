@@ -20,18 +20,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, run_job
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.board.page import rewrite_page
-from lora_lab.console import labelled_output, log, quiet_libraries, say
+from lora_lab.console import labelled_output, log, quiet_libraries, say, warn
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.command_line import RECORD, searches, write_missing_points
 from lora_lab.launch.explain import explain
 from lora_lab.runs import (
+    HOLDER,
+    LOCK,
     STOP_FILE,
+    claimed,
+    create_folder,
     read_result,
     refuse_unwritable,
     score_of,
@@ -43,9 +47,11 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
+from lora_lab.track.base import fitting
 
-RECORDS_OF_JOBS = ("job.json", "failed.json", "result.json", "result.before.json", ".lock")  # of a sweep
+OF_JOBS = ("job.json", "failed.json", "result.json", "result.before.json")  # which sweeps write beside the record
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
 
 
 def prepare_process() -> None:
@@ -76,12 +82,11 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
             exit_codes.append(report(error))
             return None
 
-    HydraConfig.instance().set_config(deepcopy(composition))  # for a name with ${hydra:...}; it makes it read-only
-    before = FolderBefore(Path(composition.hydra.run.dir))
     composition.hydra.mode = RunMode.RUN
     configure_log(composition.hydra.hydra_logging, composition.hydra.verbose)
+    before = _create_folder(composition)
     try:
-        with config.hydra_loader() as loader:
+        with config.hydra_loader() as loader, claimed(before.folder):
             callbacks = Callbacks(composition)
             callbacks.on_run_start(config=composition, config_name="config")
             job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
@@ -92,6 +97,18 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
         elif sweep := sweep_of(before.folder):
             rewrite_page(sweep)
     return max(exit_codes, default=0)
+
+
+def _create_folder(composition: DictConfig) -> "FolderBefore":
+    """Create the folder of a run, make it Hydra's, and return what it was. A name with the time in it is not the
+    user's."""
+    named = "${now:" not in OmegaConf.to_container(composition.hydra.run, resolve=False)["dir"]
+    HydraConfig.instance().set_config(deepcopy(composition))  # for a name with ${hydra:...}; it makes it read-only
+    wanted = Path(composition.hydra.run.dir)
+    missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
+    folder = create_folder(wanted, named, "hydra.run.dir")
+    composition.hydra.run.dir = str(folder)
+    return FolderBefore(folder, missing if folder == wanted else [folder])
 
 
 @dataclass
@@ -148,7 +165,7 @@ class SweepTask:
             return None
         try:
             settings = job_settings(config.typed(cfg), sweep)
-            with sweeps.job_lock(folder):
+            with claimed(folder, JOB_SECONDS):
                 if recorded:
                     resume_in(settings, folder)
                 sweeps.record_start(folder, number, overrides)
@@ -165,7 +182,7 @@ class SweepTask:
 def job_settings(settings: schema.Config, sweep: Path) -> schema.Config:
     """Change `settings` for a job of `sweep`: one group for the tracker, no copy of the LoRA unless it is set."""
     if settings.tracker.group is None:
-        settings.tracker.group = "-".join(sweep.parts[-2:])  # date and time
+        settings.tracker.group = fitting("-".join(sweep.parts[-2:]))  # date and time
     settings.publish = bool(settings.publish)
     return settings
 
@@ -189,7 +206,7 @@ def report(error: Exception, prefix: str = "", overrides: Sequence[str] = ()) ->
 
     Returns the exit code: 2 for wrong input, 1 for anything else."""
     if isinstance(error, (RunError, *INPUT_ERRORS)):
-        print(f"lora_lab: {prefix}{sentence(error, overrides)}", file=sys.stderr, flush=True)
+        warn(f"{prefix}{sentence(error, overrides)}")
     else:
         traceback.print_exception(error)
         log.info("%s", sentence(error), exc_info=error)
@@ -208,9 +225,9 @@ def sentence(error: Exception, overrides: Sequence[str] = ()) -> str:
 class FolderBefore:
     """A run folder before a command: what Hydra and the log write into it, and the state of all else."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
-        self.missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+    def __init__(self, folder: Path, missing: Sequence[Path] = ()) -> None:
+        """`missing` are those of `folder` and the folders that it is in which were created for it, innermost first."""
+        self.folder, self.missing = folder, missing
         self.records = {file: file.read_bytes() for file in self._files() if _is_record(file)}
         self.others = self._others()
 
@@ -233,6 +250,11 @@ class FolderBefore:
             with suppress(OSError):
                 folder.rmdir()  # which is possible only if it is empty
 
+    def is_unchanged(self) -> bool:
+        """Whether the folder is as it was; its log may have lines more."""
+        job = self.folder / "job.json"
+        return self._others() == self.others and job.is_file() and job.read_bytes() == self.records.get(job)
+
     def _files(self) -> list[Path]:
         return [file for file in self.folder.rglob("*") if file.is_file()]
 
@@ -242,7 +264,7 @@ class FolderBefore:
 
 
 def _is_record(file: Path) -> bool:
-    return file.parent.name == RECORD or file.suffix == ".log" or file.name in RECORDS_OF_JOBS
+    return file.parent.name == RECORD or file.suffix == ".log" or file.name in (*OF_JOBS, LOCK, HOLDER)
 
 
 def run_stage(config: Config, folder: Path) -> object:

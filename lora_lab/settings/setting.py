@@ -27,7 +27,6 @@ EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_opt
 # A YAML value such as 2026 is accepted where a string is expected; annotations may name any class.
 LENIENT = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True)
 BAD_ARGUMENTS = (ImportError, OSError, TypeError, ValueError, LookupError, AttributeError)
-
 # What a setting decides. `weights`: the weights that training ends with. `images`: what the base and a LoRA draw for
 # one prompt and seed. `request`: what is asked for (prompts, seeds, photos, which LoRA, what is measured). `cost`: time
 # and memory; the results are the same but for rounding. `nothing`: names, places and bookkeeping.

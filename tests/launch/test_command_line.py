@@ -169,7 +169,8 @@ def refused(answer, *parts):
         ("-m optimizer=adamw,adam8bit", ["optimizer=adam8bit: no such optimizer, did you mean adamw8bit?"]),
         ("-m rank=range(0,4)", ["rank=0: rank must be at least 1"]),
         ("hydra.mode=MULTIRUN rank=4,x", ["rank=x: not a whole number"]),
-        ("-m hydra.sweeper.params.rank='4,8'", ["write +hydra.sweeper.params.rank='4,8'"]),
+        ("-m hydra.sweeper.params.rank='4,8'", ["here write rank=..."]),
+        ("-m +hydra.sweeper.params.rank='4,8'", ["here write rank=..."]),
         ("-m resume=x", ["resume=x: not the folder of a sweep", "leave out the -m"]),
         ("-m hydra/launcher=jobli", ["hydra/launcher=jobli: no such hydra/launcher, did you mean joblib?"]),
         ("-m hydra/launcher=ray", ['hydra/launcher=ray is not installed: pip install "lora_lab[ray]"', "--no-deps"]),
@@ -233,7 +234,7 @@ def test_a_broken_recipe_affects_no_other_command(type_in, tmp_path):
     assert code == 0 and "rank: 7" in out
 
 
-def test_help_fits_on_a_screen_and_its_examples_compose(type_in, tmp_path):
+def test_help_fits_on_a_screen_and_its_examples_compose(type_in):
     code, out, err = type_in("--help")
     lines = out.splitlines()
     assert (code, err) == (0, "") and len(lines) <= 48 and max(map(len, lines)) <= 120

@@ -96,7 +96,7 @@ WORDS = [
     ["seed=range(0,3)", "dataset.caption_suffix='\"A\"'", 'class_noun="s"', "model.vae=null", "cache='${oc.env:HOME}'"],
     ["schedule=glob(cos*)", "hydra.sweep.subdir=${hydra.job.override_dirname}", "dataset.root=[{root:a},1_0]"],
     ["name=1.10,2024_01,TRUE", "dataset.caption_prefix='{trigger}: '", "lora=[a,'b=c']", "optimizer.betas=[0.9,0.99]"],
-    ["+hydra.sweeper.params.rank='4,8'", "name='${trigger}_${rank}'", "score.attributes=['a|b','c\\d']"],
+    ["rank='4','8'", "name='${trigger}_${rank}'", "score.attributes=['a|b','c\\d']"],
 ]  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_a_resumed_sweep_is_the_unbroken_one(type_in, monkeypatch, words):
 @pytest.mark.parametrize("words", WORDS, ids=range(len(WORDS)))
 def test_a_resumed_run_is_the_first_one(type_in, monkeypatch, words):
     make_folders()
-    swept = ("range", "glob", "2,4", "choice", "TRUE", "hydra")
+    swept = ("range", "glob", "2,4", "'4',", "choice", "TRUE", "hydra")
     words = [word for word in words if not any(mark in word for mark in swept)]
     configs = []
     monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder: configs.append(config))
