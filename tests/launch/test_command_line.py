@@ -1,6 +1,7 @@
 """The command line, run in this process because starting Python takes longer than most of these tests."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import lora_lab
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import command_line
+from lora_lab.launch.run_job import prepare_process
 
 
 def refused(answer, *parts):
@@ -335,6 +337,15 @@ def test_a_wrong_command_line_is_refused_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch, chosen):
+    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    prepare_process()
+    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
 
 
 def test_the_module_runs_as_a_command(tmp_path):
