@@ -79,6 +79,7 @@ BOUNDS_OF_OPTIMIZER = {
     **dict.fromkeys(("weight_decay", "r", "weight_lr_power"), Bounds(ge=0)),
     "decay_rate": Bounds(lt=0),
 }
+TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article"}
 BOUNDS_OF_CAPTIONER = dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1)
 
 # What a file name may not have on one of the systems to which a LoRA may be copied.
@@ -313,7 +314,7 @@ def fields_of(section: type[Section] = Config, prefix: str = "") -> Iterator[tup
 
 def text_keys() -> set[str]:
     """The keys whose values are texts or lists of texts: what is typed for them is never a number."""
-    return {key for key, info in fields_of() if is_text(info) and not facts_of(info).is_open}
+    return {key for key, info in fields_of() if is_text(info) and not facts_of(info).is_open} | TEXTS_OF_OPEN_GROUPS
 
 
 def training_fingerprint(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from lora_lab.errors import InputError
+from lora_lab.launch import command_line, config
 from lora_lab.launch.config import CONF
 from lora_lab.launch.help import help_text
 from lora_lab.settings.schema import OptimizerTraits, fields_of, values_of
@@ -128,3 +129,55 @@ def test_stages_name_only_keys_that_exist(composed):
     configs = [composed(f"stage={name}", *NEEDED.get(f"stage={name}", [])) for name in STAGES]
     named = {key.replace("stage.train.", "stage.") for config in configs for key in config.stage.inputs(config)}
     assert {"dataset.root", "stage.photo"} <= named <= keys
+
+
+def typed(*words):
+    """The last point of a command line, as the program reads it."""
+    arguments = command_line.read_arguments([*words])
+    return command_line.check(arguments.overrides, arguments.multirun).runs[-1]
+
+
+SPELLINGS = ["2024_01", "1.10", "1e3", "007", "0x10", "true", "TRUE", "NAN", "1e5", "-1.0", ".5", "+1", "1_0.0", "inf"]
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_a_text_keeps_the_spelling_that_was_typed(tmp_path, monkeypatch, text):
+    config.register()
+    got = typed(
+        "stage=train", f"name={text}", f"class_noun={text}", f"tracker.tags=[a,{text}, {text}]",
+        f"dataset.root=[{{root:{text},repeats:5}},{text}]", f"lora=[{text}]", f"stage.prompts=[{text},'{text}']",
+        f"captioner.name={text}", f"stage.start_from={text}", "rank=1_0", "lr=1e-3",
+    )  # fmt: skip
+    assert (got.name, got.class_noun, got.tracker.tags) == (text, text, ["a", text, text])
+    assert (got.dataset.root, got.lora) == ([{"root": text, "repeats": 5}, text], [text])
+    assert (got.stage.prompts, got.captioner["name"], got.stage.start_from) == ([text, text], text, text)
+    assert (got.rank, got.lr) == (10, 1e-3)
+    (tmp_path / "experiments").mkdir()
+    recipe = f"name: {text}\ntracker: {{tags: [{text}]}}\ndataset: {{root: [{{root: {text}, repeats: 2}}]}}\n"
+    (tmp_path / "experiments" / "mine.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    got = typed("stage=check", "experiment=mine")
+    assert (got.name, got.tracker.tags, got.dataset.root) == (text, [text], [{"root": text, "repeats": 2}])
+
+
+@pytest.mark.parametrize("text", ["2024_01", "1.10", "TRUE"])
+@pytest.mark.parametrize("sweep", ["name=a,{}", "name=choice(a,{})", "name=choice(a,'{}')", "name=tag(x,choice(a,{}))"])
+def test_a_swept_text_keeps_its_spelling(text, sweep):
+    config.register()
+    assert typed("-m", "stage=check", sweep.format(text), f"trigger={text}").name == text
+
+
+@pytest.mark.parametrize("home", ["~", "$HOME"])
+def test_the_users_folder_may_be_written_short_wherever_a_path_is(monkeypatch, tmp_path, home):
+    config.register()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = ["dataset.root", "lora", "resume", "cache", "model.base", "model.vae", "model.config", "model.judge",
+              "model.dino", "score.held_out", "loss.mask", "captioner.base", "stage.start_from"]  # fmt: skip
+    got = values_of(typed("stage=train", *(f"{key}={home}/a b" for key in places)))
+    assert {v.key: v.value for v in got if v.key in places} == dict.fromkeys(places, f"{tmp_path}/a b")
+    got = typed("stage=img2img", f"stage.photo=[{home}/a.png,b.png,{home}/d.png]", f"dataset.root=[{{root:{home}/e}}]")
+    assert got.stage.photo == [f"{tmp_path}/a.png", "b.png", f"{tmp_path}/d.png"]
+    assert got.dataset.folder == f"{tmp_path}/e"
+    for key in ("run", "sweep"):
+        words = command_line.read_arguments([f"hydra.{key}.dir={home}/out/${{now:%Y}}"]).overrides
+        assert config.with_hydra(words).hydra[key].dir.startswith(f"{tmp_path}/out/2")
