@@ -468,7 +468,7 @@ def _loras(folder: Path) -> list[Path]:
 
 
 def save_lora(path: Path, state: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> Path:
-    """Write `state` (of keys.kohya_state, any shapes) in `dtype`, atomically; alphas stay float32: they are exact."""
+    """Write `state` (of kohya_state, any shapes) in `dtype`, atomically; alphas stay float32: they are exact."""
     cast = {key: value if key.endswith(".alpha") else value.to(dtype) for key, value in state.items()}
     return write_atomically(path, lambda file: save_file(cast, str(file), metadata=metadata))
 
