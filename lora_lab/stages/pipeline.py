@@ -60,7 +60,8 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     check_refiner(config.refiner)
     dataset = prepare_dataset(config, folder)
     config = replace(config, dataset=replace(config.dataset, root=str(dataset)))
-    run_stage("check", config, Check(), folder)
+    if not (config.resume and (folder / "check.json").is_file()):  # it is about the images before they were captioned
+        run_stage("check", config, Check(), folder)
     run_stage("caption", config, Caption(mode="missing"), folder)
     run_stage("refine", config, Refine(), folder)
     trained = run_stage("train", config, config.stage.train, folder, resume=resume_training(config.resume, folder))
