@@ -30,6 +30,7 @@ from lora_lab.launch.command_line import searches, write_missing_points
 from lora_lab.launch.explain import explain
 from lora_lab.runs import (
     STOP_FILE,
+    fitting,
     read_result,
     refuse_unwritable,
     score_of,
@@ -40,7 +41,6 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
-from lora_lab.track.base import fitting
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 

@@ -9,9 +9,9 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch.config import check_inputs, compose
+from lora_lab.runs import LONGEST_NAME, fitting
 from lora_lab.settings.schema import Tracker
 from lora_lab.track import KINDS, validate
-from lora_lab.track.base import LONGEST_NAME, fitting
 from lora_lab.track.wandb import artifact_name
 
 ROOT = Path(__file__).parents[2]
