@@ -22,20 +22,20 @@ from torch import Tensor, nn
 
 from lora_lab import __version__
 from lora_lab.base.locate import refuse_pickle
-from lora_lab.errors import InputError, excerpt
+from lora_lab.console import cut, printable
+from lora_lab.errors import InputError
 from lora_lab.runs import read_result, write_atomically
 from lora_lab.settings.schema import Loss
 
+MODELS = Path("models") / "lora"  # in the user's working folder
 COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
 TRIGGER = "modelspec.trigger_phrase"
-
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 LEAVES |= {leaf: leaf for leaf in (*HADAMARD, *KRONECKER)}
 SCALED = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the tensor of a layer that a change of scale goes to
 START = "start"  # the frozen adapter that subtracts a PiSSA adapter's initial product: adapters/inject.py
-
 ComponentKey = Callable[[str, str], str]  # base.lora_key: (component, module) -> name in a file
 
 
@@ -48,7 +48,8 @@ def kohya_state(
     """The tensors of `adapter` in `components` (by name) as a file has them, on the CPU: for a linear layer (O, I) and
     rank R these are lora_down.weight (R, I), lora_up.weight (O, R) and alpha ().
 
-    `values` has exact parameters, of the same shapes, by component.name, where those in the modules are rounded.
+    `values` has the parameters by component.name, of the same shapes, in full precision, if those in the modules are
+    rounded.
 
     alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r. Each
     component's LoRA has one alpha, since diffusers drops differing ones; where a pattern sets others, the up matrices
@@ -115,12 +116,11 @@ def _difference_from_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[
 def peft_state(
     model: nn.Module, state: dict[str, Tensor], key_of: Callable[[str], str], adapter: str = "default"
 ) -> dict[str, Tensor]:
-    """The inverse of kohya_state: what set_peft_model_state_dict puts into `adapter` of `model`. `key_of` gives
-    a module's name in the file.
+    """The inverse of kohya_state: a file's tensors, of the same shapes, by the names that set_peft_model_state_dict
+    expects for `adapter` of `model`. `key_of` gives a module's name in the file.
 
-    Shapes are those of the file, with the parameters' names in peft. The adapter may have another alpha than the file:
-    the product stays that of the file. Raises ValueError for a key
-    that `model` has no module for."""
+    If the adapter has another alpha than the file, the tensors are scaled, so that the adapter adds to the weights what
+    the file says. Raises ValueError for a key that `model` has no module for."""
     peft_leaves = {leaf: peft_leaf for peft_leaf, leaf in LEAVES.items()}
     tensors = {}
     for module, leaves in layers_of(model, state, key_of).items():
@@ -290,7 +290,7 @@ def metadata(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.trigger_phrase": trigger,
+        TRIGGER: trigger,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }
@@ -324,13 +324,13 @@ def read_metadata(lora: Path) -> dict[str, str]:
 def _opened(lora: Path) -> Iterator[safe_open]:
     """A safetensors file, whose header has been checked. Raises InputError, also for what goes wrong within."""
     if lora.suffix != ".safetensors":
-        raise InputError(f"{excerpt(lora)}: is not a .safetensors file by its name, and no other kind is read")
+        raise InputError(f"{lora}: is not a .safetensors file by its name, and no other kind is read")
     try:
         with safe_open(str(lora), "pt") as file:
             yield file
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = excerpt(" ".join(str(error).split()), 200)
-        raise InputError(f"{excerpt(lora, 200)}: is not a readable .safetensors file ({reason})") from error
+        reason = printable(" ".join(str(error).split()), 200)
+        raise InputError(f"{lora}: is not a readable .safetensors file ({reason})") from error
 
 
 PAIRS = (  # (down, up): the ends of the names of a LoRA's matrices, by kohya's scripts, peft and older diffusers
@@ -352,13 +352,13 @@ def validate_lora(lora: Path, layers: Mapping[str, tuple[int, ...]]) -> None:
         for key in shapes if not reason else ():
             values = file.get_tensor(key)
             if not (values.is_floating_point() or key.endswith(".alpha")):
-                reason = f"{excerpt(key)} has numbers of the type {values.dtype}, which no LoRA has"
+                reason = f"{cut(key)} has numbers of the type {values.dtype}, which no LoRA has"
             elif not values.float().isfinite().all():
-                reason = f"{excerpt(key)} has numbers that are not finite, the training that wrote it failed"
+                reason = f"{cut(key)} has numbers that are not finite, the training that wrote it failed"
             if reason:
                 break
     if reason:
-        raise InputError(f"{excerpt(lora, 200)}: {reason}")
+        raise InputError(f"{lora}: {reason}")
 
 
 def _odd_metadata(metadata: Mapping[str, str]) -> str | None:
@@ -375,19 +375,19 @@ def _odd_metadata(metadata: Mapping[str, str]) -> str | None:
 
 def _odd_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if not any(MATRICES.search(key) for key in shapes):
-        return f"holds no LoRA, LoHa or LoKr: its {len(shapes)} tensors begin with {excerpt(next(iter(shapes), '-'))}"
+        return f"holds no LoRA, LoHa or LoKr: its {len(shapes)} tensors begin with {cut(next(iter(shapes), '-'))}"
     for key, shape in shapes.items():
         if 0 in shape or (key.endswith(".alpha") and math.prod(shape) != 1):
-            return f"{excerpt(key)} has the shape {shape}, which no LoRA has"
+            return f"{cut(key)} has the shape {shape}, which no LoRA has"
         for down, up in PAIRS:
             if not key.endswith((down, up)):
                 continue
             stem = key.removesuffix(down).removesuffix(up)
             first, second = shapes.get(f"{stem}{down}"), shapes.get(f"{stem}{up}")
             if first is None or second is None:
-                return f"of the two matrices of {excerpt(stem)} one is missing"
+                return f"of the two matrices of {cut(stem)} one is missing"
             if min(len(first), len(second)) < 2 or first[0] != second[1]:
-                return f"the matrices of {excerpt(stem)} have the shapes {first} and {second}, which do not fit"
+                return f"the matrices of {cut(stem)} have the shapes {first} and {second}, which do not fit"
     return None
 
 
@@ -396,12 +396,12 @@ def _other_base(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, tupl
     stems = dict.fromkeys(key.partition(".")[0] for key in shapes)
     kinds = {_beginning(name) for name in layers}
     if not layers.keys() & stems.keys() and any(_beginning(stem) in kinds for stem in stems):
-        return f"was trained on another kind of base model: this one has no layer {excerpt(next(iter(stems)))}"
+        return f"was trained on another kind of base model: this one has no layer {cut(next(iter(stems)))}"
     for stem in layers.keys() & stems.keys():
         expected, (down, up) = layers[stem], (shapes.get(stem + end) for end in PAIRS[0])
         if down and up and len(expected) > 1 and (up[0], down[1]) != expected[:2]:
             return (
-                f"does not fit this base as a LoRA: {excerpt(stem)} is from {down[1]} to {up[0]} numbers, the base's "
+                f"does not fit this base as a LoRA: {cut(stem)} is from {down[1]} to {up[0]} numbers, the base's "
                 f"layer from {expected[1]} to {expected[0]}"
             )
     return None
@@ -410,9 +410,6 @@ def _other_base(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, tupl
 def _beginning(name: str) -> str:
     """`lora_unet_down_blocks` of a layer's name: what bases of the same library have in common."""
     return "_".join(name.split("_")[:4])
-
-
-MODELS = Path("models") / "lora"  # in the user's working folder
 
 
 def resolve_lora(
@@ -427,7 +424,7 @@ def resolve_lora(
     read_tokens(lora)
     trained = read_metadata(lora).get(TRIGGER)
     if trained and trigger and trained != trigger:
-        trained = excerpt(trained)
+        trained = printable(trained, 80)
         raise InputError(f"{lora.name} was trained on the trigger {trained}, not {trigger}: set trigger={trained}")
     return lora
 
@@ -444,11 +441,11 @@ def find_lora(value: str, key: str = "lora") -> Path:
         if named.is_file():
             return named
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise InputError(f"{key}={excerpt(value)}: cannot be looked up ({error.strerror})") from error
+        raise InputError(f"{key}={value}: cannot be looked up ({error.strerror})") from error
     names = sorted(file.stem for file in _loras(MODELS))
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{MODELS} has {', '.join(names) or 'none yet: train one'}"
-    raise InputError(f"{key}={excerpt(value)}: no such file, run folder or name; {hint}")
+    raise InputError(f"{key}={value}: no such file, run folder or name; {hint}")
 
 
 def _lora_of_run(run: Path, key: str) -> Path:
@@ -528,11 +525,11 @@ def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
         vectors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{lora}: its trigger {excerpt(trigger)} is {excerpt(count)} new tokens, whose embeddings should be in "
-            f"{file}: put that file there ({excerpt(str(error).splitlines()[0], 100)})"
+            f"{lora}: its trigger {printable(trigger, 80)} is {printable(count, 20)} new tokens, whose embeddings "
+            f"should be in {file}: put that file there ({printable(str(error).splitlines()[0], 100)})"
         ) from error
     if not vectors or any(value.ndim != 2 or str(len(value)) != count for value in vectors.values()):
-        raise InputError(f"{file}: does not hold the embeddings of the {excerpt(count)} new tokens of {lora.name}")
+        raise InputError(f"{file}: does not hold the embeddings of {printable(count, 20)} new tokens of {lora.name}")
     if not all(value.float().isfinite().all() for value in vectors.values()):
         raise InputError(f"{file}: has numbers that are not finite, the training that wrote it failed")
     return trigger, vectors

@@ -48,6 +48,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "mps" else torch.float32
 
 
+def vae_remedy(dtype: torch.dtype) -> str:
+    """What to use where the VAE of a base in `dtype` gives values that are not finite."""
+    return "another model.vae" if dtype == torch.float32 else "model.precision=fp32 or another model.vae"
+
+
 def base_class(model: Model) -> type[BaseModel]:
     """The class that `model._target_` names. Raises InputError if there is none."""
     try:

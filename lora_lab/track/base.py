@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import InputError, excerpt
+from lora_lab.console import cut
+from lora_lab.errors import InputError
 from lora_lab.runs import LONGEST_NAME
 
 if TYPE_CHECKING:
@@ -58,11 +59,10 @@ def validate_name(key: str, name: str | None, forbidden: str = "", longest: int 
     printed or is in `forbidden`; None is no name."""
     if name is None:
         return
-    shown = f"'{excerpt(name, 40)}'"
     if not name.strip():
-        raise InputError(f"{key}={shown}: is empty, name it or leave the key out")
+        raise InputError(f"{key}={cut(name, 40)}: is empty, name it or leave the key out")
     if len(name) > longest:
-        raise InputError(f"{key}={shown}: has {len(name)} characters, use at most {longest}")
+        raise InputError(f"{key}={cut(name, 40)}: has {len(name)} characters, use at most {longest}")
     odd = [letter for letter in name if letter in forbidden or not letter.isprintable()]
     if odd:
-        raise InputError(f"{key}={shown}: may not hold {odd[0]!r}, use another name")
+        raise InputError(f"{key}={cut(name, 40)}: may not hold {odd[0]!r}, use another name")

@@ -18,6 +18,7 @@ from lora_lab.adapters.files import embeddings_path, read_tokens, resolve_lora
 from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
@@ -40,7 +41,7 @@ from lora_lab.settings.schema import (
     training_fingerprint,
 )
 from lora_lab.settings.setting import instantiate_target
-from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
+from lora_lab.training.checkpoint import checkpoints, newest_checkpoint, step_of, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
@@ -254,7 +255,8 @@ def _render(config: Config, base: str, dtype: torch.dtype) -> RenderSettings:
 
 def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:
     dataset, masks = config.dataset, find_masks(config.loss.mask)
-    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
+    folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders]
+    samples = read_folders(folders, dataset.follow_links, dataset.kohya_folders)
     texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
     check_trigger(texts, config.trigger)
     hashes = {
@@ -301,9 +303,9 @@ def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
 def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | None:
     if not resume:
         return None
-    complete = checkpoints(folder)
-    if not complete:
-        raise InputError(f"resume={resume}: {folder} has no checkpoint to resume from")
-    if int(complete[-1].name.removeprefix("step-")) > steps:
-        raise InputError(f"resume={resume}: {complete[-1].name} is beyond steps={steps}, set more steps")
-    return complete[-1]
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        say(f"{folder} has no checkpoint yet: the training starts from its beginning")
+    elif step_of(newest) > steps:
+        raise InputError(f"resume={resume}: {newest.name} is beyond steps={steps}, set more steps")
+    return newest
