@@ -91,9 +91,11 @@ def left_in(folder):
     contents = {f.relative_to(folder): f.read_bytes().replace(bytes(folder), b"FOLDER") for f in kept}
     result = json.loads(contents.pop(Path("result.json")))
     learnt = {path: content for path, content in contents.items() if "checkpoints" not in path.parts}
-    for path in [path for path in learnt if path.suffix == ".safetensors"]:  # metadata have no fixed order
-        tensors = load_file(folder / path)
-        learnt[path] = {key: value.tolist() for key, value in tensors.items()}
+    for path in learnt:  # the metadata of a LoRA file have no fixed order, and those of an image its hash
+        if path.suffix == ".safetensors":
+            learnt[path] = {key: value.tolist() for key, value in load_file(folder / path).items()}
+        elif path.suffix == ".png":
+            learnt[path] = Image.open(folder / path).tobytes()
     return learnt, {key: value for key, value in result.items() if key != "seconds"}
 
 
