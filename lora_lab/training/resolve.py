@@ -16,7 +16,7 @@ from lora_lab import track
 from lora_lab.adapters import inject
 from lora_lab.adapters.files import embeddings_path, read_tokens, resolve_lora
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.console import say
 from lora_lab.errors import InputError
@@ -140,7 +140,9 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
     adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
     settings = config.stage
-    start_lora = resolve_lora(settings.start_from, None, key="stage.start_from") if settings.start_from else None
+    start_lora = None
+    if settings.start_from:
+        start_lora = resolve_lora(settings.start_from, None, layer_shapes(config.model), "stage.start_from")
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
     make_optimizer = resolve_optimizer(config.optimizer, device)
     traits, _ = OptimizerTraits.split(config.optimizer)
