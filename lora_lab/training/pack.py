@@ -22,7 +22,6 @@ from lora_lab.console import say
 from lora_lab.settings.schema import Memory
 from lora_lab.training.base_context import BaseContext, free_gpu_memory, prepare_base
 from lora_lab.training.checkpoint import newest_checkpoint
-from lora_lab.training.data import count_buckets
 from lora_lab.training.engine import Losses, StepBatches, captured, compile_blocks
 from lora_lab.training.lora_training import FlatParams, LoRATraining
 from lora_lab.training.loss import Batch, per_sample_loss
@@ -186,7 +185,7 @@ def train_pack(trainings: Sequence[ResolvedTraining], on_end: PackEnded) -> None
         context = prepare_base(trainings[0])
     except torch.OutOfMemoryError:  # a smaller pack would not help
         return do_not_fit(list(remaining))
-    queue, max_size = _with_equal_batches(trainings), len(trainings)
+    queue, max_size = _with_equal_batches(trainings, len(context.data.buckets)), len(trainings)
     while queue:
         indices = queue.pop(0)
         pack = [remaining[i] for i in indices]
@@ -205,14 +204,13 @@ def train_pack(trainings: Sequence[ResolvedTraining], on_end: PackEnded) -> None
             queue[:0] = [unfinished] if unfinished else []
 
 
-def _with_equal_batches(trainings: Sequence[ResolvedTraining]) -> list[list[int]]:
-    """The indices of trainings whose batches have one shape in every step.
+def _with_equal_batches(trainings: Sequence[ResolvedTraining], sizes: int) -> list[list[int]]:
+    """The indices of trainings whose batches have one shape in every step; the images have so many sizes.
 
     With images of several sizes each seed has an order of its own."""
-    several_sizes = len(count_buckets(trainings[0].images.fitted)) > 1
     groups: dict[int, list[int]] = {}
     for i, training in enumerate(trainings):
-        groups.setdefault(training.seed if several_sizes else 0, []).append(i)
+        groups.setdefault(training.seed if sizes > 1 else 0, []).append(i)
     return list(groups.values())
 
 
