@@ -116,7 +116,7 @@ class ResolvedTraining:
     adapter: PeftConfig
     make_optimizer: MakeOptimizer
     optimizer_name: str
-    elementwise: bool  # whether the optimizer may get all trainable parameters as one tensor
+    traits: OptimizerTraits  # of the optimizer
     start_lora: Path | None  # whose weights the adapter starts from
     device: torch.device
     dtype: torch.dtype  # of the frozen base
@@ -147,8 +147,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     settings = config.stage
     start_lora = find_lora(settings.start_from, "stage.start_from") if settings.start_from else None
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
-    make_optimizer = resolve_optimizer(config.optimizer, device)
-    traits, _ = OptimizerTraits.split(config.optimizer)
+    traits, make_optimizer = resolve_optimizer(config.optimizer, device)
     optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
     if config.text.learns or start_lora:
         validate_text(config.text, adapter, optimizer_name, traits, start_lora)
@@ -180,11 +179,11 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         adapter=adapter,
         make_optimizer=make_optimizer,
         optimizer_name=optimizer_name,
-        elementwise=traits.elementwise,
+        traits=traits,
         start_lora=start_lora,
         device=device,
         dtype=dtype,
-        size=training_size(config),
+        size=training_size(config, traits),
         start_time=start_time,
         resumed=bool(config.resume),
         resume_from=resume_from,
@@ -206,16 +205,18 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     return training
 
 
-def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOptimizer:
-    """The optimizer's constructor with its arguments, those that depend on the device decided. Raises InputError."""
-    _, arguments = OptimizerTraits.split(settings)
+def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> tuple[OptimizerTraits, MakeOptimizer]:
+    """The optimizer's traits, and its constructor with its arguments, those that depend on the device decided.
+
+    Raises InputError."""
+    traits, arguments = OptimizerTraits.split(settings)
     if arguments.get("fused", False) is None:
         arguments["fused"] = device.type == "cuda"
-    return instantiate_target("optimizer", arguments, [_probe()])
+    return traits, instantiate_target("optimizer", arguments, [_probe()])
 
 
-def training_size(config: Config) -> TrainingSize:
-    """What decides the memory of the training that `config` describes."""
+def training_size(config: Config, traits: OptimizerTraits) -> TrainingSize:
+    """What decides the memory of the training that `config` describes, with an optimizer of these `traits`."""
     return TrainingSize(
         profile=base_class(config.model).memory,
         memory=config.memory,
@@ -224,7 +225,7 @@ def training_size(config: Config) -> TrainingSize:
         resolution=config.model.resolution,
         trains_text=config.text.learns,
         keeps_average=bool(config.stage.ema_decay),
-        optimizer_state_bytes=OptimizerTraits.split(config.optimizer)[0].state_bytes,
+        optimizer_state_bytes=traits.state_bytes,
     )
 
 
