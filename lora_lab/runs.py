@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from lora_lab.errors import DiskFullError, InputError
 from lora_lab.settings.schema import STAGES, Config, Stage
@@ -36,6 +39,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}\.\w+|tmp\w{6})")
 FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: reading 7 GB of SDXL takes a minute
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
+LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
 RESOLVER = re.compile(r"\$\{(?=[^{}]*:)")  # the start of ${oc.env:HOME}, not that of ${trigger}
 
 
@@ -203,14 +207,17 @@ def save_picture(path: Path, picture: "Image.Image", metadata: dict[str, object]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other."""
-    names: list[str] = []
+    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other.
+
+    They are cut to 200 bytes: with what is added to them a file name would have more than the 255 that it may."""
+    names: dict[str, None] = {}
     for path in paths:
-        name, number = path.stem, 2
+        stem, number = path.stem.encode()[:200].decode(errors="ignore"), 2
+        name = stem
         while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
+            name, number = f"{stem}-{number}", number + 1
+        names[name] = None
+    return list(names)
 
 
 def display_path(path: Path) -> Path:
@@ -284,6 +291,62 @@ def refuse_used(folder: Path, file: str) -> None:
     """Raise InputError if `folder` has `file`, which every run leaves: a second run would overwrite the first."""
     if (folder / file).exists():
         raise InputError(f"{folder} has a run already: set hydra.run.dir= to another folder, or resume={folder}")
+
+
+def create_folder(folder: Path, named: bool, key: str) -> Path:
+    """Create `folder` and return it, or one with a number behind its name if two runs start in the same second.
+
+    A folder that the user `named`, by the setting `key`, may exist. Raises InputError."""
+    for number in range(1000):
+        numbered = folder.with_name(f"{folder.name}-{number}") if number else folder
+        try:
+            numbered.mkdir(parents=True, exist_ok=named)
+            return numbered
+        except FileExistsError:
+            if named:
+                raise InputError(f"{folder}: not a folder, set {key}= to another one") from None
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}; set {key}= to another folder") from error
+    raise InputError(f"{folder}: exists, set {key}= to another folder")
+
+
+@contextmanager
+def claimed(folder: Path, wait_seconds: float = 0) -> Iterator[None]:
+    """Within the context this process alone may work in the folder of a run or a sweep.
+
+    The system ends the claim when the process dies, however that happens. Raises InputError, naming the process that
+    has the folder, if it still has it after `wait_seconds`."""
+    lock = _acquire(folder, wait_seconds)
+    try:
+        write_json(folder / HOLDER, this_process())
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_claimed(folder: Path) -> None:
+    """Raise InputError, naming the process, if another one works in `folder`. Writes nothing."""
+    if (folder / LOCK).is_file():
+        _acquire(folder, 0).release()
+
+
+def _acquire(folder: Path, wait_seconds: float) -> FileLock:
+    lock = FileLock(folder / LOCK, timeout=wait_seconds)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8")) if (folder / HOLDER).is_file() else {}
+        process = "process {pid} on {host}".format(**holder) if holder else "another process"
+        raise InputError(
+            f"{folder} is in use by {process}, which still runs: wait for it or end it, or use another folder"
+        ) from None
+    return lock
+
+
+def this_process() -> dict[str, Any]:
+    """Host and process id, by which a user finds this process."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _describe(device: object) -> str:

@@ -250,7 +250,8 @@ def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
 
 @dataclass
 class ValidationImages(Observer):
-    """Renders the stage's prompts at the start by the base, every stage.validate_every steps, and at the end."""
+    """Renders the stage's prompts: by the base at the start, with the LoRA every stage.validate_every steps and at the
+    end."""
 
     resolved: ResolvedTraining
     artifacts: RunArtifacts
@@ -264,11 +265,11 @@ class ValidationImages(Observer):
 
     @property
     def folder(self) -> Path:
-        """Of all images."""
+        """The folder of all validation images."""
         return self.resolved.folder / "samples"
 
     def on_start(self, step: int) -> None:
-        """Render what the base makes of the prompts, and what was due at `step` when the run stopped."""
+        """Render by the base; in a resumed run also the images that were due at `step` and are missing."""
         specs = self.specs
         images, _ = render_base(specs, self.resolved.render, self.resolved.folder, self.encoder)
         for spec, image in zip(specs, images, strict=True):
@@ -278,7 +279,7 @@ class ValidationImages(Observer):
             self.on_step(step)
 
     def on_step(self, step: int) -> None:
-        """Write the LoRA so far and render with it where that is due."""
+        """If images are due at `step`, write a file of the LoRA as it is now, and render with it."""
         if self.resolved.is_due(self.resolved.settings.validate_every, step):
             self._render(self.artifacts.save_lora(step, self._name_of(step)), step)
 

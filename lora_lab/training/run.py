@@ -5,14 +5,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from lora_lab.adapters.files import MODELS
 from lora_lab.base.load import DTYPES
+from lora_lab.base.locate import locate_folder
 from lora_lab.console import say
 from lora_lab.errors import DiskFullError, InputError, RunError
 from lora_lab.evaluation.metrics import Scores
+from lora_lab.images.dataset import cut_away_line, frames_line, unused_line
 from lora_lab.runs import free_space, remove_temporary_files
 from lora_lab.track import tracking
 from lora_lab.training.base_context import BaseContext
@@ -28,7 +31,8 @@ from lora_lab.training.resolve import ResolvedTraining
 from lora_lab.training.text_encoders import describe_text
 
 PNG_BYTES = 2  # of a pixel, about: a drawing takes less, a photo more
-SHARED_LINES = ("character", "sizes", "base", "memory")  # that the trainings of a pack have in common
+# Lines that the trainings of a pack have in common.
+SHARED_LINES = ("character", "unused", "frames", "sizes", "cut", "base", "memory")
 
 
 def describe(training: ResolvedTraining) -> str:
@@ -76,7 +80,11 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
     """The lines of what is not the default, each only where it applies."""
     settings, loss, images = training.settings, training.loss, training.images
     orders = {order for captions in training.files.texts for variants in captions for order in variants}
+    cuts = {s.name: f for s, f in zip(training.files.samples, images.fitted, strict=True)}
     lines = {
+        "unused": _describe_unused(training),
+        "frames": frames_line({sample.name: sample.path for sample in training.files.samples}),
+        "cut": not training.dataset.random_crop and cut_away_line(cuts),
         "starts": training.start_lora and f"from {training.start_lora}",
         "prior": training.prior.kind != "none" and _describe_prior(training),
         "masks": loss.mask != "none" and f"{loss.mask}; the loss outside the mask has weight {loss.unmasked_weight:g}",
@@ -90,6 +98,15 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
         "resumes": training.resume_from and f"from {training.resume_from}",
     }
     return {name: line for name, line in lines.items() if line}
+
+
+def _describe_unused(training: ResolvedTraining) -> str:
+    """The files in the folders of images that are not used; "" if there are none."""
+    dataset = training.dataset
+    roots = [locate_folder("dataset.root", folder.root) for folder in dataset.folders]
+    others = [Path(root) for root in (training.prior.root, training.settings.validation_root) if root]
+    lines = [unused_line(roots, dataset.follow_links), *(unused_line([root]) for root in others)]
+    return "; ".join(filter(None, lines))
 
 
 def _describe_lr(training: ResolvedTraining) -> str | None:
