@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")  # audit events of Python
 RANDOM_NAME = re.compile(r"\.[a-z0-9_]{8}\.")
+RECORDS = (".hydra", ".lock", "lora_lab.log", "manifest.json", "job.json")  # of processes, not of what they do
 VOLATILE = ("seconds", "images_per_second", "memory_mib")  # what no two runs have in common
 
 
@@ -106,11 +107,11 @@ def _watch(kill_at: int | None) -> None:
     sys.addaudithook(hook)
 
 
-def left_by(folder: Path, skipped: Sequence[str] = (".hydra", "lora_lab.log", "manifest.json")) -> dict[str, object]:
+def left_by(folder: Path) -> dict[str, object]:
     """What a run left: each file's content, without what no two runs have in common."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() or file.name.startswith(".")]
     names = {file: file.relative_to(folder).as_posix() for file in files}
-    return {name: _content(file) for file, name in names.items() if not name.startswith(tuple(skipped))}
+    return {name: _content(file) for file, name in names.items() if not name.startswith(RECORDS)}
 
 
 def _content(file: Path) -> object:

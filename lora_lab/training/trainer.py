@@ -149,6 +149,10 @@ class RunGroup:
         for run in self.active:  # the numbers of all, before rendering the images of one may run out of memory
             with self.isolated(run):
                 run.end_step(*results[id(run.training)])
+        for run in self.active:  # of all, so that a kill leaves all at one step: only then they go on as one pack
+            with self.isolated(run):
+                if run.error is None:
+                    run.save_due_checkpoint()
         for run in self.active:
             with self.isolated(run):
                 if run.unfinished:
