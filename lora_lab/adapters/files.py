@@ -128,7 +128,7 @@ def peft_state(
         rank = rank_of(leaves)
         factor = (alpha.item() / rank if rank else 1.0) / layer.scaling[adapter]
         for leaf, value in leaves.items():
-            value = value * factor if leaf in SCALED and factor != 1 else value
+            value = value.float() * factor if leaf in SCALED and factor != 1 else value  # fp8 has no products
             if leaf == "dora_scale":
                 value = value.reshape(layer.lora_magnitude_vector[adapter].weight.shape)
             tensors[f"{module}.{peft_leaves[leaf]}"] = value

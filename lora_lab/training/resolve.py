@@ -67,13 +67,18 @@ class TrainingFiles:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The images themselves, fitted into their buckets."""
+    """The images themselves, fitted into their buckets, until they are encoded."""
 
     fitted: list[Fitted]  # of the samples, in their order, cut at the centre
     crops: list[list[Fitted]]  # what each sample is trained on
     held_out: list[Fitted]  # of the held-out samples
     references: list[Image.Image]  # that scores compare with instead of the training images; [] without held-out images
     class_images: list[Fitted]  # of the class samples that are on disk; prior=generated renders the others
+
+    def free(self) -> None:
+        """Free all images, 3 MB each at 1024 px: BaseContext has what is made of them."""
+        for images in (self.fitted, self.crops, self.held_out, self.references, self.class_images):
+            images.clear()
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class ResolvedTraining:
     adapter: PeftConfig
     make_optimizer: MakeOptimizer
     optimizer_name: str
-    elementwise: bool  # whether the optimizer may get all trainable parameters as one tensor
+    traits: OptimizerTraits  # of the optimizer
     start_lora: Path | None  # whose weights the adapter starts from
     device: torch.device
     dtype: torch.dtype  # of the frozen base
@@ -144,8 +149,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     if settings.start_from:
         start_lora = resolve_lora(settings.start_from, None, layer_shapes(config.model), "stage.start_from")
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
-    make_optimizer = resolve_optimizer(config.optimizer, device)
-    traits, _ = OptimizerTraits.split(config.optimizer)
+    traits, make_optimizer = resolve_optimizer(config.optimizer, device)
     optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
     if config.text.learns or start_lora:
         validate_text(config.text, adapter, optimizer_name, traits, start_lora)
@@ -177,11 +181,11 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         adapter=adapter,
         make_optimizer=make_optimizer,
         optimizer_name=optimizer_name,
-        elementwise=traits.elementwise,
+        traits=traits,
         start_lora=start_lora,
         device=device,
         dtype=dtype,
-        size=training_size(config),
+        size=training_size(config, traits),
         start_time=start_time,
         resumed=bool(config.resume),
         resume_from=resume_from,
@@ -203,16 +207,18 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     return training
 
 
-def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOptimizer:
-    """The optimizer's constructor with its arguments, those that depend on the device decided. Raises InputError."""
-    _, arguments = OptimizerTraits.split(settings)
+def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> tuple[OptimizerTraits, MakeOptimizer]:
+    """The optimizer's traits, and its constructor with its arguments, those that depend on the device decided.
+
+    Raises InputError."""
+    traits, arguments = OptimizerTraits.split(settings)
     if arguments.get("fused", False) is None:
         arguments["fused"] = device.type == "cuda"
-    return instantiate_target("optimizer", arguments, [_probe()])
+    return traits, instantiate_target("optimizer", arguments, [_probe()])
 
 
-def training_size(config: Config) -> TrainingSize:
-    """What decides the memory of the training that `config` describes."""
+def training_size(config: Config, traits: OptimizerTraits) -> TrainingSize:
+    """What decides the memory of the training that `config` describes, with an optimizer of these `traits`."""
     return TrainingSize(
         profile=base_class(config.model).memory,
         memory=config.memory,
@@ -221,7 +227,7 @@ def training_size(config: Config) -> TrainingSize:
         resolution=config.model.resolution,
         trains_text=config.text.learns,
         keeps_average=bool(config.stage.ema_decay),
-        optimizer_state_bytes=OptimizerTraits.split(config.optimizer)[0].state_bytes,
+        optimizer_state_bytes=traits.state_bytes,
     )
 
 
