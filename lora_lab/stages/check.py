@@ -84,8 +84,8 @@ def token_counter(base: str) -> Callable[[str], int] | None:
     if Path(location).is_file():
         return None
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer")
-    except (OSError, ValueError):
+        tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer", trust_remote_code=False)
+    except Exception:  # missing or damaged: libraries raise nearly anything, and loading the base names the fault
         say(f"captions are not measured in tokens: the tokenizer of {base} cannot be reached")
         return None
     return lambda text: len(tokenizer(text).input_ids)
