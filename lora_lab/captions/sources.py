@@ -36,7 +36,7 @@ def find_sources(root: Path, images: ImageNames, follow_links: bool) -> list[Sou
         sources = []
         for form, title, files, rows in places:
             if not follow_links:
-                _refuse_outward(files, root)
+                refuse_outward(files, root)
             if captions := checked(rows, root):
                 sources.append(Source(form, title, files, captions))
         if sources:
@@ -93,7 +93,7 @@ def _table_rows(files: Iterable[Path], root: Path, images: ImageNames) -> Iterat
             yield where, images.find(name, where, folder), text
 
 
-def _refuse_outward(files: Iterable[Path], root: Path) -> None:
+def refuse_outward(files: Iterable[Path], root: Path) -> None:
     for file in files:
         if leads_out(file, root):
             raise InputError(
