@@ -169,7 +169,8 @@ def _contents(
 ) -> dict[Path, bytes]:
     """File -> its new content; `sources` are the present ones of this form, or of files under other names."""
     files = [path for source in sources for path in source.files]
-    path = next((path for path in files if path.name.lower() == f"metadata.{form}"), root / f"metadata.{form}")
+    names = (path for path in files if path.parent == root and path.name.lower() == f"metadata.{form}")
+    path = next(names, root / f"metadata.{form}")
     if form == "jsonl":
         return {path: _jsonl(captions, _other_fields(files, root, images)).encode()}
     if form == "csv":

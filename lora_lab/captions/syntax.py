@@ -20,6 +20,7 @@ SYNTAX = (
 )  # fmt: skip
 COMPILED = tuple((re.compile(pattern, re.IGNORECASE), meaning) for pattern, meaning in SYNTAX)
 
+MOST = 3  # texts of which each has its own line
 Texts = Mapping[str, Sequence[str]]  # by the name of an image, or by a key of the configuration
 CountTokens = Callable[[str], int]  # start and end markers included
 
@@ -38,6 +39,15 @@ def long_texts(texts: Texts, count_tokens: CountTokens) -> dict[str, int]:
     """Name -> tokens of each text of which CLIP does not read the end."""
     tokens = {name: max(map(count_tokens, own), default=0) for name, own in texts.items()}
     return {name: count for name, count in tokens.items() if count > CLIP_WINDOW}
+
+
+def length_warnings(tokens: Mapping[str, int], of: str = "", about: str = "") -> list[str]:
+    """The lines about `long_texts`: one each for three of them, and one for all others."""
+    names = list(tokens)
+    lines = [f"{of}{n} is {about}{tokens[n]} tokens: CLIP reads {CLIP_WINDOW}, so shorten it" for n in names[:MOST]]
+    if len(names) > MOST:
+        lines.append(f"{len(names) - MOST} more are over {CLIP_WINDOW} tokens: {list_names(names[MOST:])}")
+    return lines
 
 
 def without_trigger(texts: Texts, trigger: str) -> list[str]:
@@ -61,8 +71,7 @@ def prompt_warnings(
     texts = {key: (text.replace("{trigger}", trigger),) for key, text in prompts.items()}
     about, count = ("", count_tokens) if count_tokens else ("about ", estimate_tokens)
     warnings = syntax_warnings(texts)
-    for key, tokens in long_texts(texts, count).items():
-        warnings.append(f"{key} is {about}{tokens} tokens: CLIP reads {CLIP_WINDOW}, so shorten it")
+    warnings += length_warnings(long_texts(texts, count), about=about)
     if of_character and (names := without_trigger(texts, trigger)):
         warnings.append(f"{list_names(names)}: without the trigger, write {{trigger}} where the character is meant")
     return warnings

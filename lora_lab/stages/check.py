@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_lab.base.load import token_counter
 from lora_lab.base.locate import locate_folder
-from lora_lab.captions.phrases import CLIP_WINDOW
+from lora_lab.captions.syntax import length_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import (
@@ -145,9 +145,7 @@ def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
     if findings.without_trigger:
         names = list_names(findings.without_trigger)
         warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
-    for name, tokens in findings.too_long.items():
-        warnings.append(f"the caption of {name} is {tokens} tokens: CLIP reads {CLIP_WINDOW}, so shorten it")
-    warnings += findings.syntax
+    warnings += [*length_warnings(findings.too_long, "the caption of "), *findings.syntax]
     for phrase in findings.in_every_caption:
         warnings.append(
             f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '

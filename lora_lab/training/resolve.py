@@ -16,9 +16,8 @@ from lora_lab import track
 from lora_lab.adapters import inject
 from lora_lab.adapters.files import embeddings_path, read_tokens, resolve_lora
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import base_class, pick_device, pick_dtype, token_counter, validate_prediction
+from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.captions.syntax import prompt_warnings, prompts_by_key, syntax_warnings
 from lora_lab.console import say, say_once
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
@@ -43,7 +42,7 @@ from lora_lab.settings.schema import (
 )
 from lora_lab.settings.setting import instantiate_target
 from lora_lab.training.checkpoint import checkpoints, newest_checkpoint, step_of, validate_fingerprint
-from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
+from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures, text_warnings
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
 from lora_lab.training.text_encoders import validate_text
@@ -198,25 +197,11 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     if not config.resume:
         refuse_used(folder, METRICS)
     training = resolve_training(config, folder, reuse_from)
-    _warn_of_texts(config, training.files.samples)
+    texts = (training.settings.prompts, training.score, training.prior)
+    for line in text_warnings(training.files.samples, *texts, training.model, training.trigger):
+        say_once(line)
     write_manifest(folder, training.device, training.hashes)
     return training
-
-
-def _warn_of_texts(config: Config, samples: Sequence[Sample]) -> None:
-    """Say what the words of captions and prompts do not do."""
-    count_tokens, score = token_counter(config.model.base), config.score
-    validation, others = prompts_by_key(stage_prompts=config.stage.prompts), {}
-    if config.model.judge is not None:
-        others = prompts_by_key(score_prompts=score.prompts, score_other_prompts=score.other_prompts)
-    if config.prior.prompt:
-        others["prior.prompt"] = config.prior.prompt
-    for line in [
-        *syntax_warnings({sample.name: sample.captions for sample in samples}),
-        *prompt_warnings(validation, config.trigger, count_tokens),
-        *prompt_warnings(others, config.trigger, count_tokens, of_character=False),
-    ]:
-        say_once(line)
 
 
 def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOptimizer:
