@@ -362,3 +362,11 @@ def test_what_no_caption_file_can_have_is_refused_and_cut(tmp_path):
         read_caption_lists(tmp_path)
     with pytest.raises(InputError, match="is not UTF-8: rename the picture"):
         write_captions(tmp_path, {"\udcff.png": "a cat"})
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "json", "txt"])
+def test_a_caption_of_a_megabyte_is_read_and_written_like_any_other(tmp_path, form):
+    lay_out(tmp_path, ["1.png"])
+    for text in ("a cat, " * 150_000 + "end", "cat" * 300_000, "\x1b[31mred\x07 " * 80_000 + "end"):
+        write_captions(tmp_path, {"1.png": text}, form)
+        assert read_captions(tmp_path) == {"1.png": text}

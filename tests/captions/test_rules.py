@@ -335,3 +335,10 @@ def test_hints_behind_a_link_out_of_the_folder_are_not_read(tmp_path):
     with pytest.raises(InputError, match=r"hints\.csv is a link .*follow_links=true"):
         read_hints(tmp_path / "data")
     assert read_hints(tmp_path / "data", follow_links=True) == {"1.png": "a secret"}
+
+
+@pytest.mark.parametrize("option", ["rules", "avatars", "off"])
+def test_a_caption_of_ten_thousand_words_is_refined_like_any_other(option):
+    for text in ("cat " * 10_000, "a" * 50_000, ", ".join(f"hat {i}" for i in range(5_000)), "with a " * 7_000):
+        refined = refine_caption(text, "HANA_TOFU", shipped(option))  # a quadratic rule takes minutes
+        assert refined.count("HANA_TOFU") == 1
