@@ -21,7 +21,7 @@ from lora_lab.captions.captioner import Settings, check_captioner, images_per_ca
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.dataset import unused_line
+from lora_lab.images.dataset import say_unused
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
@@ -124,8 +124,8 @@ def find_photos(value: object) -> list[Path]:
     for item in values:
         path = locate_folder("stage.photo", item)
         files += find_pictures(path, "stage.photo").values() if path.is_dir() else [path]
-        if path.is_dir() and (line := unused_line([path])):
-            say(line)
+        if path.is_dir():
+            say_unused([path])
     return files
 
 
