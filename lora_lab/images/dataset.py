@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.files import caption_files, read_caption_lists
-from lora_lab.console import say
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import Fitted, Size, count_frames, cut_away, open_picture, open_with_alpha
 from lora_lab.images.scan import Contents, find_contents, find_pictures, natural_key, scan
@@ -176,7 +176,8 @@ def unused_files(root: Path, follow_links: bool = False) -> dict[str, str]:
     Raises InputError as `scan` does."""
     contents = scan(root, follow_links)
     in_use = caption_files(root, contents.others.values(), follow_links)
-    unused = contents.left_out | {name: NO_USE for name, path in contents.others.items() if path not in in_use}
+    others = {printable(name): NO_USE for name, path in contents.others.items() if path not in in_use}
+    unused = contents.left_out | others
     return {name: unused[name] for name in sorted(unused, key=natural_key)}
 
 

@@ -119,7 +119,8 @@ def _loss(config: Config, loras: list[Path]) -> Loss:
 
 def _training_pictures(config: Config) -> list[Image.Image]:
     roots = [locate_folder("dataset.root", folder.root) for folder in config.dataset.folders]
-    return [picture for root in roots for picture in pictures_in(root, "dataset.root", config.model)]
+    follow_links = config.dataset.follow_links
+    return [picture for root in roots for picture in pictures_in(root, "dataset.root", config.model, follow_links)]
 
 
 def _sheet(scored: list[ScoredImages], path: Path) -> Path:
