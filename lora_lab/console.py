@@ -98,6 +98,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.raiseExceptions = False  # a line that a full disk cannot hold has no traceback: the run reports the disk
     for name in ("bitsandbytes", "peft", "accelerate", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(

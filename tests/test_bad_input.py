@@ -262,7 +262,8 @@ def test_the_bundled_pictures_are_never_written_to(composed, here, unloadable, s
 
 def lora(file, trigger=TRIGGER, **tensors):
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors or {"a": torch.zeros(1)}, file, metadata={"modelspec.trigger_phrase": trigger})
+    layer = {f"lora_unet_x.lora_{side}.weight": torch.zeros(1, 1) for side in ("down", "up")}
+    save_file(tensors or layer, file, metadata={"modelspec.trigger_phrase": trigger})
     return file
 
 

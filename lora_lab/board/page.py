@@ -19,7 +19,15 @@ from filelock import FileLock
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from lora_lab.board.read import Picture, Sweep, TrainedRun, final_loss, final_validation_loss, running_mean
+from lora_lab.board.read import (
+    Picture,
+    Sweep,
+    TrainedRun,
+    final_loss,
+    final_validation_loss,
+    read_sweep,
+    running_mean,
+)
 from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
@@ -28,6 +36,44 @@ from lora_lab.runs import display_path, write_atomically, write_text
 from lora_lab.settings.schema import Tracker
 
 LANGUAGES = ("en", "ko")
+HERE = Path(__file__).parent
+STYLES, SCRIPTS = ("uplot.min.css", "page.css"), ("uplot.min.js", "page.js", "matrix.js", "zoom.js", "runs.js")
+GENERATOR = '<meta name="generator" content="lora_lab">'  # an index.html without it was not written here
+THUMBNAIL_SIZE = 256  # pixels, of the longer side
+CURVE_POINTS = 200  # at most; a chart is not wide enough to show more
+SHEET_ROWS = 24  # of comparison.png, for the best runs
+LOCK = ".page.lock"  # in the sweep's folder: one process at a time writes the page
+
+
+def rewrite_page(sweep: Path) -> Path | None:
+    """Write the page of `sweep` from the files that are there, and return it; None if nothing trains or it failed.
+
+    Of several processes each waits for the others, so the last one to write has read what all of them left. An error is
+    one line on stderr, and never ends a job."""
+    sweep = display_path(sweep)  # the page's commands name folders relative to the working directory
+    if not sweep.is_dir():  # no job was started
+        return None
+    try:
+        with FileLock(sweep / LOCK, timeout=60):
+            content = read_sweep([sweep])
+            return write_page(content, verdict(content), sweep) if content.runs else None
+    except InputError as error:
+        warn(str(error))
+    except Exception as error:
+        warn(f"the comparison page of {sweep} could not be written ({error!r})")
+    return None
+
+
+def attach_page(sweep: Path, tracker: Tracker) -> None:
+    """Log the page of the finished `sweep` to W&B, unless the same page was logged before.
+
+    An error is one line on stderr."""
+    from lora_lab.track import wandb
+
+    try:
+        wandb.attach(sweep, files_to_share(sweep), tracker)
+    except Exception as error:
+        warn(f"the comparison page of {display_path(sweep)} could not be logged ({error!r})")
 
 
 @dataclass(frozen=True)
@@ -135,14 +181,6 @@ def axes(sweep: Sweep) -> tuple[str, str]:
     return "@run", "@prompt"
 
 
-HERE = Path(__file__).parent
-STYLES, SCRIPTS = ("uplot.min.css", "page.css"), ("uplot.min.js", "page.js", "matrix.js", "zoom.js", "runs.js")
-GENERATOR = '<meta name="generator" content="lora_lab">'  # an index.html without it was not written here
-THUMBNAIL_SIZE = 256  # pixels, of the longer side
-CURVE_POINTS = 200  # at most; a chart is not wide enough to show more
-SHEET_ROWS = 24  # of comparison.png, for the best runs
-
-
 def write_page(sweep: Sweep, verdict: Verdict, to: Path) -> Path:
     """Write the page of `sweep` into the folder `to`; returns index.html.
 
@@ -233,7 +271,7 @@ def _write_thumbnail(picture: Image.Image, source: Path, path: Path) -> None:
         picture.save(file, quality=85, method=4)
         os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
 
-    write_atomically(path, save)
+    write_atomically(path, save, durable=False)
 
 
 def html(data: dict[str, Any], sweep: Sweep, verdict: Verdict) -> str:
@@ -347,42 +385,3 @@ def sheet(sweep: Sweep, verdict: Verdict, assets: Path) -> Image.Image:
 
 def _small(assets: Path, run: TrainedRun, picture: Picture) -> Image.Image:
     return Image.open(assets / slug(run) / f"{stem(picture)}.webp")
-
-
-LOCK = ".page.lock"
-
-
-def rewrite_page(sweep: Path) -> Path | None:
-    """Write the page of `sweep` from the files that are there, and return it; None if nothing trains or it failed.
-
-    Of several processes each waits for the others, so the last one to write has read what all of them left. An error is
-    one line on stderr, and never ends a job."""
-    from lora_lab.board.page import verdict, write_page
-    from lora_lab.board.read import read_sweep
-
-    sweep = display_path(sweep)  # the page's commands name folders relative to the working directory
-    if not sweep.is_dir():  # no job was started
-        return None
-    try:
-        with FileLock(sweep / LOCK, timeout=60):
-            content = read_sweep([sweep])
-            return write_page(content, verdict(content), sweep) if content.runs else None
-    except InputError as error:
-        warn(str(error))
-    except Exception as error:
-        warn(f"the comparison page of {sweep} could not be written ({error!r})")
-    return None
-
-
-def attach_page(sweep: Path, tracker: Tracker) -> None:
-    """Log the page of the finished `sweep` to W&B, unless the same page was logged before.
-
-    An error is one line on stderr."""
-    from lora_lab.board.page import files_to_share
-    from lora_lab.track import wandb
-
-    names = {"project": tracker.project, "group": tracker.group, "tags": tracker.tags}
-    try:
-        wandb.attach(sweep, files_to_share(sweep), tracker.mode, names)
-    except Exception as error:
-        warn(f"the comparison page of {display_path(sweep)} could not be logged ({error!r})")

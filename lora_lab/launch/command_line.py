@@ -113,10 +113,10 @@ def refuse_swept_hydra(parsed: Sequence[Override]) -> None:
             raise InputError(f"{override.input_line}: {key} has one value for the whole sweep{quoted}")
 
 
-def all_points(hydra: Mapping[str, Any], loader: ConfigLoader | None = None) -> list[list[str]]:
+def all_points(hydra: Mapping[str, Any], loader: ConfigLoader) -> list[list[str]]:
     """Every job of a sweep as its overrides, in the order of their numbers; none if the sweeper searches.
 
-    `hydra` is Hydra's part of the composition. `loader` is needed to expand a glob. Raises HydraException."""
+    `hydra` is Hydra's part of the composition, `loader` expands a glob. Raises HydraException."""
     if not hydra["sweeper"]["_target_"].endswith("BasicSweeper"):
         return []
     params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
@@ -143,7 +143,8 @@ def write_missing_points(sweep: Path) -> None:
     # A damaged record, or a folder that cannot be written: its page lacks the jobs that were not started.
     with suppress(OSError, YAMLError, HydraException, OmegaConfBaseException, TypeError, KeyError, AttributeError):
         record = OmegaConf.to_container(OmegaConf.load(sweep / SWEEP_RECORD), resolve=False)
-        write_points(sweep, all_points(record["hydra"]))
+        with config.hydra_loader() as loader:
+            write_points(sweep, all_points(record["hydra"], loader))
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -239,7 +240,8 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
     composition = config.with_hydra([*without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     refuse_none_at_once(composition.hydra)
     points = representative_points(with_params(parsed, composition.hydra))
-    runs = [config.resolve(config.with_hydra(without_mode(point))) for point in points]
+    with config.hydra_loader() as loader:
+        runs = [config.resolve(loader.load_configuration("config", without_mode(p), RunMode.RUN)) for p in points]
     if searches(composition.hydra):
         refuse_unscored(runs)
     return Command(composition, runs)

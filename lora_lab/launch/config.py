@@ -2,9 +2,9 @@
 
 Imports no torch."""
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.captioner import check_captioner
 from lora_lab.captions.refiner import check_refiner
 from lora_lab.errors import InputError
+from lora_lab.launch.loader import SweepLoader
 from lora_lab.settings.refusal import SettingError
 from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Packed, build_config, fields_of
 from lora_lab.settings.setting import defaults_of, facts_of, location_of
@@ -114,7 +115,9 @@ def hydra_loader() -> Iterator[ConfigLoader]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), job_name="lora_lab", version_base="1.3"):
-            yield GlobalHydra.instance().config_loader()
+            hydra = GlobalHydra.instance().hydra
+            hydra.config_loader = SweepLoader(hydra.config_loader.get_search_path())
+            yield hydra.config_loader
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -134,7 +137,7 @@ def composed(overrides: list[str]) -> DictConfig:
 
 def without_hydra(composition: DictConfig) -> DictConfig:
     """A copy of `composition` without Hydra's part. Raises SettingError for a key that no file in conf/ has."""
-    cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
+    cfg, choices = pickle.loads(pickle.dumps(composition)), composition.hydra.runtime.choices  # deepcopy is slow
     with open_dict(cfg):
         del cfg["hydra"]
     if all(choices.get(group) for group in OPTIONS):
@@ -203,7 +206,7 @@ def check_inputs(config: Config) -> None:
             for root in [folder.root for folder in config.dataset.folders] if several else [config.dataset.folder]:
                 locate_folder(key, root)
         elif kinds[key] == "tracker":
-            track.refuse_missing(value)
+            track.validate(config.tracker)
         elif kinds[key] == "captioner":
             check_captioner(value)
         elif kinds[key] == "refiner":

@@ -23,8 +23,8 @@ from lora_lab.console import labelled_output, quiet_libraries, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config, workers
 from lora_lab.launch import sweep_folder as sweeps
-from lora_lab.launch.run_job import fail, job_settings, prepare_process, resume_in
-from lora_lab.runs import STOP_FILE, read_result, refuse_unwritable, score_of, write_result
+from lora_lab.launch.run_job import JOB_SECONDS, fail, job_settings, prepare_process, resume_in
+from lora_lab.runs import STOP_FILE, claimed, read_result, refuse_unwritable, score_of, write_result
 from lora_lab.settings import schema
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _train_together(points: Sequence[Point], sweep: Path) -> None:
     try:
         with ExitStack() as locks:
             for point in points:
-                locks.enter_context(sweeps.job_lock(point.folder))
+                locks.enter_context(claimed(point.folder, JOB_SECONDS))
                 if point.config.resume:
                     resume_in(point.config, point.folder)
                 sweeps.record_start(point.folder, point.number, point.overrides)

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, run_job
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.board.page import rewrite_page
@@ -29,7 +30,11 @@ from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.command_line import searches, write_missing_points
 from lora_lab.launch.explain import explain
 from lora_lab.runs import (
+    HOLDER,
+    LOCK,
     STOP_FILE,
+    claimed,
+    create_folder,
     read_result,
     refuse_unwritable,
     score_of,
@@ -40,8 +45,10 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
+from lora_lab.track.base import fitting
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
 
 
 def prepare_process() -> None:
@@ -79,12 +86,23 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
 
     composition.hydra.mode = RunMode.RUN
     configure_log(composition.hydra.hydra_logging, composition.hydra.verbose)
-    with config.hydra_loader() as loader:
+    with config.hydra_loader() as loader, claimed(_create_folder(composition)):
         callbacks = Callbacks(composition)
         callbacks.on_run_start(config=composition, config_name="config")
         job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
         callbacks.on_run_end(config=composition, config_name="config", job_return=job_return)
     return max(exit_codes, default=0)
+
+
+def _create_folder(composition: DictConfig) -> Path:
+    """Create the folder of a run, and make it Hydra's. A name that has the time in it is not the user's."""
+    named = "${now:" not in OmegaConf.to_container(composition.hydra.run, resolve=False)["dir"]
+    HydraConfig.instance().set_config(
+        deepcopy(composition)
+    )  # for a name with ${hydra:...} in it; it makes it read-only
+    folder = create_folder(Path(composition.hydra.run.dir), named, "hydra.run.dir")
+    composition.hydra.run.dir = str(folder)
+    return folder
 
 
 @dataclass
@@ -141,7 +159,7 @@ class SweepTask:
             return None
         try:
             settings = job_settings(config.typed(cfg), sweep)
-            with sweeps.job_lock(folder):
+            with claimed(folder, JOB_SECONDS):
                 if recorded:
                     resume_in(settings, folder)
                 sweeps.record_start(folder, number, overrides)
@@ -158,7 +176,7 @@ class SweepTask:
 def job_settings(settings: schema.Config, sweep: Path) -> schema.Config:
     """Change `settings` for a job of `sweep`: one group for the tracker, no copy of the LoRA unless it is set."""
     if settings.tracker.group is None:
-        settings.tracker.group = "-".join(sweep.parts[-2:])  # date and time
+        settings.tracker.group = fitting("-".join(sweep.parts[-2:]))  # date and time
     settings.publish = bool(settings.publish)
     return settings
 
@@ -203,7 +221,8 @@ def _remove_if_unused(folder: Path) -> None:
     outputs = Path.cwd() / "outputs"
     if outputs not in folder.parents:  # hydra.run.dir= may name any folder, also one with earlier runs
         return
-    if all(f.name == ".hydra" or (f.suffix == ".log" and not f.stat().st_size) for f in folder.iterdir()):
+    own = (".hydra", LOCK, HOLDER)
+    if all(f.name in own or (f.suffix == ".log" and not f.stat().st_size) for f in folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
         for empty in (folder.parent, outputs):
             with suppress(OSError):

@@ -14,12 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_lab.board.page import attach_page, rewrite_page
 from lora_lab.console import warn
+from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.command_line import all_points, quote_path, searches, write_points
 from lora_lab.launch.config import name_of
 from lora_lab.launch.run_job import SweepTask, job_settings, sentence
-from lora_lab.runs import STOP_FILE, display_path, stop_jobs_on_signal
+from lora_lab.runs import STOP_FILE, SWEEP_RECORD, claimed, create_folder, display_path, stop_jobs_on_signal
 from lora_lab.settings import schema
 
 LOCAL_LAUNCHERS = (".BasicLauncher", ".PackedLauncher")  # they run jobs in this process, or handle signals themselves
@@ -30,13 +31,20 @@ def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed_folder
 
     `composition` is Hydra's, without what is swept; `runs` are some of the points. Raises InputError for a folder that
     cannot be used."""
-    hydra = composition.hydra
-    overrides = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+    overrides = OmegaConf.to_container(composition.hydra.overrides.hydra, resolve=False)
     user_named = any(name_of(override) == "hydra.sweep.dir" for override in overrides)
-    if resumed_folder:
-        sweeps.refuse_running(resumed_folder)
-    # Absolute, because jobs may run in other working directories.
-    sweep = (resumed_folder or sweeps.create_folder(Path(hydra.sweep.dir), user_named)).absolute()
+    folder = resumed_folder or create_folder(Path(composition.hydra.sweep.dir), user_named, "hydra.sweep.dir")
+    with claimed(folder):
+        if resumed_folder:
+            sweeps.refuse_running(folder)
+        elif (folder / SWEEP_RECORD).exists():
+            raise InputError(f"{folder} has a sweep already: name another folder, or continue it with resume={folder}")
+        # Absolute, because jobs may run in other working directories.
+        return _run_jobs(composition, runs, folder.absolute(), user_named or resumed_folder is not None)
+
+
+def _run_jobs(composition: DictConfig, runs: list[schema.Config], sweep: Path, named: bool) -> int:
+    hydra = composition.hydra
     _set_folder(hydra, sweep)
     record = OmegaConf.to_container(hydra, resolve=False)  # iterating a ListConfig would resolve ${...} in overrides
     task, stop_file = SweepTask(), sweep / STOP_FILE
@@ -54,7 +62,7 @@ def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed_folder
         return _report_abort(sweep, hydra, error)
     finally:
         stop_file.unlink(missing_ok=True)
-        sweeps.remove_if_unused(sweep, user_named or resumed_folder is not None)
+        sweeps.remove_if_unused(sweep, named)
     exit_codes = [*_report_failures(sweep), *task.exit_codes]
     _show_page(sweep, runs)
     return worst(exit_codes)

@@ -8,20 +8,26 @@ stop              exists while a sweep is being stopped: running jobs end after 
     failed.json   if it failed, the error in one sentence"""
 
 import json
-import os
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lora_lab.errors import InputError
-from lora_lab.runs import STOP_FILE, SWEEP_RECORD, read_result, score_of, write_json
+from lora_lab.runs import (
+    HOLDER,
+    LOCK,
+    STOP_FILE,
+    SWEEP_RECORD,
+    read_result,
+    refuse_claimed,
+    score_of,
+    this_process,
+    write_json,
+)
 
-POINTS, LOCK = "points.json", ".lock"
+POINTS = "points.json"
 
 
 @dataclass(frozen=True)
@@ -34,30 +40,11 @@ class Failure:
     reported_here: bool  # the error is on this process's stderr already
 
 
-def create_folder(folder: Path, named: bool) -> Path:
-    """Create `folder` and return it, or one with a number behind its name if two sweeps start in the same second.
-
-    A folder that the user `named` may exist, unless it has a sweep. Raises InputError."""
-    if named and (folder / SWEEP_RECORD).exists():
-        raise InputError(f"{folder} has a sweep already: name another folder, or continue it with resume={folder}")
-    for number in range(1000):
-        numbered = folder.with_name(f"{folder.name}-{number}") if number else folder
-        try:
-            numbered.mkdir(parents=True, exist_ok=named)
-            return numbered
-        except FileExistsError:
-            if named:
-                raise InputError(f"{folder}: not a folder, set hydra.sweep.dir= to another one") from None
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; set hydra.sweep.dir= to another folder") from error
-    raise InputError(f"{folder}: exists, set hydra.sweep.dir= to another folder")
-
-
 def remove_if_unused(folder: Path, named: bool) -> None:
     """Remove the sweep's own files from `folder`, and what `create_folder` created, if no job started."""
-    if {file.name for file in folder.iterdir()} <= {SWEEP_RECORD, POINTS, STOP_FILE}:
+    if {file.name for file in folder.iterdir()} <= {SWEEP_RECORD, POINTS, STOP_FILE, LOCK, HOLDER}:
         for file in folder.iterdir():
-            file.unlink()
+            file.unlink()  # the lock too, of which only this process knows
         for empty in () if named else (folder, folder.parent, folder.parent.parent):
             with suppress(OSError):
                 empty.rmdir()
@@ -97,48 +84,26 @@ def record_start(job: Path, number: int, overrides: Sequence[str]) -> None:
             with suppress(FileNotFoundError):
                 (job / f"{name}.json").replace(job / f"{name}.before.json")
     (job / "failed.json").unlink(missing_ok=True)
-    write_json(job / "job.json", {"number": number, "overrides": list(overrides), **_process()})
-
-
-def _process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-@contextmanager
-def job_lock(job: Path) -> Iterator[None]:
-    """Lock the folder `job` against other processes; the system releases the lock when this process dies.
-
-    Raises InputError if it stays locked for a minute."""
-    try:
-        with FileLock(job / LOCK, timeout=60):  # a job that a cluster queues again may still be ending
-            yield
-    except Timeout:
-        raise InputError(f"{job}: another process works in this folder, wait for it or end it") from None
+    write_json(job / "job.json", {"number": number, "overrides": list(overrides), **this_process()})
 
 
 def refuse_running(sweep: Path) -> None:
     """Raise InputError if a job of `sweep` still runs though its command was killed: both would write into a folder."""
     for lock in sweep.rglob(LOCK):
-        try:
-            with FileLock(lock, timeout=0):
-                pass
-        except Timeout:
-            record = json.loads((lock.parent / "job.json").read_text(encoding="utf-8"))
-            raise InputError(
-                f"{lock.parent}: its job still runs, process {record['pid']} on {record['host']}: wait for it or end it"
-            ) from None
+        if lock.parent != sweep:  # which this process has
+            refuse_claimed(lock.parent)
 
 
 def write_failure(job: Path, error: str, exit_code: int) -> None:
     """Write failed.json, with the process that reported the error."""
-    write_json(job / "failed.json", {"error": error, "exit_code": exit_code, **_process()})
+    write_json(job / "failed.json", {"error": error, "exit_code": exit_code, **this_process()})
 
 
 def failures(sweep: Path) -> list[Failure]:
     """The failed jobs of `sweep`, in the order of their folders."""
     records = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in sweep.rglob("failed.json")]
     failed = [
-        Failure(job, record["error"], record.get("exit_code", 1), record.items() >= _process().items())
+        Failure(job, record["error"], record.get("exit_code", 1), record.items() >= this_process().items())
         for job, record in records
     ]
     return sorted(failed, key=lambda failure: (len(failure.folder.name), failure.folder.name))

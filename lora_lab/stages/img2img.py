@@ -15,7 +15,7 @@ from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, r
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
@@ -137,7 +137,7 @@ def _lora(config: Config) -> Path | None:
         raise InputError("lora is missing: use lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: stage=img2img draws with one LoRA, name one")
-    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger)
+    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger, layer_shapes(config.model))
 
 
 def _open_photos(config: Config, paths: Sequence[Path]) -> list[Image.Image]:

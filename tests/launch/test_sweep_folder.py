@@ -8,8 +8,7 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch.command_line import all_points
-from lora_lab.launch.sweep_folder import create_folder, job_lock
-from lora_lab.runs import score_of
+from lora_lab.runs import claimed, create_folder, score_of
 
 SWEEP = ("-m", "stage=convert", "dataset=folder", "dataset.root=empty,full", "stage.form=csv", "hydra.sweep.dir=sweep")
 
@@ -64,9 +63,10 @@ def test_a_sweep_is_not_resumed_while_one_of_its_jobs_runs(type_in, tmp_path):
     caption(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     assert type_in(*SWEEP)[0] == 2
-    with job_lock(tmp_path / "sweep" / "0"):
-        code, out, err = type_in("resume=sweep")
-    assert (code, out) == (2, "") and f"sweep/0: its job still runs, process {os.getpid()} on " in err
+    for job in ("sweep/0", "sweep"):  # a job whose sweep was killed; the sweep
+        with claimed(tmp_path / job):
+            code, out, err = type_in("resume=sweep")
+        assert (code, out) == (2, "") and f"{job} is in use by process {os.getpid()} on " in err
 
 
 def test_a_job_does_not_overwrite_the_folder_of_another_job(type_in, tmp_path):
@@ -79,7 +79,7 @@ def test_a_job_does_not_overwrite_the_folder_of_another_job(type_in, tmp_path):
 
 def test_sweeps_that_start_in_the_same_second_get_different_folders(tmp_path):
     claimed, folder = [], tmp_path / "2026-01-01" / "12-00-00"
-    threads = [threading.Thread(target=lambda: claimed.append(create_folder(folder, named=False))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: claimed.append(create_folder(folder, False, "key"))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -88,7 +88,7 @@ def test_sweeps_that_start_in_the_same_second_get_different_folders(tmp_path):
     assert folder.with_name("12-00-00-1") in claimed
     with pytest.raises(InputError, match="not a folder"):
         (tmp_path / "file").touch()
-        create_folder(tmp_path / "file", named=True)
+        create_folder(tmp_path / "file", True, "hydra.sweep.dir")
 
 
 def test_a_sweep_without_a_started_job_leaves_no_folder(type_in, tmp_path):
@@ -111,4 +111,4 @@ def test_the_score_of_a_run_is_its_combined_score_and_never_its_loss(result, sco
 
 def test_a_sweep_that_searches_has_no_points_to_list():
     hydra = {"sweeper": {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}}
-    assert all_points(hydra | {"overrides": {"task": ["lr=1e-3,1e-4"]}}) == []
+    assert all_points(hydra | {"overrides": {"task": ["lr=1e-3,1e-4"]}}, loader=None) == []
