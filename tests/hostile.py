@@ -53,7 +53,8 @@ TEXTS = (
     "A HANA_TOFU, smiling", "A HANA_TOFU, smiling", "두부, 웃음", "笑う豆腐", "a\x1b[31m tofu", "", "x " * 20_000,
     "[" * 5000, '"', "a, b; c\td", "\ud83d", "null", "(tofu:1.3) <lora:x:1> {trigger}",
 )  # fmt: skip
-RUNS = {"check": (), "convert": ("stage.form=jsonl",), "train": ("model.judge=null",)}  # stage -> its overrides
+FORMS_WRITTEN = ("jsonl", "csv", "json", "txt")
+RUNS = {"check": (), "convert": (), "train": ("model.judge=null",)}  # stage -> its overrides
 
 
 class Opened:
@@ -170,10 +171,15 @@ def state(root: Path) -> list[tuple]:
     return sorted(entries)
 
 
+def _end(number: int, frame: object) -> None:
+    raise TimeoutError("it waits for ever")
+
+
 def run(arguments: Sequence[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command line, which may take a minute."""
     handlers, out, err = logging.root.handlers[:], io.StringIO(), io.StringIO()
-    signal.alarm(60)  # ends what waits for ever, with a traceback
+    signal.signal(signal.SIGALRM, _end)
+    signal.alarm(60)
     try:
         with redirect_stdout(out), redirect_stderr(err):
             code = run_command([*arguments])
@@ -191,7 +197,8 @@ def faults(root: Path, stage: str, overrides: Sequence[str], opened: Opened) -> 
     """What does not hold for `stage` with the folder `root`."""
     before, home = state(root), root.parent
     places = [f"dataset.root={root}", f"hydra.run.dir={home / stage}"]
-    places += [f"stage.output={home / 'converted'}"] if stage == "convert" else []
+    if stage == "convert":
+        places += [f"stage.output={home / 'converted'}", f"stage.form={FORMS_WRITTEN[int(home.name) % 4]}"]
     with opened.watch() as paths:
         code, out, err = run([f"stage={stage}", *overrides, *RUNS[stage], *places])
     said = [line for line in err.splitlines() if line.startswith("lora_lab: ")]

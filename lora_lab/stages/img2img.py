@@ -29,6 +29,7 @@ from lora_lab.runs import (
     distinct_names,
     hash_files,
     refuse_used,
+    remove_temporary_files,
     save_picture,
     write_atomically,
     write_manifest,
@@ -91,6 +92,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     stage = config.stage
     if not config.resume:
         refuse_used(folder, PROMPTS)
+    remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
