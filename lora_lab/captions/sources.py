@@ -9,7 +9,7 @@ from lora_lab.captions.forms import TABLES, TAGS, TEXT_FIELDS, Row, table_rows, 
 from lora_lab.captions.names import ImageNames
 from lora_lab.console import cut
 from lora_lab.errors import InputError
-from lora_lab.images.scan import leads_out, natural_key
+from lora_lab.images.scan import SYSTEM_FOLDERS, leads_out, natural_key
 
 TABLE_FORMS, TEXT_FORMS = ("jsonl", "csv", "json"), ("txt", "caption")
 FORMS = (*TABLE_FORMS, *TEXT_FORMS)
@@ -82,7 +82,8 @@ def _tables(folder: Path) -> list[Path]:
 
 def _folders(root: Path) -> list[Path]:
     folders = sorted(root.iterdir()) if root.is_dir() else []
-    return [path for path in folders if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
+    folders = [path for path in folders if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
+    return [path for path in folders if path.name.lower() not in SYSTEM_FOLDERS]
 
 
 def _table_rows(files: Iterable[Path], root: Path, images: ImageNames) -> Iterator[Row]:

@@ -196,7 +196,8 @@ def _inputs(config: Config, render: RenderSettings) -> tuple[object, ...]:
 
 def _training_pictures(config: Config) -> list[Image.Image]:
     roots = [locate_folder("dataset.root", folder.root) for folder in config.dataset.folders]
-    return [picture for root in roots for picture in pictures_in(root, "dataset.root", config.model)]
+    follow_links = config.dataset.follow_links
+    return [picture for root in roots for picture in pictures_in(root, "dataset.root", config.model, follow_links)]
 
 
 def _sheet(scored: list[ScoredImages], path: Path) -> Path:

@@ -22,7 +22,7 @@ from lora_lab.captions.refiner import load_refiner
 from lora_lab.captions.syntax import prompt_warnings
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.dataset import unused_line
+from lora_lab.images.dataset import say_unused
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
@@ -30,6 +30,7 @@ from lora_lab.runs import (
     distinct_names,
     hash_files,
     refuse_used,
+    remove_temporary_files,
     save_picture,
     write_atomically,
     write_manifest,
@@ -92,6 +93,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     stage = config.stage
     if not config.resume:
         refuse_used(folder, PROMPTS)
+    remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
@@ -128,8 +130,8 @@ def find_photos(value: object) -> list[Path]:
     for item in values:
         path = locate_folder("stage.photo", item)
         files += find_pictures(path, "stage.photo").values() if path.is_dir() else [path]
-        if path.is_dir() and (line := unused_line([path])):
-            say(line)
+        if path.is_dir():
+            say_unused([path])
     return files
 
 

@@ -75,6 +75,11 @@ class TrainingImages:
     references: list[Image.Image]  # that scores compare with instead of the training images; [] without held-out images
     class_images: list[Fitted]  # of the class samples that are on disk; prior=generated renders the others
 
+    def clear(self) -> None:
+        """Free the images, about 6 MB each at 1024 px, when they are encoded and nobody reads them again."""
+        for images in (self.fitted, self.crops, self.held_out, self.references, self.class_images):
+            images.clear()
+
 
 @dataclass(frozen=True)
 class ResolvedTraining:

@@ -38,6 +38,7 @@ def train(resolved: ResolvedTraining) -> TrainResult:
     say(describe(resolved))
     try:
         context = prepare_base(resolved)
+        resolved.images.clear()  # not those of a pack, whose jobs share them
         training = start_training(resolved, context, context.encoder.base.network)
         with open_run(resolved, training, context) as run:
             try:
