@@ -52,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = 
     safetensors) choose the format by it. Raises DiskFullError."""
     with disk_full_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         try:

@@ -24,7 +24,7 @@ from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.captions.refiner import check_refiner
 from lora_lab.console import say
 from lora_lab.evaluation.metrics import Scores
-from lora_lab.images.dataset import copy_pictures
+from lora_lab.images.dataset import copy_pictures, say_unused
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, stage_function, write_atomically
@@ -108,16 +108,17 @@ def prepare_dataset(config: Config, folder: Path) -> Path:
         refuse_used(folder, "dataset")
     if not dataset.exists():
         root = locate_folder("dataset.root", config.dataset.folder)
-        copy_dataset(root, dataset, with_captions=config.stage.captions == "keep")
+        say_unused([root], config.dataset.follow_links)
+        copy_dataset(root, dataset, config.stage.captions == "keep", config.dataset.follow_links)
     return dataset
 
 
-def copy_dataset(root: Path, to: Path, with_captions: bool) -> None:
+def copy_dataset(root: Path, to: Path, with_captions: bool, follow_links: bool = False) -> None:
     """Copy the images, and the captions if `with_captions`, into the new folder `to`, completely or not at all."""
     temporary = to.with_name(f".{to.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    copy_pictures(root, temporary)
-    captions = read_captions(root) if with_captions else {}
+    copy_pictures(root, temporary, follow_links)
+    captions = read_captions(root, follow_links) if with_captions else {}
     if captions:
         write_captions(temporary, captions)
     temporary.rename(to)
