@@ -38,6 +38,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}\.\w+|tmp\w{6})")
 FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: reading 7 GB of SDXL takes a minute
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
+LONGEST_NAME = 128  # characters of a tracker's project, group and run: W&B's own bound
 LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
 RESOLVER = re.compile(r"\$\{(?=[^{}]*:)")  # the start of ${oc.env:HOME}, not that of ${trigger}
 POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
@@ -51,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = 
     safetensors) choose the format by it. Raises DiskFullError."""
     with disk_full_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -218,6 +219,14 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
             name, number = f"{stem}-{number}", number + 1
         names[name] = None
     return list(names)
+
+
+def fitting(name: str) -> str:
+    """A name that the program made, as every tracker accepts it: at most LONGEST_NAME characters, the first and the
+    last ones, and all of them printable."""
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def display_path(path: Path) -> Path:
