@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +33,6 @@ PACKAGES = ("lora_lab", "torch", "diffusers", "transformers", "accelerate", "pef
 FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: reading 7 GB of SDXL takes a minute
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
 LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
-RESOLVER = re.compile(r"\$\{(?=[^{}]*:)")  # the start of ${oc.env:HOME}, not that of ${trigger}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
@@ -86,56 +83,6 @@ def stop_file_of(folder: Path) -> Path | None:
     """The file that tells the run in `folder` to stop after its step, once it exists; None outside a sweep."""
     sweep = sweep_of(folder)
     return sweep / STOP_FILE if sweep else None
-
-
-def recorded_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The configuration and the overrides of the run in `folder`, as Hydra recorded them.
-
-    The configuration maps dotted keys to values, and each group to its option. Interpolations of other keys are
-    resolved; calls of resolvers (`${oc.env:HOME}`) stay text. Both are empty if the record is missing or damaged."""
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    files = [folder.absolute() / ".hydra" / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
-    try:
-        return _recorded_config(*((file, file.stat().st_mtime_ns) for file in files))
-    except (OSError, YAMLError, OmegaConfBaseException, TypeError, KeyError, ValueError, AttributeError):
-        return {}, []
-
-
-@lru_cache(1000)  # keyed by modification time; the page of a sweep reads all records after every job, 40 ms each
-def _recorded_config(*files: tuple[Path, int]) -> tuple[dict[str, Any], list[str]]:
-    from omegaconf import OmegaConf
-
-    config, hydra, overrides = (_load_yaml(file) for file, _ in files)
-    settings = OmegaConf.to_container(OmegaConf.create(_escape_resolvers(config)), resolve=True)
-    choices = hydra["hydra"]["runtime"]["choices"]
-    options = {group: option for group, option in choices.items() if not group.startswith("hydra/")}
-    return dict(_dotted(settings)) | options, [str(override) for override in overrides]
-
-
-def _load_yaml(file: Path) -> Any:
-    import yaml
-
-    # The loader written in C is much faster: a sweep has a hundred files, and the Python one takes 30 ms for each.
-    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def _escape_resolvers(node: Any) -> Any:
-    """A copy of `node` in which OmegaConf takes calls of resolvers as text."""
-    if isinstance(node, dict):
-        return {key: _escape_resolvers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_escape_resolvers(value) for value in node]
-    return RESOLVER.sub(r"\\${", node) if isinstance(node, str) else node
-
-
-def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def save_picture(path: Path, picture: "Image.Image", metadata: dict[str, object]) -> Path:
