@@ -2,15 +2,35 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import lru_cache
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 log = logging.getLogger("lora_lab")
+LONGEST = 2000  # characters of a line
+# What moves the cursor, breaks a line or reorders text, and the halves of characters that file names in another
+# encoding than UTF-8 are read as. Texts of datasets, LoRA files and records may have them.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` as one line that is safe to print: control characters as escapes such as \\x1b, a long text cut off."""
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}... ({len(text) - LONGEST} more)"
+    return UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 class LabelledOutput:
@@ -40,10 +60,28 @@ def labelled_output(label: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print `text`, and write it into the run folder's log."""
+    """Print the lines of `text`, each `printable`, and write them into the run folder's log."""
+    text = "\n".join(map(printable, text.split("\n")))
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
     log.info(text.strip())
+
+
+@lru_cache(1000)
+def say_once(text: str) -> None:
+    """`say`, unless this process has said it: what is true of a file is found again each time that it is read."""
+    say(text)
+
+
+def cut(value: object, most: int = 80) -> str:
+    """`value` as Python writes it, in which terminal escapes do nothing, and not much longer than `most` letters."""
+    text = repr(value[:most] if isinstance(value, str) else value)
+    return f"{text[: most + 2]}..." if len(text) > most + 2 or (isinstance(value, str) and len(value) > most) else text
+
+
+def warn(text: str) -> None:
+    """Print `text` on stderr as one `printable` line."""
+    print(f"lora_lab: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def bar(items: Iterable[Any] | None = None, **settings: Any) -> tqdm:
@@ -60,6 +98,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.raiseExceptions = False  # a line that a full disk cannot hold has no traceback: the run reports the disk
     for name in ("bitsandbytes", "peft", "accelerate", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings(

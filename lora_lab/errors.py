@@ -9,3 +9,16 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on though the input was right (a loss that is not a number): one sentence, exit code 1."""
+
+
+class DiskFullError(RunError):
+    """A file could not be written for want of space: one sentence that names it."""
+
+
+def excerpt(text: object, longest: int = 80) -> str:
+    """What a message shows of a text from a file: at most `longest` characters, and none that a terminal obeys."""
+    whole = str(text)
+    visible = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in whole[: longest + 1]
+    )
+    return visible if len(visible) <= longest else f"{visible[:longest]}…"

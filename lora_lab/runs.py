@@ -1,9 +1,12 @@
 """The run folder: its files are written atomically, and Ctrl-C waits for the end of a step."""
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lora_lab.errors import InputError
+from lora_lab.errors import DiskFullError, InputError
 from lora_lab.settings.schema import STAGES, Config, Stage
 
 if TYPE_CHECKING:
@@ -30,27 +33,83 @@ from lora_lab.console import say
 
 PACKAGES = ("lora_lab", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors",
             "hydra-core", "omegaconf", "wandb", "pillow", "numpy")  # fmt: skip
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Names that write_atomically, and safetensors beside it, give to files that are not complete.
+TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}\.\w+|tmp\w{6})")
 FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: reading 7 GB of SDXL takes a minute
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
 LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> Path:
     """Let `write` fill a temporary file in the folder of `path`, then rename it; returns `path`.
 
-    A reader never sees a partial file, also after a crash. The temporary name keeps the suffix, because writers (PIL,
-    safetensors) choose the format by it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp creates 0600: other users' programs must be able to read a LoRA
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    A reader never sees a partial file, also after a crash; and not after a power failure either, unless `durable` is
+    false, which is for files that can be made again. The temporary name keeps the suffix, because writers (PIL,
+    safetensors) choose the format by it. Raises DiskFullError."""
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp creates 0600: other users' programs must be able to read it
+            if durable:
+                sync(temporary)
+            temporary.replace(path)
+            if durable:
+                sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
+
+
+def sync(path: Path) -> None:
+    """Wait until the file, or the names of the files in the folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Within the context an error for want of space, of any library, is raised as a DiskFullError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = _disk_full_number(error)
+        if number is None or isinstance(error, DiskFullError):
+            raise
+        raise DiskFullError(f"{path}: {os.strerror(number)} ({free_space(path)}): free some space") from error
+
+
+def _disk_full_number(error: BaseException | None) -> int | None:
+    """The number of the system's error for want of space that `error` comes from; None if it does not."""
+    while error is not None:
+        for number in DISK_FULL:
+            if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):  # safetensors' words
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def free_space(path: Path) -> str:
+    """The free space of the disk of `path`, or of the folder that it is to be created in, for people."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return f"{shutil.disk_usage(existing).free / 2**20:.1f} MiB are free"
+
+
+def remove_temporary_files(*folders: Path) -> None:
+    """Remove the incomplete files that killed processes left in `folders`, in which no other process writes now."""
+    for folder in folders:
+        for file in folder.glob(".*"):
+            if TEMPORARY.fullmatch(file.name) and file.is_file():
+                file.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -96,14 +155,17 @@ def save_picture(path: Path, picture: "Image.Image", metadata: dict[str, object]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other."""
-    names: list[str] = []
+    """The stems of `paths`, numbered where several are equal, so that output files do not overwrite each other.
+
+    They are cut to 200 bytes: with what is added to them a file name would have more than the 255 that it may."""
+    names: dict[str, None] = {}
     for path in paths:
-        name, number = path.stem, 2
+        stem, number = path.stem.encode()[:200].decode(errors="ignore"), 2
+        name = stem
         while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
+            name, number = f"{stem}-{number}", number + 1
+        names[name] = None
+    return list(names)
 
 
 def display_path(path: Path) -> Path:
@@ -129,22 +191,20 @@ def hash_files(*paths: Path) -> str:
     return total.hexdigest()
 
 
+def hash_content(file: Path) -> str:
+    """SHA-256, in hexadecimal, over the whole content of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _hash_file(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as stream:
         if size <= FULL_HASH_LIMIT:
-            return (
-                hashlib.file_digest(stream, "sha256").digest()
-                if sys.version_info >= (3, 11)
-                else _sha256(stream.read())
-            )
+            return hashlib.file_digest(stream, "sha256").digest()
         head = stream.read(2**20)
         stream.seek(-(2**20), os.SEEK_END)
-        return _sha256(str(size).encode() + head + stream.read())
-
-
-def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+        return hashlib.sha256(str(size).encode() + head + stream.read()).digest()
 
 
 def write_manifest(folder: Path, device: object, hashes: dict[str, str]) -> Path:

@@ -1,6 +1,7 @@
 """Wrong pictures, captions, LoRAs, photos and models: one sentence that names them, before any model is loaded."""
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -104,6 +105,24 @@ def lose_a_picture(folder):
     (folder / "02.png").unlink()
 
 
+def name_in_latin_1(folder):
+    shutil.copyfile(folder / "00.png", folder / os.fsdecode(b"caf\xe9.png"))
+
+
+def name_with_an_escape(folder):
+    shutil.copyfile(folder / "00.png", folder / "\x1b[2J\n.png")
+
+
+def put_a_pipe(folder):
+    (folder / "01.png").unlink()
+    os.mkfifo(folder / "01.png")
+
+
+def link_to_another_place(folder):
+    (folder / "01.png").rename(folder.parent / "01.png")
+    (folder / "01.png").symlink_to("../01.png")
+
+
 def break_captions(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "A HANA_TOFU"\n')
 
@@ -119,6 +138,10 @@ def empty(folder):
         (damage_jpeg, ["check", "caption", "pipeline"], ["cut.jpg is cut off or damaged"]),
         (name_a_text_png, ["check", "caption", "pipeline"], ["text.png is not a picture"]),
         (enlarge, ["check", "caption", "pipeline"], ["huge.png has over 100 megapixels"]),
+        (name_in_latin_1, ["check", "caption", "refine", "convert", "train", "pipeline"], ["caf\\xe9.png", "rename"]),
+        (name_with_an_escape, ["check", "caption", "refine", "train", "pipeline"], ["\\x1b[2J\\x0a.png", "rename"]),
+        (put_a_pipe, ["check", "train"], ["caption for 01.png", "FIFO", "never opened"]),
+        (link_to_another_place, ["check", "train"], ["caption for 01.png", "dataset.follow_links=true"]),
         (lose_a_picture, ["check", "train"], ["caption for 02.png", "no such picture"]),
         (break_captions, ["check", "caption", "refine", "train"], ["metadata.jsonl"]),
         (empty, ["check", "caption", "train", "pipeline"], ["no pictures in", "TOFU"]),
@@ -203,6 +226,7 @@ def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stag
         (["model.base=nowhere.safetensors"], ["model.base=nowhere.safetensors"]),
         (["model.base=demo:tiny-sdlx"], ["model.base=demo:tiny-sdlx", "tiny-sdxl"]),
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),
+        ([f"dataset.root={'x' * 256}"], ["dataset.root=x", "File name too long", "correct the name"]),
         (["resume=nowhere"], ["resume=nowhere", "no checkpoint"]),
         (["device=tpu"], ["device=tpu"]),
         (["loss.zero_terminal_snr=true"], ["loss.zero_terminal_snr", "predicts epsilon"]),
@@ -238,7 +262,8 @@ def test_the_bundled_pictures_are_never_written_to(composed, here, unloadable, s
 
 def lora(file, trigger=TRIGGER, **tensors):
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors or {"a": torch.zeros(1)}, file, metadata={"modelspec.trigger_phrase": trigger})
+    layer = {f"lora_unet_x.lora_{side}.weight": torch.zeros(1, 1) for side in ("down", "up")}
+    save_file(tensors or layer, file, metadata={"modelspec.trigger_phrase": trigger})
     return file
 
 

@@ -6,10 +6,13 @@ LyCORIS's keys, and DoRA its magnitudes: docs/lora-file.md says which programs r
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict
@@ -18,20 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lab import __version__
-from lora_lab.errors import InputError
-from lora_lab.runs import write_atomically
+from lora_lab.base.locate import refuse_pickle
+from lora_lab.errors import InputError, excerpt
+from lora_lab.runs import read_result, write_atomically
 from lora_lab.settings.schema import Loss
 
+MODELS = Path("models") / "lora"  # in the user's working folder
 COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
 TRIGGER = "modelspec.trigger_phrase"
-
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 LEAVES |= {leaf: leaf for leaf in (*HADAMARD, *KRONECKER)}
 SCALED = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the tensor of a layer that a change of scale goes to
 START = "start"  # the frozen adapter that subtracts a PiSSA adapter's initial product: adapters/inject.py
-
 ComponentKey = Callable[[str, str], str]  # base.lora_key: (component, module) -> name in a file
 
 
@@ -44,7 +47,8 @@ def kohya_state(
     """The tensors of `adapter` in `components` (by name) as a file has them, on the CPU: for a linear layer (O, I) and
     rank R these are lora_down.weight (R, I), lora_up.weight (O, R) and alpha ().
 
-    `values` has exact parameters, of the same shapes, by component.name, where those in the modules are rounded.
+    `values` has the parameters by component.name, of the same shapes, in full precision, if those in the modules are
+    rounded.
 
     alpha is scaling * r, so alpha != rank and rsLoRA come out right: readers compute scaling as alpha / r. Each
     component's LoRA has one alpha, since diffusers drops differing ones; where a pattern sets others, the up matrices
@@ -111,12 +115,11 @@ def _difference_from_start(leaves: dict[str, Tensor], layer: nn.Module) -> dict[
 def peft_state(
     model: nn.Module, state: dict[str, Tensor], key_of: Callable[[str], str], adapter: str = "default"
 ) -> dict[str, Tensor]:
-    """The inverse of kohya_state: what set_peft_model_state_dict puts into `adapter` of `model`. `key_of` gives
-    a module's name in the file.
+    """The inverse of kohya_state: a file's tensors, of the same shapes, by the names that set_peft_model_state_dict
+    expects for `adapter` of `model`. `key_of` gives a module's name in the file.
 
-    Shapes are those of the file, with the parameters' names in peft. The adapter may have another alpha than the file:
-    the product stays that of the file. Raises ValueError for a key
-    that `model` has no module for."""
+    If the adapter has another alpha than the file, the tensors are scaled, so that the adapter adds to the weights what
+    the file says. Raises ValueError for a key that `model` has no module for."""
     peft_leaves = {leaf: peft_leaf for peft_leaf, leaf in LEAVES.items()}
     tensors = {}
     for module, leaves in layers_of(model, state, key_of).items():
@@ -286,43 +289,141 @@ def metadata(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.trigger_phrase": trigger,
+        TRIGGER: trigger,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }
 
 
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}  # modelspec.prediction_type -> loss.prediction
+ZERO_SNR = {"True": True, "False": False}  # ss_zero_terminal_snr -> loss.zero_terminal_snr
+
+
 def prediction_from_metadata(loss: Loss, base: str, lora: Path | None) -> Loss:
     """`loss` with the prediction that the file's metadata states, where `loss` leaves it open and the file was trained
-    on the same `base` (model.base). Raises InputError for an unreadable file."""
+    on the same `base` (model.base). What the file does not state stays open. Raises InputError for an unreadable file.
+    """
     stated = read_metadata(lora) if lora else {}
-    if stated.get("ss_sd_model_name") != base or "ss_zero_terminal_snr" not in stated:
+    if stated.get("ss_sd_model_name") != base:
         return loss
-    prediction, zero = stated.get("modelspec.prediction_type"), stated["ss_zero_terminal_snr"] == "True"
-    if loss.prediction == "auto" and prediction != "flow":
-        loss = replace(loss, prediction="v_prediction" if prediction == "v" else "epsilon")
-    return replace(loss, zero_terminal_snr=zero) if loss.zero_terminal_snr is None else loss
+    if loss.prediction == "auto":
+        loss = replace(loss, prediction=PREDICTIONS.get(stated.get("modelspec.prediction_type"), "auto"))
+    if loss.zero_terminal_snr is None:
+        loss = replace(loss, zero_terminal_snr=ZERO_SNR.get(stated.get("ss_zero_terminal_snr")))
+    return loss
 
 
 def read_metadata(lora: Path) -> dict[str, str]:
     """The file's metadata. Raises InputError for an unreadable file."""
+    with _opened(lora) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(lora: Path) -> Iterator[safe_open]:
+    """A safetensors file, whose header has been checked. Raises InputError, also for what goes wrong within."""
+    if lora.suffix != ".safetensors":
+        raise InputError(f"{excerpt(lora)}: is not a .safetensors file by its name, and no other kind is read")
     try:
         with safe_open(str(lora), "pt") as file:
-            return file.metadata() or {}
-    except Exception as error:
-        raise InputError(f"{lora}: is not a readable .safetensors file ({error})") from error
+            yield file
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = excerpt(" ".join(str(error).split()), 200)
+        raise InputError(f"{excerpt(lora, 200)}: is not a readable .safetensors file ({reason})") from error
 
 
-MODELS = Path("models") / "lora"  # in the user's working folder
+PAIRS = (  # (down, up): the ends of the names of a LoRA's matrices, by kohya's scripts, peft and older diffusers
+    (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"),
+    (".lora.down.weight", ".lora.up.weight"), ("_lora.down.weight", "_lora.up.weight"),
+)  # fmt: skip
+MATRICES = re.compile(r"lora[_.]|hada_w|lokr_w")  # in the names of the tensors of every adapter that bases can load
+NESTED = ("ss_network_args", "lora_adapter_metadata")  # metadata whose JSON is read, here or by diffusers
 
 
-def resolve_lora(value: str, trigger: str | None) -> Path:
-    """The file that lora=`value` names. Raises InputError for a missing file, for one without the embeddings that it
-    needs, and for one that was trained on another trigger than `trigger`, which would not render the character."""
-    lora = find_lora(value)
+def validate_lora(lora: Path, layers: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError for a file that cannot be read, holds no adapter, or numbers that are not finite, and for one
+    whose matrices have not the shapes of `layers`, by their names in a file, as far as these are known.
+
+    Tensors are read one at a time, and nothing but a .safetensors file is opened."""
+    with _opened(lora) as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        reason = _odd_metadata(file.metadata() or {}) or _odd_shapes(shapes) or _other_base(shapes, layers)
+        for key in shapes if not reason else ():
+            values = file.get_tensor(key)
+            if not (values.is_floating_point() or key.endswith(".alpha")):
+                reason = f"{excerpt(key)} has numbers of the type {values.dtype}, which no LoRA has"
+            elif not values.float().isfinite().all():
+                reason = f"{excerpt(key)} has numbers that are not finite, the training that wrote it failed"
+            if reason:
+                break
+    if reason:
+        raise InputError(f"{excerpt(lora, 200)}: {reason}")
+
+
+def _odd_metadata(metadata: Mapping[str, str]) -> str | None:
+    for key in NESTED:
+        try:
+            content = json.loads(metadata.get(key, "{}"))
+            if not isinstance(content, dict):
+                raise ValueError
+            int(content.get("factor", -1))  # of LoKr
+        except (ValueError, TypeError, RecursionError):
+            return f"its metadata {key} is damaged"
+    return None
+
+
+def _odd_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    if not any(MATRICES.search(key) for key in shapes):
+        return f"holds no LoRA, LoHa or LoKr: its {len(shapes)} tensors begin with {excerpt(next(iter(shapes), '-'))}"
+    for key, shape in shapes.items():
+        if 0 in shape or (key.endswith(".alpha") and math.prod(shape) != 1):
+            return f"{excerpt(key)} has the shape {shape}, which no LoRA has"
+        for down, up in PAIRS:
+            if not key.endswith((down, up)):
+                continue
+            stem = key.removesuffix(down).removesuffix(up)
+            first, second = shapes.get(f"{stem}{down}"), shapes.get(f"{stem}{up}")
+            if first is None or second is None:
+                return f"of the two matrices of {excerpt(stem)} one is missing"
+            if min(len(first), len(second)) < 2 or first[0] != second[1]:
+                return f"the matrices of {excerpt(stem)} have the shapes {first} and {second}, which do not fit"
+    return None
+
+
+def _other_base(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why matrices of `shapes` are not for a base with `layers`; None where the names of either are not known."""
+    stems = dict.fromkeys(key.partition(".")[0] for key in shapes)
+    kinds = {_beginning(name) for name in layers}
+    if not layers.keys() & stems.keys() and any(_beginning(stem) in kinds for stem in stems):
+        return f"was trained on another kind of base model: this one has no layer {excerpt(next(iter(stems)))}"
+    for stem in layers.keys() & stems.keys():
+        expected, (down, up) = layers[stem], (shapes.get(stem + end) for end in PAIRS[0])
+        if down and up and len(expected) > 1 and (up[0], down[1]) != expected[:2]:
+            return (
+                f"does not fit this base as a LoRA: {excerpt(stem)} is from {down[1]} to {up[0]} numbers, the base's "
+                f"layer from {expected[1]} to {expected[0]}"
+            )
+    return None
+
+
+def _beginning(name: str) -> str:
+    """`lora_unet_down_blocks` of a layer's name: what bases of the same library have in common."""
+    return "_".join(name.split("_")[:4])
+
+
+def resolve_lora(
+    value: str, trigger: str | None, layers: Mapping[str, tuple[int, ...]] = MappingProxyType({}), key: str = "lora"
+) -> Path:
+    """The file that `key`=`value` names. Raises InputError for a missing file, for one that `validate_lora` refuses or
+    that lacks the embeddings that it needs, and for one that was trained on another trigger than `trigger`, which would
+    not render the character."""
+    refuse_pickle(key, value)
+    lora = find_lora(value, key)
+    validate_lora(lora, layers)
     read_tokens(lora)
-    trained = read_metadata(lora).get("modelspec.trigger_phrase")
+    trained = read_metadata(lora).get(TRIGGER)
     if trained and trigger and trained != trigger:
+        trained = excerpt(trained)
         raise InputError(f"{lora.name} was trained on the trigger {trained}, not {trigger}: set trigger={trained}")
     return lora
 
@@ -330,28 +431,36 @@ def resolve_lora(value: str, trigger: str | None) -> Path:
 def find_lora(value: str, key: str = "lora") -> Path:
     """The file that `key`=`value` names: a file, a name in models/lora, or a run folder. Raises InputError."""
     path = Path(value)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        result = path / "result.json"
-        lora = json.loads(result.read_text(encoding="utf-8")).get("lora") if result.is_file() else None
-        candidates = [Path(lora)] if lora else []
-        # In reverse order of names the finished NAME.safetensors comes first, then the newest NAME-000100.safetensors.
-        snapshots = sorted(_loras(path / "lora"), reverse=True)
-        candidates += [path / "lora" / Path(lora).name] if lora else snapshots
-        for file in candidates:
-            if file.is_file():
-                return file
-        raise InputError(
-            f"{key}={value}: this folder has no finished LoRA (neither result.json nor lora/*.safetensors)"
-        )
-    named = MODELS / f"{value}.safetensors"
-    if named.is_file():
-        return named
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            return _lora_of_run(path, key)
+        named = MODELS / f"{value}.safetensors"
+        if named.is_file():
+            return named
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(f"{key}={excerpt(value)}: cannot be looked up ({error.strerror})") from error
     names = sorted(file.stem for file in _loras(MODELS))
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{MODELS} has {', '.join(names) or 'none yet: train one'}"
-    raise InputError(f"{key}={value}: no such file, run folder or name; {hint}")
+    raise InputError(f"{key}={excerpt(value)}: no such file, run folder or name; {hint}")
+
+
+def _lora_of_run(run: Path, key: str) -> Path:
+    """The finished LoRA of the run in the folder `run`, else its newest one. Raises InputError."""
+    try:
+        result = read_result(run)
+        lora = None if result is None else result.get("lora")
+        # In reverse order of names the finished NAME.safetensors comes first, then the newest NAME-000100.safetensors.
+        snapshots = sorted(_loras(run / "lora"), reverse=True)
+        candidates = [Path(lora), run / "lora" / Path(lora).name] if lora else snapshots
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{key}={run}: its result.json is damaged, name the LoRA file itself") from error
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise InputError(f"{key}={run}: this folder has no finished LoRA (neither result.json nor lora/*.safetensors)")
 
 
 def _loras(folder: Path) -> list[Path]:
@@ -405,12 +514,9 @@ def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
     """The trigger of a LoRA file and the embeddings (count, width) of the tokens that stand for it, by their keys; None
     if the trigger is plain words.
 
-    Raises InputError where the embeddings that the file needs are missing, or are not as many as it says."""
-    try:
-        with safe_open(str(lora), "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (OSError, SafetensorError):
-        return None  # whoever loads the LoRA reports it
+    Raises InputError for an unreadable file, and where the embeddings that it needs are missing, are not as many as it
+    says, or not finite."""
+    metadata = read_metadata(lora)
     if COUNT not in metadata or TRIGGER not in metadata:
         return None
     file, trigger, count = embeddings_path(lora), metadata[TRIGGER], metadata[COUNT]
@@ -418,9 +524,11 @@ def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
         vectors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{lora}: its trigger {trigger} is {count} new tokens, whose embeddings should be in {file}: "
-            f"put that file there ({str(error).splitlines()[0][:100]})"
+            f"{lora}: its trigger {excerpt(trigger)} is {excerpt(count)} new tokens, whose embeddings should be in "
+            f"{file}: put that file there ({excerpt(str(error).splitlines()[0], 100)})"
         ) from error
     if not vectors or any(value.ndim != 2 or str(len(value)) != count for value in vectors.values()):
-        raise InputError(f"{file}: does not hold the embeddings of the {count} new tokens of {lora.name}")
+        raise InputError(f"{file}: does not hold the embeddings of the {excerpt(count)} new tokens of {lora.name}")
+    if not all(value.float().isfinite().all() for value in vectors.values()):
+        raise InputError(f"{file}: has numbers that are not finite, the training that wrote it failed")
     return trigger, vectors

@@ -42,6 +42,7 @@ KEYS = {
     LoKrConfig: LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
 }
 DROPOUTS = ("lora_dropout", "rank_dropout", "module_dropout")
+ATTACHED = "attached"  # peft's name of an adapter from a file
 
 
 def validate_adapter(config: object, settings: dict[str, object], lora_plus_ratio: float, start: Path | None) -> None:
@@ -169,16 +170,13 @@ def load_adapter_weights(base: BaseModel, file: Path) -> None:
                 tokens.vectors.copy_(vectors[key])
 
 
-ATTACHED = "attached"  # peft's name of an adapter from a file
-
-
 @contextmanager
 def lora_attached(base: BaseModel, lora: Path | None, weight: float = 1.0, fuse: bool = False) -> Iterator[None]:
     """Within the context `base` computes with the file's LoRA at `weight`, and reads the trigger as the file's new
     tokens if it has any; adapters in training are disabled.
 
-    The file itself is loaded, also in the middle of training: a validation image is what inference will give.
-    With `fuse` the LoRA is added to the network's weights: see _fused_weights.
+    The weights are read from the file, also in the middle of training, so a validation image shows what inference will
+    give. With `fuse` the LoRA is added to the network's weights: see _fused_weights.
     Raises InputError if the file is not a LoRA for this base."""
     components = list(base.components.values())
     trainable = [p for component in components for p in component.parameters() if p.requires_grad]
@@ -215,35 +213,6 @@ def _tables_of(base: BaseModel) -> AbstractContextManager[None]:
     return nullcontext() if all(type(table) is nn.Embedding for table in tables) else tokens_disabled(base)
 
 
-@contextmanager
-def adapters_disabled(*networks: nn.Module) -> Iterator[None]:
-    """Within the context `networks` compute as without adapters, in the middle of a training step.
-
-    The switches of peft and diffusers also set requires_grad: they would freeze the adapter in training, and train the
-    frozen one of PiSSA."""
-    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-def load_own_keys(base: BaseModel, component: str, file: Path, adapter: str) -> None:
-    """Put a file of this package's keys into a new adapter of one component, whatever kind it is.
-
-    Raises ValueError for a key that the component has no module for."""
-    with safe_open(str(file), "pt") as opened:
-        metadata = opened.metadata() or {}
-    state, model, key_of = load_file(str(file)), base.components[component], partial(base.lora_key, component)
-    factor = int(json.loads(metadata.get("ss_network_args", "{}")).get("factor", -1))
-    model.add_adapter(config_from_state(model, state, key_of, factor), adapter)
-    model.requires_grad_(False)
-    set_peft_model_state_dict(model, peft_state(model, state, key_of, adapter), adapter)
-
-
 def attached_components(base: BaseModel) -> list[str]:
     """The components that the attached file changes."""
     return [name for name, module in base.components.items() if ATTACHED in getattr(module, "peft_config", ())]
@@ -269,21 +238,17 @@ def _load_lora(base: BaseModel, lora: Path, weight: float) -> None:
         base.components[name].enable_adapters()
 
 
-def _delete_attached(components: list[nn.Module]) -> None:
-    for component in components:
-        delete_adapter_layers(component, ATTACHED)
-        if hasattr(component, "peft_config"):
-            component.peft_config.pop(ATTACHED, None)
+def load_own_keys(base: BaseModel, component: str, file: Path, adapter: str) -> None:
+    """Put a file of this package's keys into a new adapter of one component, whatever kind it is.
 
-
-def _unwrap(components: list[nn.Module]) -> None:
-    """Replace peft's layers by the layers that they wrap, as diffusers' unload_lora_weights does."""
-    for component in components:
-        recurse_remove_peft_layers(component)
-        if hasattr(component, "peft_config"):
-            del component.peft_config
-        if hasattr(component, "_hf_peft_config_loaded"):
-            component._hf_peft_config_loaded = None
+    Raises ValueError for a key that the component has no module for."""
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata() or {}
+    state, model, key_of = load_file(str(file)), base.components[component], partial(base.lora_key, component)
+    factor = int(json.loads(metadata.get("ss_network_args", "{}")).get("factor", -1))
+    model.add_adapter(config_from_state(model, state, key_of, factor), adapter)
+    model.requires_grad_(False)
+    set_peft_model_state_dict(model, peft_state(model, state, key_of, adapter), adapter)
 
 
 @contextmanager
@@ -310,3 +275,36 @@ def _fused_weights(network: nn.Module) -> Iterator[None]:
             layer.merged_adapters.clear()  # not unmerged: W - (W - W0) is not W0
             for parameter, data in weights:
                 parameter.data = data
+
+
+def _delete_attached(components: list[nn.Module]) -> None:
+    for component in components:
+        delete_adapter_layers(component, ATTACHED)
+        if hasattr(component, "peft_config"):
+            component.peft_config.pop(ATTACHED, None)
+
+
+def _unwrap(components: list[nn.Module]) -> None:
+    """Replace peft's layers by the layers that they wrap, as diffusers' unload_lora_weights does."""
+    for component in components:
+        recurse_remove_peft_layers(component)
+        if hasattr(component, "peft_config"):
+            del component.peft_config
+        if hasattr(component, "_hf_peft_config_loaded"):
+            component._hf_peft_config_loaded = None
+
+
+@contextmanager
+def adapters_disabled(*networks: nn.Module) -> Iterator[None]:
+    """Within the context `networks` compute as without adapters, in the middle of a training step.
+
+    The switches of peft and diffusers also set requires_grad: they would freeze the adapter in training, and train the
+    frozen one of PiSSA."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -1,1 +1,1 @@
-"""The frozen model: where it lies, how it is loaded, and what it makes of pictures and captions."""
+"""The frozen base model: where it lies, how it is loaded, and how it encodes images and captions."""

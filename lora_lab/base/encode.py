@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.protocol import BaseModel, Conditioning, Forms
 from lora_lab.console import bar, say
-from lora_lab.errors import RunError
+from lora_lab.errors import DiskFullError, RunError
 from lora_lab.runs import hash_text, write_atomically
 
 
@@ -56,8 +56,9 @@ class Cache:
             return
         metadata = {"sha256": _checksum(tensors)}
         try:
-            write_atomically(self._file(kind, key), lambda file: save_file(tensors, file, metadata))
-        except (OSError, SafetensorError) as error:
+            # A file that a power failure damages is recognized by its checksum.
+            write_atomically(self._file(kind, key), lambda file: save_file(tensors, file, metadata), durable=False)
+        except (OSError, SafetensorError, DiskFullError) as error:
             raise RunError(
                 f"cache={self.folder}: cannot be written ({error}): free some space, or use cache=null"
             ) from error

@@ -23,6 +23,42 @@ FP8_MIN_SIZE = 1024  # rows and outputs of a product in fp8: below, rounding x t
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
+def validate_quantization(linears: str, convolutions: str, device: torch.device) -> None:
+    """Raise InputError for a quantized form that `device` cannot store or multiply."""
+    if device.type == "cuda" and linears == "fp8_products" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(
+            "memory.linear_weights=fp8_products: this GPU cannot multiply fp8 (Ada, Hopper and later can), use base, "
+            "or fp8 to save memory"
+        )
+    for key, form in (("linear_weights", linears), ("convolution_weights", convolutions)):
+        if device.type == "mps" and form not in ("base", "int8"):
+            raise InputError(f"memory.{key}={form}: there is no {form} on this device, use base or int8")
+
+
+def quantize_(network: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    """Move the frozen `network` to `device`, with the weights of its blocks quantized: `linears` is base (not at all),
+    fp8, int8, nf4 or fp8_products, `convolutions` is base, fp8 or int8.
+
+    Blocks are the children that diffusers' models name ..._block or ..._blocks; the layers around them are small.
+    Layers are moved and quantized one by one, so that the device never holds all of them in full precision."""
+    for name, child in network.named_children():
+        if name.endswith(("_block", "_blocks")):
+            _replace(child, linears, convolutions, device)
+    network.to(device)
+
+
+def _replace(module: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and linears != "base" and child.weight.numel() % BLOCK == 0:
+            setattr(module, name, _quantized_linear(child.to(device), linears))
+        elif type(child) is nn.Conv2d and convolutions != "base" and child.groups == 1 and max(child.dilation) == 1:
+            setattr(
+                module, name, QuantizedConv2d(child, RowwiseQuantized.of(child.to(device).weight, DTYPES[convolutions]))
+            )
+        else:
+            _replace(child, linears, convolutions, device)
+
+
 class RowwiseQuantized(nn.Module):
     """8 bits per number and one scale per row (output): a row's largest number becomes the largest of the type.
 
@@ -100,6 +136,25 @@ class Fp8Matmul(RowwiseQuantized):
     def split_rows(self, count: int) -> list[RowwiseQuantized]:
         """`count` parts of equally many rows, in the same memory, without fp8 products."""
         return [RowwiseQuantized(*part) for part in zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)]
+
+
+def _fp8_pays(x: Tensor, codes: Tensor) -> bool:
+    return min(x.shape[:-1].numel(), len(codes)) >= FP8_MIN_SIZE
+
+
+def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., I) times codes (O, I) with one scale per row of each -> (..., O)."""
+    rows = x.reshape(-1, x.shape[-1])
+    row_scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(codes.dtype).max
+    out = torch._scaled_mm(
+        (rows / row_scale).to(codes.dtype),
+        codes.t(),
+        scale_a=row_scale,
+        scale_b=scale.float()[None].contiguous(),
+        out_dtype=torch.bfloat16,  # the only output type that row-wise scales support
+        use_fast_accum=True,
+    )
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Nf4(nn.Module):
@@ -214,42 +269,6 @@ class QuantizedConv2d(nn.Conv2d):
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
 
 
-def validate_quantization(linears: str, convolutions: str, device: torch.device) -> None:
-    """Raise InputError for a quantized form that `device` cannot store or multiply."""
-    if device.type == "cuda" and linears == "fp8_products" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise InputError(
-            "memory.linear_weights=fp8_products: this GPU cannot multiply fp8 (Ada, Hopper and later can), use base, "
-            "or fp8 to save memory"
-        )
-    for key, form in (("linear_weights", linears), ("convolution_weights", convolutions)):
-        if device.type == "mps" and form not in ("base", "int8"):
-            raise InputError(f"memory.{key}={form}: there is no {form} on this device, use base or int8")
-
-
-def quantize_(network: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
-    """Move the frozen `network` to `device`, with the weights of its blocks quantized: `linears` is base (not at all),
-    fp8, int8, nf4 or fp8_products, `convolutions` is base, fp8 or int8.
-
-    Blocks are the children that diffusers' models name ..._block or ..._blocks; the layers around them are small. Layer
-    by layer, so that the device never holds all of them in full precision."""
-    for name, child in network.named_children():
-        if name.endswith(("_block", "_blocks")):
-            _replace(child, linears, convolutions, device)
-    network.to(device)
-
-
-def _replace(module: nn.Module, linears: str, convolutions: str, device: torch.device) -> None:
-    for name, child in module.named_children():
-        if type(child) is nn.Linear and linears != "base" and child.weight.numel() % BLOCK == 0:
-            setattr(module, name, _quantized_linear(child.to(device), linears))
-        elif type(child) is nn.Conv2d and convolutions != "base" and child.groups == 1 and max(child.dilation) == 1:
-            setattr(
-                module, name, QuantizedConv2d(child, RowwiseQuantized.of(child.to(device).weight, DTYPES[convolutions]))
-            )
-        else:
-            _replace(child, linears, convolutions, device)
-
-
 def _quantized_linear(layer: nn.Linear, form: str) -> QuantizedLinear:
     weight = layer.weight.detach()
     if form == "nf4":
@@ -258,26 +277,6 @@ def _quantized_linear(layer: nn.Linear, form: str) -> QuantizedLinear:
         kind = Fp8Matmul if form == "fp8_products" else RowwiseQuantized
         stored = kind.of(weight, DTYPES.get(form, torch.float8_e4m3fn))
     return QuantizedLinear(layer.in_features, layer.out_features, layer.bias, stored, weight.dtype)
-
-
-def concatenate_weights(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
-    """The weights of `layers`, of one input and one output size, with their rows one below the other: one product.
-
-    From now on the layers share its memory. None where they have different forms."""
-    if all(type(layer) is nn.Linear for layer in layers):
-        whole = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
-        for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
-            layer.weight.data = part
-        return Dense(whole)
-    kinds = {type(layer.stored) if isinstance(layer, QuantizedLinear) else None for layer in layers}
-    if len(kinds) > 1 or None in kinds:
-        return None
-    if len(layers) == 1:
-        return layers[0].stored
-    whole = kinds.pop().concatenated([layer.stored for layer in layers])
-    for layer, part in zip(layers, whole.split_rows(len(layers)), strict=True):
-        layer.stored = part
-    return whole
 
 
 class _Product(torch.autograd.Function):
@@ -307,23 +306,31 @@ class _Convolution(torch.autograd.Function):
         return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, layer.stride, layer.padding), None, None
 
 
-def _fp8_pays(x: Tensor, codes: Tensor) -> bool:
-    return min(x.shape[:-1].numel(), len(codes)) >= FP8_MIN_SIZE
+def concatenate_weights(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
+    """The weights of `layers`, of one input and one output size, with their rows one below the other: one product.
+
+    From now on the layers share its memory. None where they have different forms."""
+    if all(type(layer) is nn.Linear for layer in layers):
+        whole = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+        for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
+            layer.weight.data = part
+        return Dense(whole)
+    kinds = {type(layer.stored) if isinstance(layer, QuantizedLinear) else None for layer in layers}
+    if len(kinds) > 1 or None in kinds:
+        return None
+    if len(layers) == 1:
+        return layers[0].stored
+    whole = kinds.pop().concatenated([layer.stored for layer in layers])
+    for layer, part in zip(layers, whole.split_rows(len(layers)), strict=True):
+        layer.stored = part
+    return whole
 
 
-def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x (..., I) times codes (O, I) with one scale per row of each -> (..., O)."""
-    rows = x.reshape(-1, x.shape[-1])
-    row_scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(codes.dtype).max
-    out = torch._scaled_mm(
-        (rows / row_scale).to(codes.dtype),
-        codes.t(),
-        scale_a=row_scale,
-        scale_b=scale.float()[None].contiguous(),
-        out_dtype=torch.bfloat16,  # the only output type that row-wise scales support
-        use_fast_accum=True,
-    )
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+def split_geglu_(network: nn.Module) -> None:
+    """Let the GEGLU layers of a frozen `network` multiply in two halves while it trains."""
+    for module in network.modules():
+        if type(module) is GEGLU:
+            module.__class__ = SplitGEGLU
 
 
 class SplitGEGLU(GEGLU):
@@ -337,6 +344,18 @@ class SplitGEGLU(GEGLU):
         if whole or type(proj) not in (nn.Linear, QuantizedLinear) or _in_fp8(proj):
             return super().forward(hidden_states)
         return _SplitGEGLUFunction.apply(hidden_states, *_halves(proj), *proj.bias.chunk(2))
+
+
+def _halves(proj: nn.Linear) -> list[FrozenWeight]:
+    """The weights of values and gates, in the memory of the whole."""
+    if isinstance(proj, QuantizedLinear):
+        return proj.stored.split_rows(2)
+    return [Dense(half) for half in proj.weight.detach().chunk(2)]
+
+
+def _in_fp8(proj: nn.Linear) -> bool:
+    """Whether it multiplies in fp8, for which half of a weight would need a copy."""
+    return isinstance(proj, QuantizedLinear) and isinstance(proj.stored, Fp8Matmul)
 
 
 class _SplitGEGLUFunction(torch.autograd.Function):
@@ -355,22 +374,3 @@ class _SplitGEGLUFunction(torch.autograd.Function):
         d_x = ctx.values.backward_product(gradient * F.gelu(gate))
         d_x += ctx.gates.backward_product(torch.ops.aten.gelu_backward(gradient * value, gate))
         return d_x, None, None, None, None
-
-
-def split_geglu_(network: nn.Module) -> None:
-    """Let the gated layers of a frozen `network` compute as above."""
-    for module in network.modules():
-        if type(module) is GEGLU:
-            module.__class__ = SplitGEGLU
-
-
-def _halves(proj: nn.Linear) -> list[FrozenWeight]:
-    """The weights of values and gates, in the memory of the whole."""
-    if isinstance(proj, QuantizedLinear):
-        return proj.stored.split_rows(2)
-    return [Dense(half) for half in proj.weight.detach().chunk(2)]
-
-
-def _in_fp8(proj: nn.Linear) -> bool:
-    """Whether it multiplies in fp8, for which half of a weight would need a copy."""
-    return isinstance(proj, QuantizedLinear) and isinstance(proj.stored, Fp8Matmul)

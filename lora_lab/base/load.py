@@ -3,6 +3,7 @@
 The schedule is that of bases to which diffusers gives a DDPM-like scheduler."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from hydra.utils import get_class
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lab.base.locate import locate_model
@@ -44,6 +48,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "mps" else torch.float32
 
 
+def vae_remedy(dtype: torch.dtype) -> str:
+    """What to use where the VAE of a base in `dtype` gives values that are not finite."""
+    return "another model.vae" if dtype == torch.float32 else "model.precision=fp32 or another model.vae"
+
+
 def base_class(model: Model) -> type[BaseModel]:
     """The class that `model._target_` names. Raises InputError if there is none."""
     try:
@@ -59,9 +68,26 @@ def load_base(model: Model, device: torch.device, waiting: bool = False) -> Base
     return base_class(model).load(model, device, waiting)
 
 
-def validate_prediction(model: Model, loss: Loss) -> None:
-    """Raise InputError, before the base is loaded, where `loss` is known not to fit it."""
-    base_class(model).validate_loss(model, loss)
+def validate_prediction(model: Model, loss: Loss) -> Loss:
+    """`loss` with what it leaves to the base filled in, as far as that is known before the base is loaded. Raises
+    InputError where it is known not to fit."""
+    return base_class(model).validate_loss(model, loss) or loss
+
+
+def layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """By its name in a LoRA file the shape (O, I, ...) of each weight that a LoRA may change, from the headers of the
+    base's files; {} where these have other names, or are not on this disk."""
+    base, shapes = base_class(model), {}
+    root = Path(locate_model("model.base", model.base))
+    with suppress(LocalEntryNotFoundError, HFValidationError, OSError, SafetensorError):  # loading the base reports it
+        root = root if root.exists() else Path(snapshot_download(model.base, local_files_only=True))
+        for component in (base.network_name, *base.embedding_keys):
+            for file in (root / component).glob("*.safetensors"):
+                with safe_open(str(file), "pt") as opened:
+                    weights = [key for key in opened.keys() if key.endswith(".weight")]  # noqa: SIM118
+                    names = [base.lora_key(component, key.removesuffix(".weight")) for key in weights]
+                    shapes |= {n: tuple(opened.get_slice(k).get_shape()) for n, k in zip(names, weights, strict=True)}
+    return shapes
 
 
 class DiffusionSchedule:
@@ -118,13 +144,17 @@ def with_prediction_type(scheduler: EulerDiscreteScheduler, loss: Loss) -> Euler
     return EulerDiscreteScheduler.from_config(config, **changes) if changes else scheduler
 
 
-def validate_prediction_type(model: Model, loss: Loss) -> None:
-    """Raise InputError, before the base is loaded, where its scheduler can be read and `loss` does not fit it."""
+def validate_prediction_type(model: Model, loss: Loss) -> Loss:
+    """`loss` with what it leaves to the base filled in, where the base's scheduler can be read before it is loaded.
+
+    Raises InputError for a loss that does not fit that scheduler."""
     location = locate_model("model.base", model.base)
-    if not loss.zero_terminal_snr or Path(location).is_file():
-        return
+    if Path(location).is_file():
+        return loss
     try:
-        scheduler = EulerDiscreteScheduler.load_config(location, subfolder="scheduler")
+        scheduler = EulerDiscreteScheduler.load_config(
+            location, subfolder="scheduler", local_files_only=not loss.zero_terminal_snr
+        )
     except OSError:
-        return  # the hub is not reachable, or the folder is no base: loading says so
-    resolve_prediction_type(loss, scheduler)
+        return loss  # the hub is not reachable, or the folder is no base: loading says so
+    return resolve_prediction_type(loss, scheduler)

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from lora_lab import demo
-from lora_lab.errors import InputError
+from lora_lab.errors import InputError, excerpt
 from lora_lab.runs import hash_files
 
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # to read such a file is to run what is in it
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -19,19 +20,38 @@ def locate_folder(key: str, value: str | None) -> Path:
     if value is None:
         raise InputError(f"{key} is missing: set {key}=FOLDER")
     path = demo.HERE / value.removeprefix("demo:") if value.startswith("demo:") else Path(value)
-    if not path.exists():
+    try:
+        str(path.resolve()).encode()  # records and results are UTF-8
+        exists = path.exists()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{key}={value}: the path is not UTF-8: rename the file or folder") from error
+    except (OSError, RuntimeError) as error:  # a name over 255 bytes, a link to itself
+        reason = getattr(error, "strerror", None) or "it is a link to itself"
+        raise InputError(f"{key}={value}: this is not a file or folder ({reason}): correct the name") from error
+    if not exists:
         raise InputError(f"{key}={value}: there is no such file or folder{_nearest(path)}")
     return path
 
 
 def locate_model(key: str, value: str) -> str:
-    """A folder or file that exists, else a hub id (`owner/name`) that the libraries download. Raises InputError."""
+    """A folder or file that exists, else a hub id (`owner/name`) that the libraries download. Raises InputError, also
+    for a file that could run code."""
+    refuse_pickle(key, value)
     if value.startswith("demo:") or Path(value).exists():
         return str(locate_folder(key, value))
     # A name with a suffix or an absolute path is a missing file, never a repository.
     if HUB_ID.fullmatch(value) and not value.endswith((".safetensors", ".ckpt")) and not value.startswith((".", "/")):
         return value
     raise InputError(f"{key}={value}: no such file or folder, and not a hub id like owner/name{_nearest(Path(value))}")
+
+
+def refuse_pickle(key: str, value: str) -> None:
+    """Raise InputError for a file of weights that is a pickle by its name; it is not opened."""
+    suffix = Path(value).suffix.lower()
+    if suffix in PICKLES and not Path(value).is_dir():
+        raise InputError(
+            f"{key}={excerpt(value)}: a {suffix} file can hold code that runs when it is read, name a .safetensors file"
+        )
 
 
 def hash_model(location: str) -> str:

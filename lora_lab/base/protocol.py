@@ -21,7 +21,7 @@ Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of eac
 
 
 class NoiseSchedule(Protocol):
-    """How training mixes noise with latents at each of T timesteps, and what the network predicts of the mixture."""
+    """How training mixes noise with latents at each of T timesteps, and what the network predicts from the mixture."""
 
     prediction: str  # epsilon, v_prediction or flow
     snr: Tensor  # (T,) signal-to-noise ratio, float32 on the CPU
@@ -31,7 +31,7 @@ class NoiseSchedule(Protocol):
         """Noisy latents (B, C, h, w) of `latents` and `noise` of that shape at integer `timesteps` (B,)."""
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict of them (B, C, h, w)."""
+        """What the network should predict from their mixture (B, C, h, w)."""
 
 
 class Solver(Protocol):
@@ -56,15 +56,15 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """What a training run needs of a GPU, measured in half precision with `python -m benchmarks`."""
+    """What the GPU memory that training needs depends on, measured in half precision with `python -m benchmarks`."""
 
     linears: float  # numbers in the network's linear layers
     convolutions: float  # numbers in its convolutions
     text_encoders: float  # numbers in the text encoders
     adapter: float  # numbers of a LoRA on the attention, per rank
-    activations: dict[bool, tuple[float, float]]  # gradient checkpointing: MiB in any case, and MiB per image
+    activations: dict[bool, tuple[float, float]]  # with gradient checkpointing or not: constant MiB, and MiB per image
     sampling: float  # MiB of the network while it samples
-    decoding: float  # MiB of the autoencoder while it decodes in tiles
+    decoding: dict[bool, float]  # tiling: MiB of the autoencoder while it decodes an image
     image_area: int  # pixels of the image that the figures are for
 
 
@@ -84,8 +84,9 @@ class BaseModel(Protocol):
         """Load the frozen base in the precision for `device`; with `waiting` it stays on the CPU. Raises InputError."""
 
     @classmethod
-    def validate_loss(cls, model: Model, loss: Loss) -> None:
-        """Raise InputError, before the base is loaded, where `loss` is known not to fit it."""
+    def validate_loss(cls, model: Model, loss: Loss) -> Loss | None:
+        """`loss` with what it leaves to the base filled in, as far as that is known before the base is loaded; None
+        where nothing is. Raises InputError where it is known not to fit."""
 
     # --- components
 
@@ -109,7 +110,7 @@ class BaseModel(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The data type that the network computes in."""
 
     # --- text
 
@@ -121,13 +122,15 @@ class BaseModel(Protocol):
         With `offload` one text encoder at a time is on `device`."""
 
     def tokenize(self, text: str, tokenizers: Sequence[PreTrainedTokenizerBase]) -> Conditioning:
-        """The conditioning of a text that encode_tokens has to encode, without a batch dimension, on the CPU."""
+        """The token ids of a text, for encode_tokens, without a batch dimension, on the CPU."""
 
     def encode_tokens(self, conditioning: Conditioning) -> Conditioning:
-        """A batch of `tokenize` encoded, with gradients of the text encoders and without waiting for the device."""
+        """Encode a batch of what `tokenize` returns, with gradients of the text encoders, without waiting for the
+        device."""
 
     def drop_text(self, conditioning: Conditioning) -> Conditioning:
-        """What stands for no text where that is zeros: of a conditioning of encode_texts or of tokenize."""
+        """The conditioning of an empty text if `zeros_for_empty_text`: `conditioning`, of encode_texts or of tokenize,
+        with its text replaced by zeros."""
 
     def size_conditioning(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
@@ -171,23 +174,23 @@ class BaseModel(Protocol):
         """The sampler that `settings` (of sampler.scheduler) describe, for this base."""
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What `network` (the base's, or a clone) predicts of `noisy` (B, C, h, w) at `timesteps` (B,) or (1,), in the
-        base's precision."""
+        """What `network` (the base's, or a clone) predicts from `noisy` (B, C, h, w) at `timesteps` (B,) or (1,), in
+        the base's precision."""
 
     # --- files
 
     def text_identity(self) -> list[str]:
-        """Hashes of all that decides what encode_texts gives for a text."""
+        """Hashes of everything but the text that encode_texts depends on."""
 
     def text_forms(self) -> Forms:
-        """Shape and dtype of what encode_texts gives."""
+        """Shape and dtype of the tensors of encode_texts."""
 
     def image_identity(self) -> str:
-        """A hash of all that decides what encode_image gives for an image."""
+        """A hash of everything but the image that encode_image depends on."""
 
     @staticmethod
     def lora_key(component: str, module: str) -> str:
-        """What a LoRA file calls `module` of a component, before the dot."""
+        """The name of a component's `module` in a LoRA file: what stands before the dot in its keys."""
 
     def load_lora(self, file: Path, adapter: str) -> None:
         """Load a LoRA file into new adapters of that name. May raise anything for a file that does not fit."""

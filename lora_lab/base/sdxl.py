@@ -1,7 +1,7 @@
 """Stable Diffusion XL as a base model: the only module that names its classes, components and conditioning."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_lab.base.load import (
     DiffusionSchedule,
     pick_dtype,
     resolve_prediction_type,
+    vae_remedy,
     validate_prediction_type,
     with_prediction_type,
 )
@@ -28,164 +29,304 @@ from lora_lab.console import quiet_loading, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.settings.schema import Loss, Model
 
-
-@torch.no_grad()
-def encode_texts(
-    tokenizers: Sequence[PreTrainedTokenizerBase],
-    encoders: Sequence[nn.Module],
-    texts: Sequence[str],
-    device: torch.device,
-    offload: bool,
-) -> list[Conditioning]:
-    """`prompt_embeds` (77, 2048), of both encoders side by side, and `pooled_prompt_embeds` (1280,), of the second, for
-    each text, on the CPU; bit-identical to diffusers' encode_prompt.
-
-    Each encoder does all texts before the next one begins. CLIP cuts texts after 77 tokens (stage=check names them).
-    Raises RunError, naming the text, for non-finite values."""
-    hidden, pooled = [], []
-    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        with on_device(encoder, device, offload):
-            outputs = [_encode(tokenizer, encoder, text) for text in texts]
-        hidden.append([layer for layer, _ in outputs])
-        pooled = [embedding for _, embedding in outputs]  # of the last encoder
-    dtype = encoders[-1].dtype
-    encoded = [
-        {"prompt_embeds": torch.cat(layers, dim=-1).to(dtype), "pooled_prompt_embeds": embedding}
-        for layers, embedding in zip(zip(*hidden, strict=True), pooled, strict=True)
-    ]
-    for text, conditioning in zip(texts, encoded, strict=True):
-        if not all(value.isfinite().all() for value in conditioning.values()):
-            raise RunError(f"{text!r}: the text encoders gave values that are not finite; use model.precision=fp32")
-    return encoded
+# How kohya's scripts, and every program that reads their files, name the components.
+LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, text: str) -> tuple[Tensor, Tensor]:
-    """The last hidden layer but one (77, width), and the encoder's first output, which is the pooled text of SDXL's
-    second encoder."""
-    output = encoder(token_ids(tokenizer, text).to(encoder.device), output_hidden_states=True)
-    return output.hidden_states[-2][0].cpu(), output[0][0].cpu()
+class SDXL:
+    """A base.protocol.BaseModel around diffusers' pipeline."""
 
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids (1, 77)."""
-    return tokenizer(
-        text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-
-
-def encode_tokens(encoders: Iterable[nn.Module], conditioning: Conditioning) -> Conditioning:
-    """`conditioning` with `prompt_embeds` (B, 77, 2048) and `pooled_prompt_embeds` (B, 1280) in place of `input_ids`
-    (B, 2, 77) and `has_caption` (B,), as encode_texts has them: zeros where there is no caption."""
-    rest = dict(conditioning)
-    ids, dropped = rest.pop("input_ids"), ~rest.pop("has_caption")
-    outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
-    pooled = outputs[-1][0]
-    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(pooled.dtype)
-    return {
-        "prompt_embeds": hidden.masked_fill(dropped[:, None, None], 0),
-        "pooled_prompt_embeds": pooled.masked_fill(dropped[:, None], 0),
-        **rest,
+    network_name = "unet"
+    # The names that ComfyUI, AUTOMATIC1111 and Forge look for.
+    embedding_keys: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    text_targets = ("q_proj", "k_proj", "v_proj", "out_proj")  # diffusers reads no file that lacks one of them
+    lora_metadata: Mapping[str, str] = {
+        "ss_base_model_version": "sdxl_base_v1-0",  # Forge lists a file for SDXL only if this begins with sdxl_
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
     }
+    memory = MemoryProfile(
+        linears=2.233e9,
+        convolutions=0.333e9,
+        text_encoders=0.818e9,
+        adapter=1.45e6,
+        activations={False: (350, 4610), True: (450, 560)},
+        sampling=1300,
+        decoding={False: 3400, True: 1050},
+        image_area=1024 * 1024,
+    )
 
+    def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
+        self.pipe = pipe
 
-def drop_text(conditioning: Conditioning) -> Conditioning:
-    """Zeros in place of a text's embeddings; of token ids, `has_caption` turned off."""
-    dropped = ("has_caption",) if "has_caption" in conditioning else ("prompt_embeds", "pooled_prompt_embeds")
-    return {name: torch.zeros_like(value) if name in dropped else value for name, value in conditioning.items()}
+    @classmethod
+    def load(cls, model: Model, device: torch.device, waiting: bool = False) -> "SDXL":
+        """The frozen pipeline on `device`, or with `waiting` on the CPU; in either case in the precision for `device`.
 
+        Raises InputError if the base cannot be read."""
+        quiet_loading()
+        dtype = pick_dtype(model.precision, device)
+        base = locate_model("model.base", model.base)
+        vae = None if model.vae is None else _load_vae(model.vae, dtype)
+        try:
+            pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
+            _refuse_missing_tensors(pipe)
+        except Exception as error:  # depending on what is wrong with the files, libraries raise nearly anything
+            raise InputError(f"model.base={model.base}: cannot be loaded as SDXL ({_first_line(error)})") from error
+        for component in _components(pipe).values():
+            component.requires_grad_(False).eval()
+        split_geglu_(pipe.unet)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.watermark = None  # it changes the pixels that are trained on and compared
+        return cls(pipe if waiting else pipe.to(device))
 
-def micro_conditioning(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """SDXL's `time_ids` (6,): original height and width, crop top and left, target height and width, all in pixels.
+    @classmethod
+    def validate_loss(cls, model: Model, loss: Loss) -> Loss:
+        """See validate_prediction_type. Raises InputError."""
+        return validate_prediction_type(model, loss)
 
-    Source: Podell et al. 2023, arXiv 2307.01952, section 2.2."""
-    return torch.tensor([*original, *crop, *target], dtype=torch.float32)
+    # --- components
 
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The UNet and both text encoders."""
+        return {name: getattr(self.pipe, name) for name in LORA_PREFIXES}
 
-def tile_vae(vae: AutoencoderKL, side: int) -> None:
-    """Let `vae` encode and decode tiles of at most `side` px, which overlap by a quarter and are blended there.
+    @property
+    def network(self) -> nn.Module:
+        """The UNet."""
+        return self.pipe.unet
 
-    Attention and group norms see one tile at a time, so tints may differ a little between tiles."""
-    vae.enable_tiling()
-    # diffusers' own tiles are as large as the images that the VAE was trained on, which an image may not exceed.
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae.tile_latent_min_size = max(side // factor // 4, 1) * 4  # a quarter of it is a whole number of latents
-    vae.tile_sample_min_size = vae.tile_latent_min_size * factor
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """CLIP ViT-L and OpenCLIP ViT-bigG."""
+        return {name: getattr(self.pipe, name) for name in self.embedding_keys}
 
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The VAE."""
+        return self.pipe.vae
 
-@torch.no_grad()
-def encode_image(vae: AutoencoderKL, image: Image.Image, name: str) -> Tensor:
-    """Latents (C, H / 8, W / 8), float32 on the CPU, of an RGB image whose sides are multiples of the VAE's factor.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the UNet computes in: that of the text embeddings."""
+        return self.pipe.text_encoder_2.dtype
 
-    They are the scaled mean of the VAE's posterior: its spread is a thousandth of the noise that training adds.
-    SDXL's own VAE overflows in float16; a VAE with `force_upcast` therefore encodes in float32. Raises RunError for
-    non-finite values."""
-    dtype = vae.dtype
-    upcast = vae.config.force_upcast and dtype == torch.float16
-    if upcast:
-        vae.float()
-    pixels = VaeImageProcessor().preprocess(image).to(vae.device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.mode()[0].float() * vae.config.scaling_factor
-    if upcast:
-        vae.to(dtype)
-    if not latents.isfinite().all():
-        raise RunError(
-            f"{name}: the VAE gave values that are not finite; use model.precision=fp32 or another model.vae"
-        )
-    return latents.cpu().contiguous()
+    @property
+    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        """Those of both text encoders."""
+        return [self.pipe.tokenizer, self.pipe.tokenizer_2]
 
+    @tokenizers.setter
+    def tokenizers(self, tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+        self.pipe.tokenizer, self.pipe.tokenizer_2 = tokenizers
 
-def decode(vae: AutoencoderKL, latents: Tensor, factor: int) -> Tensor:
-    """The image (1, 3, H, W), values from -1 to 1, of latents (1, C, H / factor, W / factor).
+    # --- text
 
-    After an out-of-memory error the VAE decodes in tiles from then on."""
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor
-    try:
+    @property
+    def zeros_for_empty_text(self) -> bool:
+        """True of SDXL itself; a base that was trained with an encoded "" says otherwise."""
+        return self.pipe.config.force_zeros_for_empty_prompt
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], device: torch.device, offload: bool) -> list[Conditioning]:
+        """`prompt_embeds` (77, 2048), of both encoders side by side, and `pooled_prompt_embeds` (1280,), of the second,
+        for each text, on the CPU; bit-identical to diffusers' encode_prompt.
+
+        Each encoder does all texts before the next one begins. CLIP cuts texts after 77 tokens (stage=check names
+        them). Raises RunError, naming the text, for non-finite values."""
+        hidden, pooled = [], []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
+            with on_device(encoder, device, offload):
+                outputs = [_encode(tokenizer, encoder, text) for text in texts]
+            hidden.append([layer for layer, _ in outputs])
+            pooled = [embedding for _, embedding in outputs]  # of the last encoder
+        encoded = [
+            {"prompt_embeds": torch.cat(layers, dim=-1).to(self.dtype), "pooled_prompt_embeds": embedding}
+            for layers, embedding in zip(zip(*hidden, strict=True), pooled, strict=True)
+        ]
+        for text, conditioning in zip(texts, encoded, strict=True):
+            if not all(value.isfinite().all() for value in conditioning.values()):
+                raise RunError(f"{text!r}: the text encoders gave values that are not finite; use model.precision=fp32")
+        return encoded
+
+    def tokenize(self, caption: str, tokenizers: Sequence[PreTrainedTokenizerBase]) -> Conditioning:
+        """`input_ids` (2, 77) of either encoder, and `has_caption` (), true."""
+        ids = torch.cat([_token_ids(tokenizer, caption) for tokenizer in tokenizers])
+        return {"input_ids": ids, "has_caption": torch.tensor(True)}
+
+    def encode_tokens(self, conditioning: Conditioning) -> Conditioning:
+        """`conditioning` with `prompt_embeds` (B, 77, 2048) and `pooled_prompt_embeds` (B, 1280) in place of
+        `input_ids` (B, 2, 77) and `has_caption` (B,), as encode_texts has them: zeros where there is no caption."""
+        rest = dict(conditioning)
+        ids, dropped = rest.pop("input_ids"), ~rest.pop("has_caption")
+        encoders = self.text_encoders.values()
+        outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
+        pooled = outputs[-1][0]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(pooled.dtype)
+        return {
+            "prompt_embeds": hidden.masked_fill(dropped[:, None, None], 0),
+            "pooled_prompt_embeds": pooled.masked_fill(dropped[:, None], 0),
+            **rest,
+        }
+
+    def drop_text(self, conditioning: Conditioning) -> Conditioning:
+        """Zeros in place of a text's embeddings; of token ids, `has_caption` turned off."""
+        dropped = ("has_caption",) if "has_caption" in conditioning else ("prompt_embeds", "pooled_prompt_embeds")
+        return {name: torch.zeros_like(value) if name in dropped else value for name, value in conditioning.items()}
+
+    def size_conditioning(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> Conditioning:
+        """`time_ids` (6,): original height and width, crop top and left, target height and width, all in pixels.
+
+        Source: Podell et al. 2023, arXiv 2307.01952, section 2.2."""
+        return {"time_ids": torch.tensor([*original, *crop, *target], dtype=torch.float32)}
+
+    # --- images
+
+    @property
+    def latent_channels(self) -> int:
+        """4."""
+        return self.pipe.vae.config.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """8."""
+        return self.pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image, name: str) -> Tensor:
+        """Latents (4, H / 8, W / 8), float32 on the CPU, of an RGB image whose sides are multiples of 8.
+
+        They are the scaled mean of the VAE's posterior: its spread is a thousandth of the noise that training adds.
+        SDXL's own VAE overflows in float16; a VAE with `force_upcast` therefore encodes in float32. Raises RunError for
+        non-finite values."""
+        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        upcast = vae.config.force_upcast and dtype == torch.float16
+        if upcast:
+            vae.float()
+        pixels = VaeImageProcessor().preprocess(image).to(vae.device, vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode()[0].float() * vae.config.scaling_factor
+        if upcast:
+            vae.to(dtype)
+        if not latents.isfinite().all():
+            raise RunError(f"{name}: the VAE gave values that are not finite; use {vae_remedy(dtype)}")
+        return latents.cpu().contiguous()
+
+    def encode_photo(self, photo: Image.Image) -> Callable[[torch.Generator], Tensor]:
+        """A function that draws latents (1, 4, H / 8, W / 8) from the VAE's posterior of the photo."""
+        autoencoder, dtype = self.pipe.vae, self.dtype
+        pixels = self.pipe.image_processor.preprocess(photo).to(autoencoder.device, autoencoder.dtype)
+        posterior = autoencoder.encode(pixels).latent_dist
+        return lambda generator: posterior.sample(generator).to(dtype) * autoencoder.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The image (1, 3, 8 h, 8 w), values from -1 to 1, of latents (1, 4, h, w).
+
+        After an out-of-memory error the VAE decodes in tiles from then on."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor
+        try:
+            return vae.decode(latents, return_dict=False)[0]
+        except torch.OutOfMemoryError:
+            if vae.use_tiling:
+                raise
+        # Outside of the except clause, where the failed attempt no longer holds memory.
+        say("the GPU's memory is not enough to decode whole images: the VAE decodes in tiles from now on")
+        self.enable_tiling(max(latents.shape[2:]) * self.pixels_per_latent // 2)
         return vae.decode(latents, return_dict=False)[0]
-    except torch.OutOfMemoryError:
-        if vae.use_tiling:
-            raise
-    # Outside of the except clause, where the failed attempt no longer holds memory.
-    say("the GPU's memory is not enough to decode whole images: the VAE decodes in tiles from now on")
-    tile_vae(vae, max(latents.shape[2:]) * factor // 2)
-    return vae.decode(latents, return_dict=False)[0]
 
+    @contextmanager
+    def autoencoder_in_range(self, device: torch.device) -> Iterator[None]:
+        """Within the context a VAE that overflows in float16 (`force_upcast`) computes in bfloat16, whose range is that
+        of float32 at half the memory, or in float32 where the device has no bfloat16. Its weights come back
+        bit-identical."""
+        vae = self.pipe.vae
+        if not (vae.config.force_upcast and vae.dtype == torch.float16):
+            yield
+            return
+        weights = [(parameter, parameter.data) for parameter in vae.parameters()]
+        best = pick_dtype("auto", device)
+        vae.to(torch.float32 if best == torch.float16 else best)
+        try:
+            yield
+        finally:
+            for parameter, data in weights:
+                parameter.data = data
 
-@contextmanager
-def without_overflow(vae: AutoencoderKL, device: torch.device) -> Iterator[None]:
-    """Within the context a VAE that overflows in float16 (`force_upcast`) computes in bfloat16, whose range is that of
-    float32 at half the memory, or in float32 where the device has no bfloat16. Its weights come back bit-identical."""
-    if not (vae.config.force_upcast and vae.dtype == torch.float16):
-        yield
-        return
-    weights = [(parameter, parameter.data) for parameter in vae.parameters()]
-    best = pick_dtype("auto", device)
-    vae.to(torch.float32 if best == torch.float16 else best)
-    try:
-        yield
-    finally:
-        for parameter, data in weights:
-            parameter.data = data
+    def enable_tiling(self, side: int) -> None:
+        """Let the VAE encode and decode tiles of at most `side` px, which overlap by a quarter and are blended there.
 
+        Attention and group norms see one tile at a time, so tints may differ a little between tiles."""
+        vae = self.pipe.vae
+        vae.enable_tiling()
+        # diffusers' own tiles are as large as the images that the VAE was trained on, which an image may not exceed.
+        vae.tile_latent_min_size = max(side // self.pixels_per_latent // 4, 1) * 4  # a quarter of it is whole latents
+        vae.tile_sample_min_size = vae.tile_latent_min_size * self.pixels_per_latent
 
-def load_pipeline(model: Model, device: torch.device, waiting: bool) -> StableDiffusionXLPipeline:
-    """The frozen pipeline on `device`, or with `waiting` on the CPU; in either case in the precision for `device`.
+    # --- training and sampling
 
-    Raises InputError if the base cannot be read."""
-    quiet_loading()
-    dtype = pick_dtype(model.precision, device)
-    base = locate_model("model.base", model.base)
-    vae = None if model.vae is None else _load_vae(model.vae, dtype)
-    try:
-        pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
-        _refuse_missing_tensors(pipe)
-    except Exception as error:  # depending on what is wrong with the files, libraries raise nearly anything
-        raise InputError(f"model.base={model.base}: cannot be loaded as SDXL ({_first_line(error)})") from error
-    for component in _components(pipe).values():
-        component.requires_grad_(False).eval()
-    split_geglu_(pipe.unet)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.watermark = None  # it changes the pixels that are trained on and compared
-    return pipe if waiting else pipe.to(device)
+    def resolve_loss(self, loss: Loss) -> Loss:
+        """See resolve_prediction_type. Raises InputError."""
+        return resolve_prediction_type(loss, self.pipe.scheduler.config)
+
+    def noise_schedule(self, loss: Loss) -> DiffusionSchedule:
+        """The schedule of the pipeline's scheduler, with the prediction of the resolved `loss`."""
+        return DiffusionSchedule(self.pipe.scheduler.config, loss.prediction, loss.zero_terminal_snr)
+
+    def apply_loss(self, loss: Loss) -> None:
+        """Give the pipeline, from which training and every sampler take it, a scheduler as `loss` names it.
+
+        Raises InputError."""
+        self.pipe.scheduler = with_prediction_type(self.pipe.scheduler, self.resolve_loss(loss))
+
+    def solver(self, settings: dict[str, Any]) -> SchedulerMixin:
+        """The scheduler of diffusers that `settings` name, on the base's noise schedule."""
+        return instantiate(settings)(self.pipe.scheduler.config)
+
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the UNet predicts from `noisy` (B, 4, h, w) at `timesteps` (B,) or (1,), of that shape.
+
+        `conditioning` has prompt_embeds (B, 77, 2048), pooled_prompt_embeds (B, 1280) and time_ids (B, 6)."""
+        embeds = conditioning["prompt_embeds"]
+        added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
+        # In the base's own precision, in which everything but the loss is computed.
+        return network(noisy.to(embeds.dtype), timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    # --- files
+
+    def text_identity(self) -> list[str]:
+        """The hashes of both encoders and both tokenizers; takes seconds."""
+        return [*map(identity_of, self.text_encoders.values()), *map(rules_of, self.tokenizers)]
+
+    def text_forms(self) -> Forms:
+        """Shape and dtype of the tensors of encode_texts."""
+        first, second = self.pipe.text_encoder, self.pipe.text_encoder_2
+        width = first.config.hidden_size + second.config.hidden_size
+        return {
+            "prompt_embeds": ((self.pipe.tokenizer.model_max_length, width), second.dtype),
+            "pooled_prompt_embeds": ((second.config.projection_dim,), second.dtype),
+        }
+
+    def image_identity(self) -> str:
+        """The hash of the VAE, and the size of its tiles; takes a second."""
+        autoencoder = self.pipe.vae
+        tiles = f" in tiles of {autoencoder.tile_sample_min_size}" if autoencoder.use_tiling else ""
+        return identity_of(autoencoder) + tiles
+
+    @staticmethod
+    def lora_key(component: str, module: str) -> str:
+        """kohya's name of a module. transformers 5 dropped "text_model." from the first encoder's names; every other
+        program expects it."""
+        if component != SDXL.network_name and not module.startswith("text_model."):
+            module = "text_model." + module
+        return f"{LORA_PREFIXES[component]}_{module.replace('.', '_')}"
+
+    def load_lora(self, file: Path, adapter: str) -> None:
+        """Through diffusers, which reads the keys of kohya's scripts, its own, and those of other programs."""
+        # Without use_safetensors a damaged file would be tried as a pickle.
+        self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter, use_safetensors=True)
 
 
 def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
@@ -224,206 +365,15 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300].rstrip(".")
 
 
-# How kohya's scripts, and every program that reads their files, name the components.
-LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+def _encode(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, text: str) -> tuple[Tensor, Tensor]:
+    """The last hidden layer but one (77, width), and the encoder's first output, which is the pooled text of SDXL's
+    second encoder."""
+    output = encoder(_token_ids(tokenizer, text).to(encoder.device), output_hidden_states=True)
+    return output.hidden_states[-2][0].cpu(), output[0][0].cpu()
 
 
-class SDXL:
-    """A base.protocol.BaseModel around diffusers' pipeline."""
-
-    network_name = "unet"
-    # The names that ComfyUI, AUTOMATIC1111 and Forge look for.
-    embedding_keys: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-    text_targets = ("q_proj", "k_proj", "v_proj", "out_proj")  # diffusers reads no file that lacks one of them
-    lora_metadata: Mapping[str, str] = {
-        "ss_base_model_version": "sdxl_base_v1-0",  # Forge lists a file for SDXL only if this begins with sdxl_
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-    }
-    memory = MemoryProfile(
-        linears=2.233e9,
-        convolutions=0.333e9,
-        text_encoders=0.818e9,
-        adapter=1.45e6,
-        activations={False: (350, 4610), True: (450, 560)},
-        sampling=1300,
-        decoding=1050,  # where 3,400 are free it decodes whole images
-        image_area=1024 * 1024,
-    )
-
-    def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
-        self.pipe = pipe
-
-    @classmethod
-    def load(cls, model: Model, device: torch.device, waiting: bool = False) -> "SDXL":
-        """See load_pipeline. Raises InputError."""
-        return cls(load_pipeline(model, device, waiting))
-
-    @classmethod
-    def validate_loss(cls, model: Model, loss: Loss) -> None:
-        """Raise InputError for a prediction that does not fit the base's scheduler, where that can be read."""
-        validate_prediction_type(model, loss)
-
-    # --- components
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        """The UNet and both text encoders."""
-        return {name: getattr(self.pipe, name) for name in LORA_PREFIXES}
-
-    @property
-    def network(self) -> nn.Module:
-        """The UNet."""
-        return self.pipe.unet
-
-    @property
-    def text_encoders(self) -> dict[str, nn.Module]:
-        """CLIP ViT-L and OpenCLIP ViT-bigG."""
-        return {name: getattr(self.pipe, name) for name in self.embedding_keys}
-
-    @property
-    def autoencoder(self) -> nn.Module:
-        """The VAE."""
-        return self.pipe.vae
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the UNet computes in: that of the text embeddings."""
-        return self.pipe.text_encoder_2.dtype
-
-    @property
-    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
-        """Those of both text encoders."""
-        return [self.pipe.tokenizer, self.pipe.tokenizer_2]
-
-    @tokenizers.setter
-    def tokenizers(self, tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
-        self.pipe.tokenizer, self.pipe.tokenizer_2 = tokenizers
-
-    # --- text
-
-    @property
-    def zeros_for_empty_text(self) -> bool:
-        """True of SDXL itself; a base that was trained with an encoded "" says otherwise."""
-        return self.pipe.config.force_zeros_for_empty_prompt
-
-    def encode_texts(self, texts: Sequence[str], device: torch.device, offload: bool) -> list[Conditioning]:
-        """See `encode_texts` of this module. Raises RunError."""
-        return encode_texts(self.tokenizers, list(self.text_encoders.values()), texts, device, offload)
-
-    def tokenize(self, caption: str, tokenizers: Sequence[PreTrainedTokenizerBase]) -> Conditioning:
-        """`input_ids` (2, 77) of either encoder, and `has_caption` (), true."""
-        ids = torch.cat([token_ids(tokenizer, caption) for tokenizer in tokenizers])
-        return {"input_ids": ids, "has_caption": torch.tensor(True)}
-
-    def encode_tokens(self, conditioning: Conditioning) -> Conditioning:
-        """See `encode_tokens` of this module."""
-        return encode_tokens(self.text_encoders.values(), conditioning)
-
-    def drop_text(self, conditioning: Conditioning) -> Conditioning:
-        """See `drop_text` of this module."""
-        return drop_text(conditioning)
-
-    def size_conditioning(
-        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
-    ) -> Conditioning:
-        """`time_ids` (6,): see `micro_conditioning`."""
-        return {"time_ids": micro_conditioning(original, crop, target)}
-
-    # --- images
-
-    @property
-    def latent_channels(self) -> int:
-        """4."""
-        return self.pipe.vae.config.latent_channels
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """8."""
-        return self.pipe.vae_scale_factor
-
-    def encode_image(self, image: Image.Image, name: str) -> Tensor:
-        """Latents (4, H / 8, W / 8): see `encode_image` of this module. Raises RunError."""
-        return encode_image(self.pipe.vae, image, name)
-
-    def encode_photo(self, photo: Image.Image) -> Callable[[torch.Generator], Tensor]:
-        """A function that draws latents (1, 4, H / 8, W / 8) from the VAE's posterior of the photo."""
-        autoencoder, dtype = self.pipe.vae, self.dtype
-        pixels = self.pipe.image_processor.preprocess(photo).to(autoencoder.device, autoencoder.dtype)
-        posterior = autoencoder.encode(pixels).latent_dist
-        return lambda generator: posterior.sample(generator).to(dtype) * autoencoder.config.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (1, 4, h, w) to pixels (1, 3, 8 h, 8 w): see `decode` of this module."""
-        return decode(self.pipe.vae, latents, self.pixels_per_latent)
-
-    def autoencoder_in_range(self, device: torch.device) -> AbstractContextManager[None]:
-        """See `without_overflow`."""
-        return without_overflow(self.pipe.vae, device)
-
-    def enable_tiling(self, side: int) -> None:
-        """See `tile_vae`."""
-        tile_vae(self.pipe.vae, side)
-
-    # --- training and sampling
-
-    def resolve_loss(self, loss: Loss) -> Loss:
-        """See resolve_prediction_type. Raises InputError."""
-        return resolve_prediction_type(loss, self.pipe.scheduler.config)
-
-    def noise_schedule(self, loss: Loss) -> DiffusionSchedule:
-        """The schedule of the pipeline's scheduler, with the prediction of the resolved `loss`."""
-        return DiffusionSchedule(self.pipe.scheduler.config, loss.prediction, loss.zero_terminal_snr)
-
-    def apply_loss(self, loss: Loss) -> None:
-        """Give the pipeline, from which training and every sampler take it, a scheduler as `loss` names it.
-
-        Raises InputError."""
-        self.pipe.scheduler = with_prediction_type(self.pipe.scheduler, self.resolve_loss(loss))
-
-    def solver(self, settings: dict[str, Any]) -> SchedulerMixin:
-        """The scheduler of diffusers that `settings` name, on the base's noise schedule."""
-        return instantiate(settings)(self.pipe.scheduler.config)
-
-    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the UNet predicts of `noisy` (B, 4, h, w) at `timesteps` (B,) or (1,), of that shape.
-
-        `conditioning` has prompt_embeds (B, 77, 2048), pooled_prompt_embeds (B, 1280) and time_ids (B, 6)."""
-        embeds = conditioning["prompt_embeds"]
-        added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
-        # In the base's own precision, in which everything but the loss is computed.
-        return network(noisy.to(embeds.dtype), timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
-
-    # --- files
-
-    def text_identity(self) -> list[str]:
-        """The hashes of both encoders and both tokenizers; takes seconds."""
-        return [*map(identity_of, self.text_encoders.values()), *map(rules_of, self.tokenizers)]
-
-    def text_forms(self) -> Forms:
-        """Shape and dtype of what encode_texts gives."""
-        first, second = self.pipe.text_encoder, self.pipe.text_encoder_2
-        width = first.config.hidden_size + second.config.hidden_size
-        return {
-            "prompt_embeds": ((self.pipe.tokenizer.model_max_length, width), second.dtype),
-            "pooled_prompt_embeds": ((second.config.projection_dim,), second.dtype),
-        }
-
-    def image_identity(self) -> str:
-        """The hash of the VAE, and the size of its tiles; takes a second."""
-        autoencoder = self.pipe.vae
-        tiles = f" in tiles of {autoencoder.tile_sample_min_size}" if autoencoder.use_tiling else ""
-        return identity_of(autoencoder) + tiles
-
-    @staticmethod
-    def lora_key(component: str, module: str) -> str:
-        """kohya's name of a module. transformers 5 dropped "text_model." from the first encoder's names; every other
-        program expects it."""
-        if component != SDXL.network_name and not module.startswith("text_model."):
-            module = "text_model." + module
-        return f"{LORA_PREFIXES[component]}_{module.replace('.', '_')}"
-
-    def load_lora(self, file: Path, adapter: str) -> None:
-        """Through diffusers, which reads the keys of kohya's scripts, its own, and those of other programs."""
-        # Without use_safetensors a damaged file would be tried as a pickle.
-        self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter, use_safetensors=True)
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids (1, 77)."""
+    return tokenizer(
+        text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids

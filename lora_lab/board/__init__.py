@@ -1,1 +1,1 @@
-"""The comparison page of a sweep: read.py takes the files, verdict.py says who won, page.py writes the folder."""
+"""The comparison page of a sweep: read.py reads the files, page.py ranks the runs and writes the folder."""

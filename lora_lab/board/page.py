@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,8 +20,17 @@ from filelock import FileLock
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from lora_lab.board.read import Picture, Sweep, TrainedRun, final_loss, final_validation_loss, running_mean
-from lora_lab.board.record import is_number
+from lora_lab.board.read import (
+    Picture,
+    Sweep,
+    TrainedRun,
+    final_loss,
+    final_validation_loss,
+    read_sweep,
+    running_mean,
+)
+from lora_lab.board.record import is_inside, is_number
+from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
@@ -30,6 +38,44 @@ from lora_lab.runs import display_path, write_atomically, write_text
 from lora_lab.settings.schema import Tracker
 
 LANGUAGES = ("en", "ko")
+HERE = Path(__file__).parent
+STYLES, SCRIPTS = ("uplot.min.css", "page.css"), ("uplot.min.js", "page.js", "matrix.js", "zoom.js", "runs.js")
+GENERATOR = '<meta name="generator" content="lora_lab">'  # an index.html without it was not written here
+THUMBNAIL_SIZE = 256  # pixels, of the longer side
+CURVE_POINTS = 200  # at most; a chart is not wide enough to show more
+SHEET_ROWS = 24  # of comparison.png, for the best runs
+LOCK = ".page.lock"  # in the sweep's folder: one process at a time writes the page
+
+
+def rewrite_page(sweep: Path) -> Path | None:
+    """Write the page of `sweep` from the files that are there, and return it; None if nothing trains or it failed.
+
+    Of several processes each waits for the others, so the last one to write has read what all of them left. An error is
+    one line on stderr, and never ends a job."""
+    sweep = display_path(sweep)  # the page's commands name folders relative to the working directory
+    if not sweep.is_dir():  # no job was started
+        return None
+    try:
+        with FileLock(sweep / LOCK, timeout=60):
+            content = read_sweep([sweep])
+            return write_page(content, verdict(content), sweep) if content.runs else None
+    except InputError as error:
+        warn(str(error))
+    except Exception as error:
+        warn(f"the comparison page of {sweep} could not be written ({error!r})")
+    return None
+
+
+def attach_page(sweep: Path, tracker: Tracker) -> None:
+    """Log the page of the finished `sweep` to W&B, unless the same page was logged before.
+
+    An error is one line on stderr."""
+    from lora_lab.track import wandb
+
+    try:
+        wandb.attach(sweep, files_to_share(sweep), tracker)
+    except Exception as error:
+        warn(f"the comparison page of {display_path(sweep)} could not be logged ({error!r})")
 
 
 @dataclass(frozen=True)
@@ -137,14 +183,6 @@ def axes(sweep: Sweep) -> tuple[str, str]:
     return "@run", "@prompt"
 
 
-HERE = Path(__file__).parent
-STYLES, SCRIPTS = ("uplot.min.css", "page.css"), ("uplot.min.js", "page.js", "matrix.js", "zoom.js", "runs.js")
-GENERATOR = '<meta name="generator" content="lora_lab">'  # an index.html without it was not written here
-THUMBNAIL_SIZE = 256  # pixels, of the longer side
-CURVE_POINTS = 200  # at most; a chart is not wide enough to show more
-SHEET_ROWS = 24  # of comparison.png, for the best runs
-
-
 def write_page(sweep: Sweep, verdict: Verdict, to: Path) -> Path:
     """Write the page of `sweep` into the folder `to`; returns index.html.
 
@@ -157,7 +195,7 @@ def write_page(sweep: Sweep, verdict: Verdict, to: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sweep = replace(sweep, runs=tuple(_add_pictures(run, assets / slug(run), pool) for run in sweep.runs))
     names = (_add_training_image(file, assets / "training", i) for i, file in enumerate(sweep.training))
-    training = [name for name in names if name] or sorted(file.name for file in (assets / "training").glob("*.webp"))
+    training = [name for name in names if name] or _training_thumbnails(assets / "training")
     write_atomically(to / "comparison.png", sheet(sweep, verdict, assets).save)
     content = html(page_data(sweep, verdict, training), sweep, verdict)
     write_text(page, content.encode("utf-8", "replace").decode())  # a JSON string may have half a character
@@ -184,7 +222,7 @@ def stem(picture: Picture) -> str:
 
 def _add_pictures(run: TrainedRun, folder: Path, pool: Executor) -> TrainedRun:
     """Put the images of `run` into `folder`; returns the run without those that are damaged or were deleted."""
-    folder.mkdir(parents=True, exist_ok=True)
+    _create(folder)
     added = pool.map(lambda picture: _add_picture(picture.file, folder, stem(picture)), run.pictures)
     return replace(run, pictures=tuple(compress(run.pictures, added)))
 
@@ -204,6 +242,18 @@ def _add_picture(source: Path, folder: Path, name: str) -> bool:
         return False
 
 
+def _training_thumbnails(folder: Path) -> list[str]:
+    """The files of an earlier page."""
+    return sorted(file.name for file in folder.glob("*.webp") if is_inside(file, folder.parent))
+
+
+def _create(folder: Path) -> None:
+    """Create a folder of the page. Raises InputError for a link, which would lead out of the page of a stranger."""
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise InputError(f"{folder}: a link, not a folder of a comparison page: remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _link(source: Path, target: Path) -> None:
     if target.exists() and target.samefile(source):
         return
@@ -216,7 +266,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _add_training_image(source: Path, folder: Path, number: int) -> str | None:
     small = folder / f"{number}.webp"
-    folder.mkdir(parents=True, exist_ok=True)
+    _create(folder)
     try:
         if not _is_current(small, source):
             _write_thumbnail(open_picture(source), source, small)
@@ -234,6 +284,7 @@ def _write_thumbnail(picture: Image.Image, source: Path, path: Path) -> None:
     """Write it in place, for there may be a hundred thousand: the last act makes it current."""
     picture, written = picture.convert("RGB"), source.stat()
     picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    path.unlink(missing_ok=True)  # a link, which would lead out
     picture.save(path, quality=85, method=2)  # half the time of method 4, files 5 % larger
     os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
 
@@ -350,44 +401,3 @@ def sheet(sweep: Sweep, verdict: Verdict, assets: Path) -> Image.Image:
 
 def _small(assets: Path, run: TrainedRun, picture: Picture) -> Image.Image:
     return Image.open(assets / slug(run) / f"{stem(picture)}.webp")
-
-
-LOCK = ".page.lock"
-
-
-def rewrite_page(sweep: Path) -> Path | None:
-    """Write the page of `sweep` from the files that are there, and return it; None if nothing trains or it failed.
-
-    Of several processes each waits for the others, so the last one to write has read what all of them left. An error is
-    one line on stderr, and never ends a job."""
-    from lora_lab.board.page import verdict, write_page
-    from lora_lab.board.read import read_sweep
-
-    sweep = display_path(sweep)  # the page's commands name folders relative to the working directory
-    if not sweep.is_dir():  # no job was started
-        return None
-    try:
-        with FileLock(sweep / LOCK, timeout=60):
-            content = read_sweep([sweep])
-            return write_page(content, verdict(content), sweep) if content.runs else None
-    except InputError as error:
-        print(f"lora_lab: {error}", file=sys.stderr)
-    except Exception as error:
-        print(f"lora_lab: the comparison page of {sweep} could not be written ({error!r})", file=sys.stderr)
-    return None
-
-
-def attach_page(sweep: Path, tracker: Tracker) -> None:
-    """Log the page of the finished `sweep` to W&B, unless the same page was logged before.
-
-    An error is one line on stderr."""
-    from lora_lab.board.page import files_to_share
-    from lora_lab.track import wandb
-
-    names = {"project": tracker.project, "group": tracker.group, "tags": tracker.tags}
-    try:
-        wandb.attach(sweep, files_to_share(sweep), tracker.mode, names)
-    except Exception as error:
-        print(
-            f"lora_lab: the comparison page of {display_path(sweep)} could not be logged ({error!r})", file=sys.stderr
-        )

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 
+CLIP_WINDOW = 77  # tokens, with the start and end markers; a word is at least one
 STOPWORDS = {"a", "an", "the", "and", "or", "of", "in", "on", "at", "with", "its", "it", "is", "to", "by", "for"}
 
 
@@ -31,8 +33,11 @@ def _in_all(run: Sequence[str], texts: Sequence[str]) -> bool:
 
 
 def _words(caption: str, trigger: str) -> list[str]:
-    """Lower-case words, and the commas that separate phrases; the trigger separates phrases too."""
-    return re.findall(r"[\w'-]+|,", re.sub(r"[.;:!?]", ",", caption.replace(trigger, ",")).lower())
+    """Lower-case words, and the commas that separate phrases; the trigger separates phrases too.
+
+    CLIP reads no more of a caption than these; comparing all runs of a megabyte would take minutes."""
+    text = re.sub(r"[.;:!?]", ",", caption.replace(trigger, ",")).lower()
+    return [match[0] for match in islice(re.finditer(r"[\w'-]+|,", text), CLIP_WINDOW)]
 
 
 def _without_stopwords(words: list[str]) -> list[str]:

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-LOWER_IS_BETTER = ("leakage", "memorised")
-# Neither direction is better: a learnt character makes images more alike, and so does a memorised image.
-UNDIRECTED = ("diversity",)
 RESAMPLES = 1000  # of the bootstrap; its seed is fixed, so that the same images give the same interval
 
 

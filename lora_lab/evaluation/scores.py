@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.captioner import check_captioner
 from lora_lab.captions.refiner import Refiner, load_refiner, run_refiner
+from lora_lab.errors import InputError
 from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, ImageEmbeddings, caption_images, embed, locate_embedders
-from lora_lab.evaluation.metrics import Scale, Scores
+from lora_lab.evaluation.metrics import Estimate, Scale, Scores
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
-from lora_lab.runs import write_text
+from lora_lab.runs import write_json, write_text
 from lora_lab.sampling.generate import ImageSpec, RenderSettings, image_specs, render_base, render_with_lora
 from lora_lab.settings.schema import Model, Score
 
@@ -286,6 +287,32 @@ class Scorer:
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
+
+
+RECORD = "scores.json"  # beside the images of a LoRA
+
+
+def save_scored(folder: Path, scored: ScoredImages, key: str) -> Path:
+    """Write the scores of a LoRA beside its images in `folder`; `key` is a hash of all that decides them."""
+    scores = {name: estimate and asdict(estimate) for name, estimate in scored.scores.items()}
+    return write_json(folder / RECORD, {"key": key, "scores": scores, "lines": scored.lines})
+
+
+def load_scored(folder: Path, lora: Path, key: str) -> ScoredImages | None:
+    """What save_scored has written of `lora` under the same `key`; None where that, or one of its images, is missing or
+    damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["key"] != key:
+            return None
+        scores = {name: estimate and Estimate(**estimate) for name, estimate in record["scores"].items()}
+        files = [folder / Path(line["picture"]).name for line in record["lines"]]
+        lines = [
+            line | {"lora": str(lora), "picture": str(file)} for line, file in zip(record["lines"], files, strict=True)
+        ]
+        return ScoredImages(lora.stem, scores, lines, [open_picture(file) for file in files])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, InputError):
+        return None
 
 
 def write_lines(folder: Path, scored: Sequence[ScoredImages]) -> Path:

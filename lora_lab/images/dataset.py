@@ -2,8 +2,9 @@
 
 A mask is the alpha channel of an image, or a mask image of the same name. White is trained on."""
 
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -11,10 +12,14 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from lora_lab.base.locate import locate_folder
-from lora_lab.captions.files import read_caption_lists
+from lora_lab.captions.files import caption_files, read_caption_lists
 from lora_lab.errors import InputError
-from lora_lab.images.pixels import Size, open_picture, open_with_alpha
-from lora_lab.images.scan import find_pictures, same_names
+from lora_lab.images.pixels import Fitted, Size, count_frames, cut_away, open_picture, open_with_alpha
+from lora_lab.images.scan import Contents, find_contents, find_pictures, natural_key, scan
+
+NO_USE = "neither an image nor a caption file that is read: move it elsewhere"
+MOST_CUT_AWAY = 0.25  # of an image's pixels, before the user is warned
+KOHYA_FOLDER = re.compile(r"([1-9]\d{0,2})_.+")  # repeats_name; 2024_05 is a date
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,11 @@ class Sample:
     repeats: int = 1  # occurrences in an epoch
 
 
-def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
-    """The samples of several (folder, repeats), folder by folder.
+def read_folders(
+    folders: Sequence[tuple[Path, int]], follow_links: bool = False, kohya_folders: bool = False
+) -> list[Sample]:
+    """The samples of several (folder, repeats), folder by folder. With `kohya_folders` the repeats of a subfolder such
+    as 10_tofu multiply those of its folder.
 
     Raises InputError for a folder that `read_dataset` refuses, two folders of one name, and an image in two folders."""
     roots = [root for root, _ in folders]
@@ -91,7 +99,9 @@ def read_folders(folders: Sequence[tuple[Path, int]]) -> list[Sample]:
     samples: list[Sample] = []
     for root, repeats in folders:
         prefix = folder_prefix(root, roots)
-        samples += [replace(s, name=prefix + s.name, repeats=repeats) for s in read_dataset(root)]
+        for s in read_dataset(root, follow_links):
+            times = folder_repeats(s.name, root) if kohya_folders else 1
+            samples.append(replace(s, name=prefix + s.name, repeats=repeats * times))
     if len(roots) == 1:
         return samples
     names_by_path: dict[Path, str] = {}
@@ -117,14 +127,22 @@ def folder_prefix(root: Path, roots: Sequence[Path]) -> str:
     return f"{root.resolve().name}/" if len(roots) > 1 else ""
 
 
-def read_dataset(root: Path) -> list[Sample]:
+def folder_repeats(name: str, root: Path) -> int:
+    """The repeats in kohya's name of the innermost folder that has one, for the image `name` in `root`; else 1."""
+    folders = [root.resolve().name, *PurePosixPath(name).parts[:-1]]
+    return next((int(match[1]) for f in reversed(folders) if (match := KOHYA_FOLDER.fullmatch(f))), 1)
+
+
+def read_dataset(root: Path, follow_links: bool = False) -> list[Sample]:
     """Every image under `root` with its captions, in natural order.
 
     Raises InputError unless every image has a caption and every caption an image."""
-    paths, captions = _pictures(root), read_caption_lists(root)
+    contents, captions = _images(root, follow_links), read_caption_lists(root, follow_links)
+    paths = contents.images
     uncaptioned = [name for name in paths if name not in captions]
     pictureless = [name for name in captions if name not in paths]
-    faults = unmatched_captions(pictureless, uncaptioned, root) + missing_captions(uncaptioned, len(paths), root)
+    faults = unmatched_captions(pictureless, uncaptioned, root, contents.left_out)
+    faults += missing_captions(uncaptioned, len(paths), root)
     if faults:
         raise InputError(faults[0])
     return [Sample(name, path, captions[name]) for name, path in paths.items()]
@@ -151,11 +169,42 @@ def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) 
     return text.replace("{trigger}", trigger) if prefix or suffix else text
 
 
-def copy_pictures(root: Path, to: Path) -> int:
+def unused_files(root: Path, follow_links: bool = False) -> dict[str, str]:
+    """Name -> what it is and what to do, of every file or folder in a dataset folder that no stage reads.
+
+    Raises InputError as `scan` does."""
+    contents = scan(root, follow_links)
+    in_use = caption_files(root, contents.others.values(), follow_links)
+    unused = contents.left_out | {name: NO_USE for name, path in contents.others.items() if path not in in_use}
+    return {name: unused[name] for name in sorted(unused, key=natural_key)}
+
+
+def unused_line(roots: Sequence[Path], follow_links: bool = False) -> str:
+    """One line about the files in the dataset folders that no stage reads; "" if there are none."""
+    names = [folder_prefix(root, roots) + name for root in roots for name in unused_files(root, follow_links)]
+    where = ", ".join(map(str, roots))
+    return f"{len(names)} in {where} not used: {list_names(names)} (stage=check says why)" if names else ""
+
+
+def frames_line(paths: Mapping[str, Path]) -> str:
+    """One line about the images by name of which only the first frame is used; "" if there are none."""
+    frames = {name: count for name, path in paths.items() if (count := count_frames(path)) > 1}
+    names = list_names([f"{name} ({count})" for name, count in frames.items()])
+    return f"of {names} the first is used" if frames else ""
+
+
+def cut_away_line(images: Mapping[str, Fitted]) -> str:
+    """One line about the images by name of which their bucket cuts too much away; "" if there are none."""
+    shares = {name: cut_away(image.original_size[::-1], image.target_size[::-1]) for name, image in images.items()}
+    names = [f"{share:.0%} of {name}" for name, share in shares.items() if share > MOST_CUT_AWAY]
+    return f"away by the buckets: {list_names(names)} (stage=check says more)" if names else ""
+
+
+def copy_pictures(root: Path, to: Path, follow_links: bool = False) -> int:
     """Copy the images under `root`, without their captions, into the new folder `to`; returns their number.
 
     Raises InputError for a folder without images, two files of one name, and if `to` is not empty."""
-    paths = _pictures(root)
+    paths = _images(root, follow_links).images
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} exists already: name a new folder")
     for name, path in paths.items():
@@ -165,13 +214,22 @@ def copy_pictures(root: Path, to: Path) -> int:
     return len(paths)
 
 
-def unmatched_captions(pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path | str) -> list[str]:
-    """A sentence for each caption without an image; an uncaptioned image with a similar name is suggested."""
+def unmatched_captions(
+    pictureless: Sequence[str], uncaptioned: Sequence[str], root: Path | str, left_out: Mapping[str, str]
+) -> list[str]:
+    """A sentence for each of the first ten captions without an image, and one for the others.
+
+    It gives the reason in `left_out` (of `Contents`), or suggests an uncaptioned image with a similar name."""
     sentences = []
-    for name in pictureless:
+    for name in pictureless[:10]:  # comparing all names with all would be quadratic
+        places = [name, *(f"{folder}/" for folder in PurePosixPath(name).parents)]
+        reason = next((left_out[place] for place in places if place in left_out), None)
         similar = get_close_matches(name, uncaptioned, n=1, cutoff=0.7)
         hint = f"was {similar[0]} meant?" if similar else "put it back or delete the caption"
-        sentences.append(f"there is a caption for {name}, but no such picture in {root}: {hint}")
+        fault = f"which is {reason}" if reason else f"but no such picture in {root}: {hint}"
+        sentences.append(f"there is a caption for {name}, {fault}")
+    if others := pictureless[10:]:
+        sentences.append(f"there are captions for {list_names(others)}, but no such pictures in {root}")
     return sentences
 
 
@@ -197,9 +255,9 @@ def list_names(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _pictures(root: Path) -> dict[str, Path]:
-    paths = find_pictures(root)
-    twice, _ = same_names(root)
-    if twice:
-        raise InputError(same_name_twice(twice, root))
-    return paths
+def _images(root: Path, follow_links: bool) -> Contents:
+    """The contents of a folder with images. Raises InputError for one without, and for two images of one name."""
+    contents = find_contents(root, follow_links=follow_links)
+    if contents.same_name:
+        raise InputError(same_name_twice(contents.same_name, root))
+    return contents

@@ -1,6 +1,7 @@
 """Copies of an image: found by a perceptual hash and by colours, whatever their size and compression."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,15 +35,28 @@ def thumbnail(image: Image.Image) -> Thumbnail:
 
 def find_duplicates(thumbnails: Mapping[str, Thumbnail]) -> list[tuple[str, str]]:
     """(copy, original) for each image that equals an earlier one but for scale and compression."""
-    originals: dict[str, Thumbnail] = {}
+    originals: dict[Hashable, list[str]] = defaultdict(list)
     copies = []
     for name, features in thumbnails.items():
-        original = next((other for other, known in originals.items() if _are_copies(features, known)), None)
+        keys = _keys(features)
+        similar = dict.fromkeys(other for key in keys for other in originals[key])
+        original = next((other for other in similar if _are_copies(features, thumbnails[other])), None)
         if original is None:
-            originals[name] = features
+            for key in keys:
+                originals[key].append(name)
         else:
             copies.append((name, original))
     return copies
+
+
+def _keys(features: Thumbnail) -> list[Hashable]:
+    """Keys of which a copy shares at least one: it differs in at most HASH_BITS bits, so one of HASH_BITS + 1 parts of
+    the hash is equal; and in brightness by at most COLOUR, so in one of two shifted grids it lies in the same cell.
+
+    Comparing all images with all would be quadratic."""
+    parts, brightness = np.array_split(features.bits.ravel(), HASH_BITS + 1), features.colours.mean()
+    cells = [(shift, int((brightness + shift) // (2 * COLOUR))) for shift in (0, COLOUR)]
+    return [(i, part.tobytes(), cell) for i, part in enumerate(parts) for cell in cells]
 
 
 def _are_copies(one: Thumbnail, two: Thumbnail) -> bool:

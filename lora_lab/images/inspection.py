@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_lab.captions.files import Texts, read_caption_lists
-from lora_lab.captions.phrases import common_phrases
+from lora_lab.captions.phrases import CLIP_WINDOW, common_phrases
 from lora_lab.errors import InputError
-from lora_lab.images.dataset import Masks, folder_prefix
+from lora_lab.images.dataset import MOST_CUT_AWAY, Masks, folder_prefix, folder_repeats, unused_files
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
-from lora_lab.images.pixels import Size, enlargement, nearest_bucket, open_picture
-from lora_lab.images.scan import find_pictures, same_names, unsupported
+from lora_lab.images.pixels import (
+    Size,
+    count_frames,
+    cut_away,
+    enlargement,
+    is_blank,
+    nearest_bucket,
+    open_with_alpha,
+)
+from lora_lab.images.scan import find_contents, same_but_case
 
 T = TypeVar("T")
-CLIP_WINDOW = 77  # tokens, with the start and end markers
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,26 @@ class Findings:
     caption_files: str  # why no captions could be read; "" if they could
     same_name: list[str]  # on disk twice, NFC and NFD
     same_but_case: list[tuple[str, ...]]
-    unsupported: list[str]
+    unused: dict[str, str]  # file, or folder with a slash -> what it is and what to do
     enlarged: dict[str, float]  # name -> scale, above 1
+    cut_away: dict[str, float]  # name -> share of its pixels outside its bucket, above 0.25
+    frames: dict[str, int]  # name -> frames, above 1, of which the first is used
+    blank: list[str]  # black or transparent all over
+    folder_repeats: dict[str, int]  # name -> repeats by kohya's name of its folder, above 1
     duplicates: list[tuple[str, str]]  # (copy, original)
     without_trigger: list[str]
     too_long: dict[str, int]  # name -> tokens, above 77
     in_every_caption: list[str]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What is kept of an image, so that one is in memory at a time."""
+
+    size: Size
+    thumbnail: Thumbnail
+    frames: int
+    blank: bool
 
 
 def inspect_dataset(
@@ -48,21 +69,27 @@ def inspect_dataset(
     masks: Masks | None = None,
     training_text: Callable[[str], str] = str,
     count_tokens: Callable[[str], int] | None = None,
+    follow_links: bool = False,
 ) -> Findings:
     """Open every image and read every caption in the folders of `roots`.
 
     `training_text` is the text that training makes of a caption, `count_tokens` the tokenizer of the base, start and
     end markers included. Raises InputError for a folder without images; all other faults are findings."""
     folders = {folder_prefix(root, roots): root for root in roots}
-    paths = _prefixed({prefix: find_pictures(root) for prefix, root in folders.items()})
-    captions, caption_files = _read_captions(folders)
-    sizes, thumbnails, unreadable = _open_all(paths)
+    contents = {prefix: find_contents(root, follow_links=follow_links) for prefix, root in folders.items()}
+    paths = _prefixed({prefix: found.images for prefix, found in contents.items()})
+    captions, caption_files = _read_captions(folders, follow_links)
+    images, unreadable = _open_all(paths)
+    sizes = {name: image.size for name, image in images.items()}
     nearest = {name: nearest_bucket(size, buckets) for name, size in sizes.items()}
     scales = {name: enlargement(size, nearest[name]) for name, size in sizes.items()}
+    shares = {name: cut_away(size, nearest[name]) for name, size in sizes.items()}
+    repeats = {
+        prefix: {name: folder_repeats(name, folders[prefix]) for name in contents[prefix].images} for prefix in folders
+    }
     texts = {name: [training_text(text) for text in image_captions] for name, image_captions in captions.items()}
     tokens = {name: max(map(count_tokens, texts[name])) for name in texts} if count_tokens else {}
     whole_trigger = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
-    similar = {prefix: same_names(root) for prefix, root in folders.items()}
     return Findings(
         pictures=len(paths),
         captions=sum(map(len, captions.values())),
@@ -72,31 +99,31 @@ def inspect_dataset(
         uncaptioned=[] if caption_files else [name for name in paths if name not in captions],
         pictureless=[name for name in captions if name not in paths],
         caption_files=caption_files,
-        same_name=[prefix + name for prefix, (twice, _) in similar.items() for name in twice],
-        same_but_case=[
-            tuple(prefix + name for name in names) for prefix, (_, groups) in similar.items() for names in groups
-        ],
-        unsupported=[prefix + name for prefix, root in folders.items() for name in unsupported(root)],
+        same_name=[prefix + name for prefix, found in contents.items() for name in found.same_name],
+        same_but_case=same_but_case(paths),
+        unused=_prefixed({prefix: unused_files(root, follow_links) for prefix, root in folders.items()}),
         enlarged={name: round(scale, 2) for name, scale in scales.items() if scale > 1},
-        duplicates=find_duplicates(thumbnails),
+        cut_away={name: round(share, 2) for name, share in shares.items() if share > MOST_CUT_AWAY},
+        frames={name: image.frames for name, image in images.items() if image.frames > 1},
+        blank=[name for name, image in images.items() if image.blank],
+        folder_repeats={name: times for name, times in _prefixed(repeats).items() if times > 1},
+        duplicates=find_duplicates({name: image.thumbnail for name, image in images.items()}),
         without_trigger=[name for name in texts if not all(map(whole_trigger.search, texts[name]))],
         too_long={name: count for name, count in tokens.items() if count > CLIP_WINDOW},
         in_every_caption=common_phrases([text for texts in captions.values() for text in texts], trigger),
     )
 
 
-def _open_all(paths: Mapping[str, Path]) -> tuple[dict[str, Size], dict[str, Thumbnail], dict[str, str]]:
-    """Sizes and thumbnails by name, and why the others cannot be opened; one image is in memory at a time."""
-    sizes, thumbnails, unreadable = {}, {}, {}
+def _open_all(paths: Mapping[str, Path]) -> tuple[dict[str, _Image], dict[str, str]]:
+    """The images by name, and why the others cannot be opened."""
+    images, unreadable = {}, {}
     for name, path in paths.items():
         try:
-            image = open_picture(path)
+            image, alpha = open_with_alpha(path)
+            images[name] = _Image(image.size, thumbnail(image), count_frames(path), is_blank(image, alpha))
         except InputError as error:
             unreadable[name] = str(error)
-        else:
-            sizes[name] = image.size
-            thumbnails[name] = thumbnail(image)
-    return sizes, thumbnails, unreadable
+    return images, unreadable
 
 
 def _unmasked(masks: Masks, paths: Mapping[str, Path], sizes: Mapping[str, Size]) -> dict[str, str]:
@@ -110,12 +137,12 @@ def _unmasked(masks: Masks, paths: Mapping[str, Path], sizes: Mapping[str, Size]
     return faults
 
 
-def _read_captions(folders: Mapping[str, Path]) -> tuple[dict[str, Texts], str]:
+def _read_captions(folders: Mapping[str, Path], follow_links: bool) -> tuple[dict[str, Texts], str]:
     """Captions by name, and why those of some folders cannot be read, "" if all can."""
     captions, reasons = {}, []
     for prefix, root in folders.items():
         try:
-            captions[prefix] = read_caption_lists(root)
+            captions[prefix] = read_caption_lists(root, follow_links)
         except InputError as error:
             reasons.append(str(error))
     return _prefixed(captions), "; ".join(reasons)

@@ -7,10 +7,12 @@ of section 2.3."""
 
 import io
 import math
+import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,10 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lora_lab.errors import InputError
+from lora_lab.images.scan import readable_formats
 
 LARGEST = 100_000_000  # pixels; 300 MB decoded, of which SDXL would see a hundredth
+LONGEST = 100  # times the other side; scaled to cover a bucket, an image has up to half as many pixels as LARGEST
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 
 
@@ -27,7 +31,7 @@ def open_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
     """The image at `path` in 8-bit sRGB, rotated by its EXIF orientation, transparent pixels on `background`.
 
     Of an animation it is the first frame. Raises InputError, naming the file, if it is missing, not an image, damaged,
-    or over 100 megapixels."""
+    over 100 megapixels, or longer than 100 times its other side."""
     return open_with_alpha(path, background)[0]
 
 
@@ -54,18 +58,46 @@ def open_with_alpha(
     return Image.composite(picture, Image.new("RGB", picture.size, background), alpha), alpha
 
 
+def count_frames(path: Path) -> int:
+    """The frames of an animation or the pages of a TIFF, of which the first is used; 1 for any other image.
+
+    Raises InputError as `open_picture` does."""
+    with _opened(path) as picture:
+        # an MPO of a phone has a preview, a depth or a gain map beside the one image
+        return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+
+
+def is_blank(picture: Image.Image, alpha: Image.Image | None) -> bool:
+    """Whether the image of `open_with_alpha` is black or transparent all over."""
+    return picture.getbbox() is None or (alpha is not None and alpha.getbbox() is None)
+
+
 def _decode(path: Path) -> Image.Image:
-    """Refuse a too large image by its header, then decode the whole file: damage is found now, not in training."""
+    """Decode the whole file: damage is found now, not in training."""
+    with _opened(path) as picture:
+        picture.load()
+        return picture.copy()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Within the context the image file at `path`, of which only the header was read. Errors are InputErrors."""
     too_large = f"{path} has over {LARGEST // 10**6} megapixels: scale it down, 4000x4000 is plenty"
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # opening a FIFO would hang
+            raise InputError(f"{path} is a FIFO, socket or device, which is never opened: remove it")
+        if not status.st_size:
+            raise InputError(f"{path} is empty (0 bytes): copy it again or remove it from the folder")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # harmless below our limit
-            picture = Image.open(path)
-        with picture:
-            if picture.width * picture.height > LARGEST:
-                raise InputError(too_large)
-            picture.load()
-            return picture.copy()
+            warnings.simplefilter("ignore")  # Pillow's of damaged tags, and of sizes below our limit
+            with Image.open(path, formats=_formats()) as picture:
+                if picture.width * picture.height > LARGEST:
+                    raise InputError(too_large)
+                if max(picture.size) > LONGEST * min(picture.size):
+                    size = f"{picture.width}x{picture.height}"
+                    raise InputError(f"{path} is {size}, one side over {LONGEST} times the other: crop it")
+                yield picture
     except Image.DecompressionBombError as error:
         raise InputError(too_large) from error
     except FileNotFoundError as error:
@@ -76,6 +108,17 @@ def _decode(path: Path) -> Image.Image:
         raise InputError(f"{path} is not a picture despite its name: remove it from the folder") from error
     except BROKEN as error:
         raise InputError(f"{path} is cut off or damaged: copy it again or remove it from the folder") from error
+
+
+def _formats() -> list[str]:
+    """Pillow's names of the formats that a file may have, whatever its suffix. No other decoder sees a file of a
+    stranger: that of EPS would start Ghostscript."""
+    formats = list(dict.fromkeys(readable_formats().values()))
+    if "HEIF" in formats and "HEIF" not in Image.OPEN:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return formats
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -152,6 +195,12 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 def enlargement(size: Size, bucket: Size) -> float:
     """The factor by which `size` is scaled to cover `bucket`; above 1 the image is blurred."""
     return max(bucket[0] / size[0], bucket[1] / size[1])
+
+
+def cut_away(size: Size, bucket: Size) -> float:
+    """The share of the pixels of an image of `size` that `fit` cuts away for `bucket`, 0 to 1."""
+    scale = enlargement(size, bucket)
+    return 1 - bucket[0] * bucket[1] / (scale**2 * size[0] * size[1])
 
 
 def fit(picture: Image.Image, bucket: Size, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Fitted:

@@ -206,7 +206,7 @@ def check_inputs(config: Config) -> None:
             for root in [folder.root for folder in config.dataset.folders] if several else [config.dataset.folder]:
                 locate_folder(key, root)
         elif kinds[key] == "tracker":
-            track.refuse_missing(value)
+            track.validate(config.tracker)
         elif kinds[key] == "captioner":
             check_captioner(value)
         elif kinds[key] == "refiner":

@@ -13,6 +13,7 @@ from lora_lab.launch.help import options, shown
 from lora_lab.settings.schema import Config
 from lora_lab.settings.setting import bounds_of, bounds_text, choices_of, default_of, facts_of, location_of
 from lora_lab.settings.stages import STAGES
+from lora_lab.track import KINDS
 
 PAGE = HOME / "docs" / "settings.md"
 INTRO = """\
@@ -37,7 +38,7 @@ HEAD = "| key | default | values | decides | pack | meaning |\n|---|---|---|---|
 HEAD_OF_OPTION = "| key | default | meaning |\n|---|---|---|"
 LOCATIONS = {
     "folder": "path", "dataset": "path or list", "mask": "`none`, `alpha` or path", "model": "hub id or path",
-    "tracker": "`wandb`, `trackio`, `tensorboard`, `off`",
+    "tracker": f"`{'`, `'.join(KINDS)}`",
 }  # fmt: skip
 TYPES = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
 

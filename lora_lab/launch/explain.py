@@ -32,7 +32,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
         return _unknown_option(cause, overrides)
     if isinstance(cause, OSError):
-        return f"{cause.filename}: {cause.strerror}; set hydra.run.dir= to another folder"
+        where = f"{cause.filename}: " if cause.filename else ""  # a full disk has no name of a file
+        return f"{where}{cause.strerror}; set hydra.run.dir= to another folder"
     if isinstance(cause, MissingMandatoryValue):
         return f"{_key(cause)} is missing: set {_key(cause)}=..."
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and not isinstance(cause, InterpolationKeyError):

@@ -107,4 +107,5 @@ def fitting(configs: Sequence[Config], workers: int) -> int:
 
 def _expected(config: Config, count: int) -> float:
     size = training_size(config)
-    return expected_mib(replace(size, batch_size=size.batch_size * count, rank=size.rank * count))
+    # With the VAE in tiles, as it decodes where memory is short.
+    return expected_mib(replace(size, batch_size=size.batch_size * count, rank=size.rank * count), tiling=True)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.board.page import rewrite_page
-from lora_lab.console import labelled_output, log, quiet_libraries, say
+from lora_lab.console import labelled_output, log, quiet_libraries, say, warn
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
@@ -45,6 +45,7 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
+from lora_lab.track.base import fitting
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
@@ -175,7 +176,7 @@ class SweepTask:
 def job_settings(settings: schema.Config, sweep: Path) -> schema.Config:
     """Change `settings` for a job of `sweep`: one group for the tracker, no copy of the LoRA unless it is set."""
     if settings.tracker.group is None:
-        settings.tracker.group = "-".join(sweep.parts[-2:])  # date and time
+        settings.tracker.group = fitting("-".join(sweep.parts[-2:]))  # date and time
     settings.publish = bool(settings.publish)
     return settings
 
@@ -199,7 +200,7 @@ def report(error: Exception, prefix: str = "", overrides: Sequence[str] = ()) ->
 
     Returns the exit code: 2 for wrong input, 1 for anything else."""
     if isinstance(error, (RunError, *INPUT_ERRORS)):
-        print(f"lora_lab: {prefix}{sentence(error, overrides)}", file=sys.stderr, flush=True)
+        warn(f"{prefix}{sentence(error, overrides)}")
     else:
         traceback.print_exception(error)
         log.info("%s", sentence(error), exc_info=error)

@@ -13,6 +13,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from lora_lab.board.page import attach_page, rewrite_page
+from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
@@ -96,7 +97,7 @@ def _report_abort(sweep: Path, hydra: DictConfig, error: Exception) -> int:
     no_scores = started and searches(hydra) and not sweeps.has_scores(sweep)
     reason = "no job has a score" if no_scores else sentence(error)
     hint = f"; {_how_to_resume(sweep)}" if started else ""
-    print(f"lora_lab: the sweep was aborted: {reason}{hint}", file=sys.stderr)
+    warn(f"the sweep was aborted: {reason}{hint}")
     return worst([*exit_codes, 1])
 
 
@@ -105,7 +106,7 @@ def _report_failures(sweep: Path) -> list[int]:
     failed = sweeps.failures(sweep)
     for failure in failed:
         if not failure.reported_here:
-            print(f"lora_lab: {display_path(failure.folder)}: {failure.error}", file=sys.stderr)
+            warn(f"{display_path(failure.folder)}: {failure.error}")
     return [failure.exit_code for failure in failed]
 
 

@@ -1,1 +1,1 @@
-"""Draw pictures: from text, from a photo, with a LoRA or by the base alone."""
+"""Sample images: from text, from a photo, with a LoRA or by the base alone."""

@@ -16,9 +16,8 @@ from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
-from lora_lab.base.load import load_base
+from lora_lab.base.load import load_base, vae_remedy
 from lora_lab.base.protocol import BaseModel, Conditioning, Solver
-from lora_lab.captions.captioner import Captioner, run_captioner
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
@@ -57,11 +56,12 @@ def check_strength(steps: int, strength: float) -> None:
 def generate(
     base: BaseModel, requests: list[Request], sampler: Sampler, encoder: Encoder | None = None
 ) -> Iterator[Image.Image]:
-    """Sample every request with `base` and what is attached to it (adapters.attach.lora_attached); yields the images in
-    the order of the requests.
+    """Sample every request with `base` and the LoRA that adapters.inject.lora_attached has put onto it; yields the
+    images in the order of the requests.
 
-    `encoder` (of `base`) says on which device, and whether components are offloaded: then one component at a time is on
-    the device, and all images wait as latents for the autoencoder. Without it all of `base` is on one device.
+    `encoder` (of `base`) has the device, and says whether components are offloaded. If they are, one component at a
+    time is on the device, and the latents of all images are sampled before the first is decoded. Without `encoder` all
+    of `base` is on one device.
     Noise comes from a CPU generator, so a seed gives the same noise on every device; in batches of one an image does
     not depend on the other requests.
     Raises InputError for a strength that leaves no step, RunError, naming the request, for non-finite values."""
@@ -131,18 +131,24 @@ def _all_latents(
     def batches() -> Iterator[Tensor]:
         predict = predictor(base, encoder.graphs, sampler.capture)
         denoiser = _Denoiser(encoder, sampler, prompts, photos, predict, base.solver(sampler.scheduler))
-        for _, neighbours in groupby(requests, key=lambda request: request.form):
-            group = list(neighbours)
-            for start in range(0, len(group), sampler.batch_size):
-                yield from denoiser.latents(group[start : start + sampler.batch_size]).split(1)
+        for batch in batches_of(requests, sampler.batch_size):
+            yield from denoiser.latents(batch).split(1)
 
     with on_device(base.network, encoder.device, encoder.offload):
         yield from batches()  # when it ends its CUDA graphs are freed, before the network is moved
 
 
+def batches_of(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """What goes through the network together: neighbours of one form, at most `batch_size`."""
+    for _, neighbours in groupby(requests, key=lambda request: request.form):
+        group = list(neighbours)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
 def predictor(base: BaseModel, graphs: GraphPool, capture: bool) -> Callable[[Tensors], Tensor]:
     """The base's network as a function of tensors: sample (B, C, h, w), timestep (1,) and the conditioning, each
-    (B, ...), to the prediction (B, C, h, w). Sampling calls the network here only.
+    (B, ...), to the prediction (B, C, h, w). It is the only place where sampling calls the network.
 
     With `capture` it becomes a CUDA graph, which is valid as long as the weights keep their addresses."""
     network: nn.Module = base.network
@@ -209,9 +215,10 @@ class _Denoiser:
 
 def _decode(base: BaseModel, request: Request, latents: Tensor) -> Image.Image:
     """The image of latents (1, C, h, w)."""
-    _refuse_not_finite(latents, request, f"the {base.network_name}", "model.precision=bf16 or fp32")
+    larger = "model.precision=bf16 or fp32" if base.dtype == torch.float16 else "a LoRA trained with a lower lr"
+    _refuse_not_finite(latents, request, f"the {base.network_name}", larger)
     pixels = base.decode(latents)
-    _refuse_not_finite(pixels, request, "the VAE", "model.precision=fp32 or another model.vae")
+    _refuse_not_finite(pixels, request, "the VAE", vae_remedy(base.dtype))
     pixels = ((pixels[0] / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -341,7 +348,7 @@ class PhotoRequest:
 
 def photo_to_request(
     photo: Image.Image,
-    captioner: Captioner | None,
+    caption: str | None,
     refiner: Refiner,
     trigger: str,
     buckets: Sequence[Size],
@@ -350,15 +357,13 @@ def photo_to_request(
     seed: int = 0,
     strength: float = 1.0,
 ) -> PhotoRequest:
-    """Caption an RGB photo of any size, refine the caption to a prompt, and cut the photo to the nearest bucket.
+    """Refine the captioner's caption of an RGB photo of any size to a prompt, and cut the photo to the nearest bucket.
 
-    With a `prompt`, in which {trigger} stands for the trigger, no captioner is needed. `buckets` are (width, height) in
+    With a `prompt`, in which {trigger} stands for the trigger, no caption is needed. `buckets` are (width, height) in
     pixels; `strength` is above 0 (the photo itself) and at most 1 (noise only)."""
-    caption = None
     if prompt:
         prompt = prompt.replace("{trigger}", trigger)
     else:
-        (caption,) = run_captioner(captioner, [photo])
         (prompt,) = run_refiner(refiner, [caption], trigger)
     image = fit(photo, nearest_bucket(photo.size, buckets)).picture
     return PhotoRequest(caption, Request(prompt, seed, image.size, image, strength))

@@ -19,6 +19,14 @@ from lora_lab.settings.setting import (
 
 BOTH = ("weights", "images")
 OUT_OF_MEMORY = "the way on from out of memory"  # training.memory advises it
+KEYS_OF_PRIORS = {
+    "none": (),
+    "pictures": ("weight", "root", "prompt"),
+    "generated": ("weight", "prompt", "number", "seed"),
+    "prediction": ("weight", "class_noun"),
+}
+TIMESTEPS = 1000  # of SDXL's noise schedule
+TEXT_ENCODERS = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}  # positions among the base's
 
 
 @section
@@ -164,6 +172,17 @@ class Dataset(Section):
     )
     caption_prefix: str = setting("text before every caption; {trigger} is replaced", decides="weights", default="")
     caption_suffix: str = setting("text after every caption; {trigger} is replaced", decides="weights", default="")
+    follow_links: bool = setting(
+        "also read files that links in the folder name outside of it",
+        decides="weights",
+        hashed_as="dataset",
+        default=False,
+    )
+    kohya_folders: bool = setting(
+        "read repeats from names of subfolders, as kohya's scripts do: 10_tofu shows its images ten times",
+        decides="weights",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         for folder in self.folders:
@@ -196,14 +215,6 @@ class Dataset(Section):
         elif isinstance(entry, (str, int, float)):  # a folder may be called 2026
             return Folder(str(entry), self.repeats)
         raise InputError(f"dataset.root: {entry} is no folder, write a name or {{root: FOLDER, repeats: 2}}")
-
-
-KEYS_OF_PRIORS = {
-    "none": (),
-    "pictures": ("weight", "root", "prompt"),
-    "generated": ("weight", "prompt", "number", "seed"),
-    "prediction": ("weight", "class_noun"),
-}
 
 
 @section
@@ -247,10 +258,6 @@ class Prior(Section):
             if key not in allowed and value is not None:
                 kinds = " or ".join(f"prior={kind}" for kind, keys in KEYS_OF_PRIORS.items() if key in keys)
                 raise InputError(f"prior.{key}={value}: {key} belongs to {kinds}, set that too")
-
-
-TIMESTEPS = 1000  # of SDXL's noise schedule
-TEXT_ENCODERS = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}  # positions among the base's
 
 
 @section
@@ -524,7 +531,9 @@ class Score(Section):
 
 @section
 class Tracker(Section):
-    kind: TrackerName = setting("wandb, trackio, tensorboard or off", decides="nothing", per_job=True, default="off")
+    kind: TrackerName = setting(
+        "which tracker shows the run, set by tracker=", decides="nothing", per_job=True, default="off"
+    )
     project: str | None = setting(
         "of wandb and trackio: the page that collects the runs", decides="nothing", per_job=True, default=None
     )

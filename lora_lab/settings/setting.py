@@ -23,7 +23,6 @@ EXTRAS = {"prodigyopt": "optimizers", "schedulefree": "optimizers", "pytorch_opt
 # A YAML value such as 2026 is accepted where a string is expected; annotations may name any class.
 LENIENT = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True)
 BAD_ARGUMENTS = (ImportError, OSError, TypeError, ValueError, LookupError, AttributeError)
-
 # What a setting decides. `weights`: the weights that training ends with. `images`: what the base and a LoRA draw for
 # one prompt and seed. `request`: what is asked for (prompts, seeds, photos, which LoRA, what is measured). `cost`: time
 # and memory; the results are the same but for rounding. `nothing`: names, places and bookkeeping.
@@ -110,6 +109,12 @@ def location_of(info: FieldInfo) -> Location | None:
     return next((part for part in _parts(info) if isinstance(part, Location)), None)
 
 
+def _parts(info: FieldInfo) -> Iterator[object]:
+    yield from info.metadata
+    for annotation in (info.annotation, *get_args(info.annotation)):
+        yield from get_args(annotation)
+
+
 def choices_of(info: FieldInfo) -> tuple[str, ...]:
     """The values that a field takes; () of a field that takes more than a few."""
     return get_args(info.annotation) if "Literal" in str(info.annotation) else ()
@@ -130,12 +135,6 @@ def bounds_text(bounds: dict[str, float]) -> str:
     return " and ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items()) or "a finite number"
 
 
-def _parts(info: FieldInfo) -> Iterator[object]:
-    yield from info.metadata
-    for annotation in (info.annotation, *get_args(info.annotation)):
-        yield from get_args(annotation)
-
-
 @pydantic_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Section:
     """The base of every group of settings."""
@@ -143,8 +142,8 @@ class Section:
     @field_validator("*", mode="before")
     @classmethod
     def _convert(cls, value: object, info: Any) -> object:
-        """2024 and true are typed as a number and as true: where a text is wanted they are that text. But true is no
-        number, and 4.0 is no whole number."""
+        """YAML reads 2024 as a number and true as a boolean: where a text is expected they become that text. A boolean
+        is not accepted as a number, nor 4.0 as a whole number."""
         return _as_typed(value, cls.__pydantic_fields__[info.field_name].annotation)
 
 
@@ -189,8 +188,8 @@ def defaults_of(root: type[Section]) -> dict[str, Any]:
 def instantiate_target(group: str, settings: dict[str, Any], *probe: object) -> Any:
     """The result of calling the target of `settings` by Hydra, nested targets included.
 
-    With `_partial_` it is a function; it is called once with `probe`, so that a wrong argument is found before work
-    begins. Raises InputError for a missing package or a wrong argument."""
+    With `_partial_` the result is a function. It is called once with `probe`, so that a wrong argument is found before
+    work begins. Raises InputError for a missing package or a wrong argument."""
     from hydra.errors import InstantiationException  # not above: the comparison page reads settings without Hydra
     from hydra.utils import get_class, instantiate
 

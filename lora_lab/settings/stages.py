@@ -71,8 +71,9 @@ class Convert(Stage):
     source: str | None = setting(
         "caption file to read; null reads the one in dataset.root", decides="request", default=None
     )
-    form: Literal["jsonl", "csv", "json", "txt"] = setting(
-        "jsonl (metadata.jsonl), csv (metadata.csv), json (metadata.json), txt (a .txt file for each image)",
+    form: Literal["jsonl", "csv", "json", "txt", "caption"] = setting(
+        "jsonl (metadata.jsonl), csv (metadata.csv), json (metadata.json), txt or caption (a .txt or .caption "
+        "file for each image)",
         decides="request",
         default="jsonl",
     )

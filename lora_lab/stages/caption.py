@@ -1,7 +1,7 @@
 """stage=caption: write captions for the images of a folder. A caption that a person wrote is never overwritten."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from lora_lab.captions.captioner import (
     load_captioner,
     run_captioner,
 )
-from lora_lab.captions.files import read_captions, write_captions
-from lora_lab.captions.history import machine_made, record
+from lora_lab.captions.files import read_captions, refuse_links
+from lora_lab.captions.history import CaptionUpdate, machine_made
+from lora_lab.captions.sources import PROPOSED
 from lora_lab.console import bar, say
+from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
@@ -33,35 +35,30 @@ class CaptionResult:
 
 
 def caption(config: Config, folder: Path) -> CaptionResult:
-    """Caption the images of dataset.root that `stage.mode` selects.
+    """Caption the images of dataset.root that `stage.mode` selects; each batch is written before the next one.
 
     Raises InputError, before the captioner is loaded, for an unreadable image, a folder that cannot be written to, and
-    wrong settings of the captioner."""
-    settings, mode = config.captioner, config.stage.mode
+    wrong settings of the captioner; later, if the caption files cannot be read any more."""
+    settings, mode, follow_links = config.captioner, config.stage.mode, config.dataset.follow_links
     root = locate_folder("dataset.root", config.dataset.folder)
-    paths, captions = find_pictures(root), read_captions(root)
+    paths, captions = find_pictures(root, follow_links=follow_links), read_captions(root, follow_links)
     names = select_images(paths, captions, machine_made(root), mode)
     if not names:
         say(f"all {len(paths)} pictures of {root} have a caption, which stage.mode={mode} does not change")
         return CaptionResult("caption", {}, len(paths), None)
     writable_folder("dataset.root", config.dataset.folder)
+    refuse_links(root)
     check_captioner(settings)
     for name in names:
         open_picture(paths[name])
     author, device = captioner_name(settings), pick_device(config.device)
     say(f"captioning {len(names)} pictures with {author} on {device}")
     captioner = load_captioner(settings, device)
-    new_captions: dict[str, str] = {}
-    written: Path | None = None
-    try:
-        for name, text in _captions({n: paths[n] for n in names}, captioner, images_per_call(settings)):
-            new_captions[name] = text
-    finally:  # after Ctrl-C or an error too: finished captions are kept
-        if new_captions and mode == "propose":
-            written = propose(root, new_captions)
-        elif new_captions:
-            record(root, author, captions, new_captions)
-            written = write_captions(root, captions | new_captions)[0]
+    batches = _captions({n: paths[n] for n in names}, captioner, images_per_call(settings))
+    if mode == "propose":
+        written, new_captions = propose(root, batches)
+    else:
+        written, new_captions = _write(root, CaptionUpdate(root, author, captions, follow_links), batches)
     say(f"captioned {len(new_captions)} of {len(paths)} pictures with {author}, written to {written}")
     return CaptionResult("caption", new_captions, len(paths) - len(new_captions), str(written))
 
@@ -78,17 +75,34 @@ def select_images(
     return [name for name in names if name in missing]
 
 
-def propose(root: Path, captions: dict[str, str]) -> Path:
-    """Write the captions to metadata.proposed.jsonl, which no stage reads, for comparison; returns its path."""
-    rows = (json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items())
-    return write_text(root / "metadata.proposed.jsonl", "".join(row + "\n" for row in rows))
+def propose(root: Path, batches: Iterable[Mapping[str, str]]) -> tuple[Path, dict[str, str]]:
+    """Write the captions to metadata.proposed.jsonl, which no stage reads, as they come; returns its path and them."""
+    path, captions = root / PROPOSED, {}
+    for batch in batches:
+        captions |= batch
+        rows = (json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items())
+        write_text(path, "".join(row + "\n" for row in rows))
+    return path, captions
 
 
-def _captions(paths: dict[str, Path], captioner: Captioner, batch_size: int) -> Iterator[tuple[str, str]]:
-    """Yield (name, caption) for each image file, captioned `batch_size` at a time."""
+def _write(root: Path, update: CaptionUpdate, batches: Iterable[Mapping[str, str]]) -> tuple[Path, dict[str, str]]:
+    """Write the captions into the folder's caption file as they come; returns its path and those that were written."""
+    captions = {}
+    for batch in batches:
+        try:
+            captions |= update.add(batch)
+        except InputError as error:  # somebody has just damaged the file; what was captioned must not be lost
+            path, _ = propose(root, [captions | batch])
+            raise InputError(f"{error}; until then the new captions are in {path}") from error
+    return next(iter(update.files), root), captions
+
+
+def _captions(paths: dict[str, Path], captioner: Captioner, batch_size: int) -> Iterator[dict[str, str]]:
+    """Yield the captions of `batch_size` image files at a time, by name."""
     names = list(paths)
     with bar(total=len(names), desc="caption", unit="picture") as progress:
         for start in range(0, len(names), batch_size):
             batch = names[start : start + batch_size]
-            yield from zip(batch, run_captioner(captioner, [open_picture(paths[name]) for name in batch]), strict=True)
+            texts = run_captioner(captioner, [open_picture(paths[name]) for name in batch])
+            yield dict(zip(batch, texts, strict=True))
             progress.update(len(batch))

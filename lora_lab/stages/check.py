@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.console import say
+from lora_lab.captions.phrases import CLIP_WINDOW
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import (
     apply_caption_affixes,
@@ -19,7 +20,7 @@ from lora_lab.images.dataset import (
     same_name_twice,
     unmatched_captions,
 )
-from lora_lab.images.inspection import CLIP_WINDOW, Findings, inspect_dataset
+from lora_lab.images.inspection import Findings, inspect_dataset
 from lora_lab.images.pixels import aspect_buckets
 from lora_lab.runs import write_json
 from lora_lab.settings.schema import Config
@@ -53,14 +54,17 @@ def check(config: Config, folder: Path) -> CheckResult:
         find_masks(config.loss.mask),
         training_text,
         token_counter(model.base),
+        dataset.follow_links,
     )
     where = ", ".join(map(str, roots))
     errors, refusals = _errors(findings, where), missing_captions(findings.uncaptioned, findings.pictures, where)
     if not errors and not refusals:
-        errors, refusals = _try_to_read(folders, config.trigger, training_text)
+        errors, refusals = _try_to_read(folders, config, training_text)
     warnings = [
         *(f"stage=train refuses this folder as it is: {refusal}" for refusal in refusals),
-        *_warnings(findings, config.trigger),
+        *_warnings_of_files(findings, dataset.kohya_folders),
+        *_warnings_of_images(findings, dataset.random_crop),
+        *_warnings_of_captions(findings, config.trigger),
     ]
     result = CheckResult("check", errors, warnings, not (errors or refusals), findings)
     write_json(folder / "check.json", asdict(result))
@@ -91,28 +95,45 @@ def _errors(findings: Findings, where: str) -> list[str]:
     errors = [*findings.unreadable.values(), *findings.unmasked.values()]
     if findings.caption_files:
         errors.append(findings.caption_files)
-    errors += unmatched_captions(findings.pictureless, findings.uncaptioned, where)
+    errors += unmatched_captions(findings.pictureless, findings.uncaptioned, where, findings.unused)
     if findings.same_name:
         errors.append(same_name_twice(findings.same_name, where))
     return errors
 
 
 def _try_to_read(
-    folders: Sequence[tuple[Path, int]], trigger: str, training_text: Callable[[str], str]
+    folders: Sequence[tuple[Path, int]], config: Config, training_text: Callable[[str], str]
 ) -> tuple[list[str], list[str]]:
     """Read (folder, repeats) as stage=train does: (its error, its refusal of captions without the trigger)."""
     try:
-        samples = read_folders(folders)
+        samples = read_folders(folders, config.dataset.follow_links, config.dataset.kohya_folders)
     except InputError as error:
         return [str(error)], []
     try:
-        require_trigger([map(training_text, sample.captions) for sample in samples], trigger)
+        require_trigger([map(training_text, sample.captions) for sample in samples], config.trigger)
     except InputError as error:
         return [], [str(error)]
     return [], []
 
 
-def _warnings(findings: Findings, trigger: str) -> list[str]:
+def _warnings_of_files(findings: Findings, kohya_folders: bool) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in findings.unused.items():
+        by_reason.setdefault(reason, []).append(name)
+    warnings = [f"not used: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    if findings.folder_repeats and not kohya_folders:
+        folders = {str(PurePosixPath(name).parent): times for name, times in findings.folder_repeats.items()}
+        names = list_names([f"{folder} ({times} times)" for folder, times in folders.items()])
+        warnings.append(
+            f"folders are named with repeats as kohya's scripts read them, {names}, but each image counts once: set "
+            "dataset.kohya_folders=true, or dataset.repeats"
+        )
+    for names in findings.same_but_case:
+        warnings.append(f"{' and '.join(names)} are one file on Windows and macOS: rename one")
+    return warnings
+
+
+def _warnings_of_images(findings: Findings, random_crop: bool) -> list[str]:
     warnings = []
     if findings.enlarged:
         worst = max(findings.enlarged, key=findings.enlarged.__getitem__)
@@ -120,8 +141,20 @@ def _warnings(findings: Findings, trigger: str) -> list[str]:
             f"{len(findings.enlarged)} pictures would be enlarged, {worst} {findings.enlarged[worst]:.1f} times: "
             "the LoRA learns the blur too; find larger ones or lower the resolution"
         )
+    for name, share in findings.cut_away.items():
+        seen = "is seen in crops (dataset.random_crop)" if random_crop else "is cut away, perhaps with the character"
+        warnings.append(f"{name} is far longer than its bucket: {share:.0%} of it {seen}; crop it yourself")
+    for name, frames in findings.frames.items():
+        warnings.append(f"{name} has {frames} frames or pages, of which the first is used: save the best as a PNG")
+    for name in findings.blank:
+        warnings.append(f"{name} is black or transparent all over: remove it or take another frame")
     for copy, original in findings.duplicates:
         warnings.append(f"{copy} is the same picture as {original}: it counts twice; keep the larger file")
+    return warnings
+
+
+def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
+    warnings = []
     if findings.without_trigger:
         names = list_names(findings.without_trigger)
         warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
@@ -132,11 +165,6 @@ def _warnings(findings: Findings, trigger: str) -> list[str]:
             f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '
             f"{trigger}; add pictures that show something else there"
         )
-    if findings.unsupported:
-        names = list_names(findings.unsupported)
-        warnings.append(f"{len(findings.unsupported)} files are not read ({names}): convert them to PNG")
-    for names in findings.same_but_case:
-        warnings.append(f"{' and '.join(names)} are one file on Windows and macOS: rename one")
     return warnings
 
 
@@ -145,8 +173,8 @@ def report(result: CheckResult, where: str) -> str:
     findings = result.findings
     buckets = ", ".join(f"{shape} ({count})" for shape, count in findings.buckets.items())
     lines = [f"{where}: {findings.pictures} pictures, {findings.captions} captions", f"buckets: {buckets or 'none'}"]
-    lines += [f"error:   {line}" for line in result.errors]
-    lines += [f"warning: {line}" for line in result.warnings]
+    lines += [f"error:   {printable(line)}" for line in result.errors]  # one line each, whatever a name has in it
+    lines += [f"warning: {printable(line)}" for line in result.warnings]
     if result.errors:
         return "\n".join([*lines, f"stage=train would refuse this folder: {len(result.errors)} to correct"])
     return "\n".join([*lines, "ready for stage=train" if result.ready else "not ready for stage=train yet"])

@@ -1,13 +1,17 @@
 """Score LoRA files, of any trainer, by the images they render: fidelity to character and prompt, and leakage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from lora_lab.adapters.files import prediction_from_metadata, resolve_lora
+from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora
+from lora_lab.adapters.inject import lora_attached
+from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.console import say
 from lora_lab.errors import InputError
@@ -17,15 +21,20 @@ from lora_lab.evaluation.scores import (
     ScorePrompts,
     Scorer,
     held_out_pictures,
+    load_scored,
     pictures_in,
+    save_scored,
     table,
     validate_embedders,
     write_lines,
 )
+from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import distinct_names, refuse_used, write_atomically, write_manifest
-from lora_lab.sampling.generate import load_base_for_sampling, render_settings
-from lora_lab.settings.schema import Config, Loss
+from lora_lab.runs import distinct_names, hash_files, refuse_used, write_atomically, write_manifest
+from lora_lab.sampling.generate import RenderSettings, load_base_for_sampling, render_settings
+from lora_lab.settings.schema import Config, Loss, values_of
+
+CELL = 256  # px, of the sheet
 
 
 @dataclass(frozen=True)
@@ -50,15 +59,17 @@ class EvaluateResult:
 
 
 def evaluate(config: Config, folder: Path) -> EvaluateResult:
-    """Score every file of `config.lora` into `folder`. Raises InputError before any model is loaded."""
+    """Score every file of `config.lora` into `folder`; with `config.resume`, those that are not scored there yet.
+
+    Raises InputError before any model is loaded, and after that only for a file whose layers turn out not to be those
+    of the base."""
     if not config.resume:
         refuse_used(folder, "scores.jsonl")
     if config.model.judge is None:
         raise InputError("model.judge=null: scores need a CLIP, set model.judge= to one")
+    base = locate_model("model.base", config.model.base)
     loras = _loras(config)
     loss = _loss(config, loras)
-    base = locate_model("model.base", config.model.base)
-    validate_prediction(config.model, loss)
     validate_embedders(config.model, config.score, config.captioner)
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.precision, device)
@@ -77,22 +88,20 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
         prompts, config.model, config.captioner, config.refiner, config.trigger, training, held_out, device
     )
     encoder = load_base_for_sampling(config.model, config.memory, loss, device)
-    render = render_settings(
-        config.model, config.loss, config.memory, config.sampler, config.cache, hashes["base"], dtype
-    )
-    before = scorer.score_base(render, folder, encoder)
-    places = [folder / "samples" / name for name in distinct_names(loras)]
-    scored = [scorer.score(lora, render, place, encoder) for lora, place in zip(loras, places, strict=True)]
-    lines = write_lines(folder, [before, *scored])
-    sheet = _sheet([before, *scored], folder / "sheet.png")
-    say(f"\n{table([before, *scored])}\n\npictures side by side in {sheet}, one by one in {lines}")
+    render = render_settings(config.model, loss, config.memory, config.sampler, config.cache, hashes["base"], dtype)
+    for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
+        with lora_attached(encoder.base, lora):
+            pass
+    scored = _score_all(config, loras, scorer, render, encoder, folder)
+    lines, sheet = folder / "scores.jsonl", _sheet(scored, folder / "sheet.png")
+    say(f"\n{table(scored)}\n\npictures side by side in {sheet}, one by one in {lines}")
     return EvaluateResult(
         stage="evaluate",
         trigger=config.trigger,
-        scores_before=before.scores,
+        scores_before=scored[0].scores,
         loras=[
             Evaluated(str(lora), images.scores, str(place))
-            for lora, images, place in zip(loras, scored, places, strict=True)
+            for lora, images, place in zip(loras, scored[1:], _places(folder, loras), strict=True)
         ],
         lines=str(lines),
         sheet=str(sheet),
@@ -103,18 +112,82 @@ def _loras(config: Config) -> list[Path]:
     values = config.lora if isinstance(config.lora, list) else [config.lora]
     if not values or None in values:
         raise InputError("lora is missing: set lora=FILE, lora=NAME of models/lora, lora=RUN FOLDER, or lora=[A,B]")
-    return [resolve_lora(str(value), config.trigger) for value in values]
+    layers = layer_shapes(config.model)
+    return [resolve_lora(str(value), config.trigger, layers) for value in values]
 
 
 def _loss(config: Config, loras: list[Path]) -> Loss:
-    """`config.loss` with the prediction of the base. Raises InputError where the files state different ones."""
-    first, *others = [prediction_from_metadata(config.loss, config.model.base, lora) for lora in loras]
-    for lora, loss in zip(loras[1:], others, strict=True):
-        if loss != first:
-            raise InputError(
-                f"{lora.name} and {loras[0].name} were trained on different predictions: score them separately"
-            )
-    return first
+    """`config.loss` with the prediction that the files state; one that does not state it has that of the base.
+
+    Raises InputError where the predictions of two files are known and differ."""
+    known: dict[str, tuple[Path, Any]] = {}  # what is known of a key of loss, and of which file
+    own, merged = validate_prediction(config.model, config.loss), config.loss
+    for lora in loras:
+        stated = prediction_from_metadata(config.loss, config.model.base, lora)
+        stated = validate_prediction(config.model, stated)
+        for key in ("prediction", "zero_terminal_snr"):
+            value = getattr(stated, key)
+            if value in ("auto", None):
+                continue
+            first, before = known.setdefault(key, (lora, value))
+            if before != value:
+                raise InputError(
+                    f"loss.{key} is {before} for {first.name} and {value} for {lora.name}, by their metadata or else "
+                    "the base's: score them separately"
+                )
+            merged = replace(merged, **{key: value})
+    # Without a difference the key of the base's cached images stays that of a training with these settings.
+    return config.loss if merged == own else merged
+
+
+def _places(folder: Path, loras: list[Path]) -> list[Path]:
+    """The folder of each LoRA's images."""
+    return [folder / "samples" / name for name in distinct_names(loras)]
+
+
+def _score_all(
+    config: Config, loras: list[Path], scorer: Scorer, render: RenderSettings, encoder: Encoder, folder: Path
+) -> list[ScoredImages]:
+    """The scores of the base and of every LoRA, with thumbnails as pictures. Each is written as soon as it is known;
+    what the folder has already, of the same files and settings, is not done again."""
+    before = scorer.score_base(render, folder, encoder)
+    scored = [replace(before, pictures=_thumbnails(before))]
+    write_lines(folder, scored)
+    inputs = _inputs(config, render)
+    try:
+        for lora, place in zip(loras, _places(folder, loras), strict=True):
+            embeddings = [embeddings_path(lora)] if read_tokens(lora) else []
+            key = key_of("scored", hash_files(lora, *embeddings), lora.stem, inputs)
+            images = load_scored(place, lora, key) if config.resume else None
+            if images:
+                say(f"{lora.name} is scored already")
+            else:
+                images = scorer.score(lora, render, place, encoder)
+                save_scored(place, images, key)
+            thumbnails = [
+                ImageOps.contain(picture, (CELL, CELL), Image.Resampling.LANCZOS) for picture in images.pictures
+            ]
+            scored.append(replace(images, pictures=thumbnails))  # of many LoRA files, whole images fill the memory
+            write_lines(folder, scored)
+    except (Exception, KeyboardInterrupt):
+        say(f"{len(scored) - 1} of {len(loras)} LoRA are scored, the others will be with resume={folder}")
+        raise
+    return scored
+
+
+def _thumbnails(images: ScoredImages) -> list[Image.Image]:
+    """The pictures as the sheet shows them."""
+    return [ImageOps.contain(picture, (CELL, CELL), Image.Resampling.LANCZOS) for picture in images.pictures]
+
+
+def _inputs(config: Config, render: RenderSettings) -> tuple[object, ...]:
+    """All that decides the scores of a LoRA, but for the LoRA itself."""
+    settings = {v.key: v.value for v in values_of(config) if {"images", "request"} & {*v.facts.decides}}
+    roots = [locate_folder("dataset.root", f.root) for f in config.dataset.folders]
+    if config.score.held_out:
+        roots.append(locate_folder("score.held_out", config.score.held_out))
+    images = [hash_files(*find_pictures(root, "dataset.root").values()) for root in roots]
+    return render.base_key, render.side, sorted((settings | {"lora": None}).items(), key=itemgetter(0)), images
 
 
 def _training_pictures(config: Config) -> list[Image.Image]:
@@ -128,5 +201,5 @@ def _sheet(scored: list[ScoredImages], path: Path) -> Path:
     rows = [
         [f"{line['prompt']} (seed {line['seed']})", *row] for line, row in zip(scored[0].lines, pictures, strict=True)
     ]
-    sheet = contact_sheet(rows, ["prompt", *(images.name for images in scored)])
+    sheet = contact_sheet(rows, ["prompt", *(images.name for images in scored)], cell=CELL)
     return write_atomically(path, sheet.save)

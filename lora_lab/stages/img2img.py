@@ -1,29 +1,52 @@
 """stage=img2img: draw the character in place of the subject of each photo."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from lora_lab.adapters.files import prediction_from_metadata, resolve_lora
+from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora
 from lora_lab.adapters.inject import lora_attached
-from lora_lab.base.encode import Encoder
+from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import pick_device, validate_prediction
-from lora_lab.base.locate import locate_folder
-from lora_lab.captions.captioner import check_captioner, load_captioner
+from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.pixels import aspect_buckets, open_picture
+from lora_lab.images.dataset import unused_line
+from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import distinct_names, refuse_used, save_picture, write_atomically, write_manifest, write_text
-from lora_lab.sampling.generate import PhotoRequest, check_strength, generate, load_base_for_sampling, photo_to_request
-from lora_lab.settings.schema import Config
+from lora_lab.runs import (
+    distinct_names,
+    hash_files,
+    refuse_used,
+    save_picture,
+    write_atomically,
+    write_manifest,
+    write_text,
+)
+from lora_lab.sampling.generate import (
+    PhotoRequest,
+    Request,
+    batches_of,
+    check_strength,
+    generate,
+    load_base_for_sampling,
+    photo_to_request,
+    render_settings,
+)
+from lora_lab.settings.schema import Config, Loss, Sampler
+
+PROMPTS, CAPTIONS = "prompts.jsonl", "captions.jsonl"  # a line for each image; for each photo
 
 
 @dataclass(frozen=True)
@@ -44,17 +67,33 @@ class Img2imgResult:
     sheet: str  # contact sheet of photos, prompts and images
 
 
+@dataclass(frozen=True)
+class _Job:
+    image: GeneratedImage
+    request: Request
+    key: str  # a hash of all that decides the pixels
+
+    def is_drawn(self) -> bool:
+        """Whether the image file is there and was drawn from the same inputs with the same settings."""
+        try:
+            with Image.open(self.image.picture, formats=["PNG"]) as file:
+                return file.text.get("key") == self.key
+        except (OSError, SyntaxError, ValueError):
+            return False
+
+
 def img2img(config: Config, folder: Path) -> Img2imgResult:
-    """Draw every photo of `stage.photo` with every seed into `folder`.
+    """Draw every photo of `stage.photo` with every seed into `folder`. Captions and images are written as they come; a
+    resumed run makes what is missing.
 
     Raises InputError, before any model is loaded, for wrong settings, a missing or damaged photo, and a LoRA that is
     missing or was trained on another trigger."""
     stage = config.stage
     if not config.resume:
-        refuse_used(folder, "prompts.jsonl")
+        refuse_used(folder, PROMPTS)
     check_strength(config.sampler.steps, stage.strength)
     paths = find_photos(stage.photo)
-    photos = [open_picture(path) for path in paths]
+    photos = _open_photos(config, paths)
     lora = _lora(config)
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
@@ -62,13 +101,12 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
-    photo_requests = _photo_requests(config, photos, device)
+    photo_requests = _photo_requests(config, paths, photos, device, folder)
     torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
-    encoder = load_base_for_sampling(config.model, config.memory, loss, device)
-    images = list(_draw(config, paths, photo_requests, lora, encoder, folder))
-    rows = "".join(json.dumps(asdict(image), ensure_ascii=False) + "\n" for image in images)
-    write_text(folder / "prompts.jsonl", rows)
+    jobs = _jobs(config, paths, photo_requests, _key(config, loss, lora, device), folder)
+    _draw(config, jobs, loss, lora, device, folder)
+    images = [job.image for job in jobs]
     sheet = _sheet(images, photo_requests, stage.seeds)
     write_atomically(folder / "sheet.png", sheet.save)
     say(f"{len(images)} drawn in {folder}, side by side in {folder / 'sheet.png'}")
@@ -86,6 +124,8 @@ def find_photos(value: object) -> list[Path]:
     for item in values:
         path = locate_folder("stage.photo", item)
         files += find_pictures(path, "stage.photo").values() if path.is_dir() else [path]
+        if path.is_dir() and (line := unused_line([path])):
+            say(line)
     return files
 
 
@@ -97,49 +137,130 @@ def _lora(config: Config) -> Path | None:
         raise InputError("lora is missing: use lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: stage=img2img draws with one LoRA, name one")
-    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger)
+    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger, layer_shapes(config.model))
 
 
-def _photo_requests(config: Config, photos: Sequence[Image.Image], device: torch.device) -> list[PhotoRequest]:
-    """The request of each photo with seed 0; the captioner is loaded only while it writes captions."""
-    stage, captioner = config.stage, None
+def _open_photos(config: Config, paths: Sequence[Path]) -> list[Image.Image]:
+    """The photos, cut to their buckets: a folder of large ones would not fit into memory. Raises InputError."""
+    buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
+    photos = []
+    for path in paths:
+        photo = open_picture(path)
+        photos.append(fit(photo, nearest_bucket(photo.size, buckets)).picture)
+    return photos
+
+
+def _photo_requests(
+    config: Config, paths: Sequence[Path], photos: Sequence[Image.Image], device: torch.device, folder: Path
+) -> list[PhotoRequest]:
+    """The request of each photo with seed 0."""
+    stage, captions = config.stage, [None] * len(paths)
     buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
     refiner = load_refiner(config.refiner)
     if not stage.prompt:
         check_captioner(config.captioner)
-        captioner = load_captioner(config.captioner, device)
+        captions = _captions(config.captioner, paths, device, folder / CAPTIONS)
     return [
-        photo_to_request(
-            photo, captioner, refiner, config.trigger, buckets, prompt=stage.prompt, strength=stage.strength
-        )
-        for photo in photos
+        photo_to_request(photo, text, refiner, config.trigger, buckets, prompt=stage.prompt, strength=stage.strength)
+        for photo, text in zip(photos, captions, strict=True)
     ]
+
+
+def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, file: Path) -> list[str]:
+    """The captioner's caption of each photo, whole and not cut to its bucket.
+
+    It is appended to `file` at once, by a hash of all that decides it, and taken from there by a resumed run. The
+    captioner is loaded only if one is missing, and gets the same photos together in any case."""
+    size, captioner, captions = images_per_call(settings), None, []
+    keys = [key_of(hash_files(path), dict(settings)) for path in paths]
+    batches = [(keys[start : start + size], paths[start : start + size]) for start in range(0, len(paths), size)]
+    known = {row["key"]: row["caption"] for row in _rows(file)}
+    known = {key: known[key] for batch, _ in batches if known.keys() >= {*batch} for key in batch}
+    write_text(file, "".join(map(_caption_line, known.items())))
+    with file.open("a", encoding="utf-8") as stream:
+        for batch, photos in batches:
+            if not known.keys() >= {*batch}:
+                captioner = captioner or load_captioner(settings, device)
+                texts = run_captioner(captioner, [open_picture(path) for path in photos])
+                known |= zip(batch, texts, strict=True)
+                stream.write("".join(_caption_line((key, known[key])) for key in dict.fromkeys(batch)))
+                stream.flush()
+            captions += [known[key] for key in batch]
+    return captions
+
+
+def _caption_line(item: tuple[str, str]) -> str:
+    return _line({"key": item[0], "caption": item[1]})
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of JSON lines, {} without one; a line that was cut off by a kill is left out."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _key(config: Config, loss: Loss, lora: Path | None, device: torch.device) -> str:
+    """A hash of what decides the pixels of all images alike: base, LoRA, sampler."""
+    base = hash_model(locate_model("model.base", config.model.base))
+    dtype = pick_dtype(config.model.precision, device)
+    render = render_settings(config.model, loss, config.memory, config.sampler, None, base, dtype)
+    files = [lora, *([embeddings_path(lora)] if read_tokens(lora) else [])] if lora else []
+    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight)
+
+
+def _jobs(
+    config: Config, paths: Sequence[Path], photo_requests: Sequence[PhotoRequest], key: str, folder: Path
+) -> list[_Job]:
+    """What is to be drawn, photo by photo, seeds in order."""
+    jobs = []
+    for path, name, item in zip(paths, distinct_names(paths), photo_requests, strict=True):
+        photo = hash_files(path)
+        for seed in config.stage.seeds:
+            request = replace(item.request, seed=seed)
+            file = str(folder / f"{name}-s{seed}.png")
+            image = GeneratedImage(str(path), item.caption, request.prompt, seed, file)
+            jobs.append(_Job(image, request, key_of(key, photo, request.prompt, seed, request.size, request.strength)))
+    return jobs
 
 
 def _draw(
-    config: Config,
-    paths: Sequence[Path],
-    photo_requests: Sequence[PhotoRequest],
-    lora: Path | None,
-    encoder: Encoder,
-    folder: Path,
-) -> Iterator[GeneratedImage]:
-    """Draw each request with each seed and save each image at once, so that Ctrl-C loses only what is not drawn yet."""
-    stage, lora_name = config.stage, lora and lora.name
-    jobs = [
-        (path, name, item.caption, replace(item.request, seed=seed))
-        for path, name, item in zip(paths, distinct_names(paths), photo_requests, strict=True)
-        for seed in stage.seeds
+    config: Config, jobs: Sequence[_Job], loss: Loss, lora: Path | None, device: torch.device, folder: Path
+) -> None:
+    """Draw the jobs that are not drawn yet and save each image, and its line in prompts.jsonl, at once.
+
+    Images of one batch depend on each other, so a batch is drawn whole or not at all."""
+    waiting, lora_name, file = iter(jobs), lora and lora.name, folder / PROMPTS
+    batches = [
+        [next(waiting) for _ in batch] for batch in batches_of([job.request for job in jobs], config.sampler.batch_size)
     ]
-    with lora_attached(encoder.base, lora, stage.lora_weight, config.sampler.fuse):
-        images = generate(encoder.base, [request for *_, request in jobs], config.sampler, encoder)
-        for (path, name, caption, request), image in zip(jobs, images, strict=True):
-            file = folder / f"{name}-s{request.seed}.png"
-            metadata = {
-                "prompt": request.prompt, "seed": request.seed, "strength": stage.strength, "lora": lora_name,
-            }  # fmt: skip
-            save_picture(file, image, metadata)
-            yield GeneratedImage(str(path), caption, request.prompt, request.seed, str(file))
+    by_state = groupby(batches, lambda batch: all(job.is_drawn() for job in batch))
+    parts = [(drawn, list(chain.from_iterable(part))) for drawn, part in by_state]
+    write_text(file, "".join(_line(asdict(job.image)) for drawn, part in parts if drawn for job in part))
+    if not all(drawn for drawn, _ in parts):
+        encoder = load_base_for_sampling(config.model, config.memory, loss, device)
+        missing = (_drawn(part, config.sampler, encoder) for drawn, part in parts if not drawn)
+        with (
+            lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse),
+            file.open("a", encoding="utf-8") as stream,
+        ):
+            for job, picture in chain.from_iterable(missing):
+                metadata = {
+                    "prompt": job.request.prompt, "seed": job.request.seed, "strength": job.request.strength,
+                    "lora": lora_name, "key": job.key,
+                }  # fmt: skip
+                save_picture(Path(job.image.picture), picture, metadata)
+                stream.write(_line(asdict(job.image)))
+                stream.flush()
+    write_text(file, "".join(_line(asdict(job.image)) for job in jobs))  # in order
+
+
+def _drawn(jobs: Sequence[_Job], sampler: Sampler, encoder: Encoder) -> Iterable[tuple[_Job, Image.Image]]:
+    return zip(jobs, generate(encoder.base, [job.request for job in jobs], sampler, encoder), strict=True)
 
 
 def _sheet(

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_lab.base.locate import locate_folder, writable_folder
-from lora_lab.captions.files import read_captions, write_captions
-from lora_lab.captions.history import REFINE, record
+from lora_lab.captions.files import read_captions, refuse_links
+from lora_lab.captions.history import REFINE, CaptionUpdate
 from lora_lab.captions.refiner import load_refiner, read_hints, run_refiner
-from lora_lab.console import say
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
+
+BATCH = 8  # captions that are refined before they are written: a refiner may be a language model
 
 
 @dataclass(frozen=True)
@@ -25,37 +28,36 @@ class RefineResult:
 
 
 def refine(config: Config, folder: Path) -> RefineResult:
-    """Refine every caption of dataset.root in place; captions.history.jsonl and a .bak file keep the old ones.
+    """Refine every caption of dataset.root in place, some at a time; captions.history.jsonl and a .bak file keep the
+    old ones.
 
     Refining again changes nothing. Raises InputError for a folder without captions, a hint for an image without a
     caption, wrong settings of the refiner, and a folder that cannot be written to."""
-    root = locate_folder("dataset.root", config.dataset.folder)
-    captions, hints = read_captions(root), read_hints(root)
+    root, follow_links = locate_folder("dataset.root", config.dataset.folder), config.dataset.follow_links
+    captions, hints = read_captions(root, follow_links), read_hints(root)
     if not captions:
         raise InputError(f"no captions in {root}: run stage=caption first")
     unknown = [name for name in hints if name not in captions]
     if unknown:
         raise InputError(f"the hints in {root} name {unknown[0]}, which has no caption: correct the name")
-    texts = run_refiner(
-        load_refiner(config.refiner),
-        list(captions.values()),
-        config.trigger,
-        [hints.get(name, "") for name in captions],
-    )
-    refined = dict(zip(captions, texts, strict=True))
-    changed = [name for name in captions if refined[name] != captions[name]]
-    before, after = ({name: texts[name] for name in changed} for texts in (captions, refined))
-    if changed:
-        writable_folder("dataset.root", config.dataset.folder)
-        record(root, REFINE, captions, refined)
-        write_captions(root, refined)
+    writable_folder("dataset.root", config.dataset.folder)
+    refuse_links(root)
+    refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
+    names, after = list(captions), {}
+    for start in range(0, len(names), BATCH):
+        batch = names[start : start + BATCH]
+        before = [captions[name] for name in batch]
+        texts = run_refiner(refiner, before, config.trigger, [hints.get(name, "") for name in batch])
+        after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+    before = {name: captions[name] for name in after}
+    if after:
         Console().print(_table(before, after))
-    say(f"refined {len(changed)} of {len(captions)} captions in {root}")
-    return RefineResult("refine", before, after, len(captions) - len(changed))
+    say(f"refined {len(after)} of {len(captions)} captions in {root}")
+    return RefineResult("refine", before, after, len(captions) - len(after))
 
 
 def _table(before: Mapping[str, str], after: Mapping[str, str]) -> Table:
     table = Table("picture", "before", "after", show_lines=True)
     for name in before:
-        table.add_row(name, before[name], after[name])
+        table.add_row(*(Text(printable(cell)) for cell in (name, before[name], after[name])))  # never markup
     return table

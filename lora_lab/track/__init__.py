@@ -1,25 +1,44 @@
 """Experiment trackers (W&B, trackio, TensorBoard, none) behind three functions: numbers, images, table."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_lab.errors import InputError
+from lora_lab.settings.schema import Tracker
 from lora_lab.track import tensorboard, trackio, wandb
-from lora_lab.track.base import NO_TRACK, Track
-
-KINDS = ("wandb", "trackio", "tensorboard", "off")
-EXTRAS = ("trackio", "tensorboard")  # optional; package and extra have the name of the kind
+from lora_lab.track.base import NO_TRACK, Track, fitting
 
 
-def refuse_missing(kind: str) -> None:
-    """Raise InputError for an unknown kind of tracker, or one whose package is not installed."""
-    if kind not in KINDS:
-        raise InputError(f"tracker.kind={kind}: kind is one of {', '.join(KINDS)}")
-    if kind in EXTRAS and find_spec(kind) is None:
-        raise InputError(f'tracker={kind} needs a package: pip install "lora_lab[{kind}]"')
+@dataclass(frozen=True)
+class Kind:
+    """What `tracker.kind` may name."""
+
+    open: Callable[..., AbstractContextManager[Track]]  # from folder, name, config, resume and the group tracker
+    validate: Callable[[Tracker], None] = lambda settings: None  # raises InputError for a setting it does not accept
+    optional: bool = False  # its package is not a dependency; package and extra have the name of the kind
+
+
+KINDS = {
+    "wandb": Kind(wandb.open_track, wandb.validate),
+    "trackio": Kind(trackio.open_track, trackio.validate, optional=True),
+    "tensorboard": Kind(tensorboard.open_track, optional=True),
+    "off": Kind(lambda *arguments: nullcontext(NO_TRACK)),
+}
+
+
+def validate(settings: Tracker) -> None:
+    """Raise InputError for an unknown kind of tracker, one whose package is not installed, and for a setting that the
+    tracker would refuse in the middle of a run."""
+    name = settings.kind
+    if name not in KINDS:
+        raise InputError(f"tracker.kind={name}: kind is one of {', '.join(KINDS)}")
+    if KINDS[name].optional and find_spec(name) is None:
+        raise InputError(f'tracker={name} needs a package: pip install "lora_lab[{name}]"')
+    KINDS[name].validate(settings)
 
 
 @contextmanager
@@ -38,17 +57,8 @@ def tracking(
     """Track the run in `folder` within the context; an exception in it marks the run as failed.
 
     `config` is shown with the run. W&B and trackio use `project` and `group`, W&B alone `mode` and `tags`. With
-    `resume` the tracked run of `folder` is continued. Raises InputError for an unknown kind, a missing package, or
-    `mode="online"` without an API key."""
-    refuse_missing(kind)
-    if kind == "wandb":
-        names = {"name": name, "project": project, "group": group, "tags": list(tags)}
-        tracker = wandb.open_track(folder.resolve(), config, mode, resume, names)
-    elif kind == "trackio":
-        tracker = trackio.open_track(folder, name, config, resume, project=project, group=group)
-    elif kind == "tensorboard":
-        tracker = tensorboard.open_track(folder, {"name": name, **config}, resume)
-    else:
-        tracker = nullcontext(NO_TRACK)
-    with tracker as track:
+    `resume` the tracked run of `folder` is continued. Raises InputError as `validate` does."""
+    settings = Tracker(kind=kind, project=project, mode=mode, group=group, tags=list(tags))
+    validate(settings)
+    with KINDS[kind].open(folder, fitting(name), config, resume, settings) as track:
         yield track

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_lab.errors import InputError, excerpt
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
+
+LONGEST_NAME = 128  # characters of a project, of a group and of a run: W&B's own bound
 
 Pictures = Mapping[str, "tuple[Image, str]"]
 Rows = Sequence[Mapping[str, Any]]
@@ -48,3 +52,26 @@ def log_errors(numbers: Callable[..., None], images: Callable[..., None], table:
 def first_line(error: BaseException) -> str:
     """The first line of the message of `error`, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def fitting(name: str) -> str:
+    """A name that the program made, as every tracker accepts it: at most LONGEST_NAME characters, the first and the
+    last ones, and all of them printable."""
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def validate_name(key: str, name: str | None, forbidden: str = "", longest: int = LONGEST_NAME) -> None:
+    """Raise InputError, naming `key`, for a name that is empty or longer than `longest`, or has a letter that cannot be
+    printed or is in `forbidden`; None is no name."""
+    if name is None:
+        return
+    shown = f"'{excerpt(name, 40)}'"
+    if not name.strip():
+        raise InputError(f"{key}={shown}: is empty, name it or leave the key out")
+    if len(name) > longest:
+        raise InputError(f"{key}={shown}: has {len(name)} characters, use at most {longest}")
+    odd = [letter for letter in name if letter in forbidden or not letter.isprintable()]
+    if odd:
+        raise InputError(f"{key}={shown}: may not hold {odd[0]!r}, use another name")

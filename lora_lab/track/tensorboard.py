@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_lab.settings.schema import Tracker
 from lora_lab.track.base import Pictures, Track, first_line, log_errors
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_track(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[Track]:
-    """Within the context write event files into the folder tensorboard of the run folder."""
+def open_track(folder: Path, name: str, config: Mapping[str, Any], resume: bool, settings: Tracker) -> Iterator[Track]:
+    """Within the context write event files into the folder tensorboard of the run folder; it has no settings."""
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
@@ -23,7 +24,7 @@ def open_track(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterato
     def writer(step: int) -> SummaryWriter:
         if not writers:  # opened at the first step: from that one on a resumed run hides what the killed one wrote
             writers.append(SummaryWriter(folder / "tensorboard", purge_step=step if resume else None))
-            text = json.dumps(config, ensure_ascii=False, indent=2, default=str)
+            text = json.dumps({"name": name, **config}, ensure_ascii=False, indent=2, default=str)
             writers[0].add_text("config", f"```json\n{text}\n```", step)
         return writers[0]
 

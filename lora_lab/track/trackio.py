@@ -11,8 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.console import say
+from lora_lab.errors import InputError
 from lora_lab.runs import display_path, refuse_unwritable, write_text
-from lora_lab.track.base import NO_TRACK, Pictures, Rows, Track, first_line, log_errors
+from lora_lab.settings.schema import Tracker
+from lora_lab.track.base import (
+    LONGEST_NAME,
+    NO_TRACK,
+    Pictures,
+    Rows,
+    Track,
+    first_line,
+    log_errors,
+    validate_name,
+)
 from lora_lab.track.media import images_of, table_of
 
 if TYPE_CHECKING:
@@ -23,19 +34,38 @@ log = logging.getLogger(__name__)
 REMOTE_VARIABLES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # make trackio send runs to another computer
 
 
+# The ends of a project's name that trackio uses for files of its own, beside those of a project of the rest.
+RESERVED = ("system", "configs", "traces", "artifacts", "artifact_versions", "artifact_aliases", "run_artifact_links")
+
+
+def validate(settings: Tracker) -> None:
+    """Raise InputError for a project or group that trackio does not accept."""
+    for key, name in (("tracker.project", settings.project), ("tracker.group", settings.group)):
+        validate_name(key, name)
+    project = settings.project or ""
+    # trackio leaves other letters out, and two projects that differ in them would be one.
+    if odd := [letter for letter in project if not (letter.isalnum() or letter in "-_")]:
+        raise InputError(f"tracker.project={project}: trackio has only letters, digits, - and _, not {odd[0]!r}")
+    if len(project.encode()) > LONGEST_NAME:  # of a file, with suffixes
+        raise InputError(f"tracker.project={project}: is too long as the name of trackio's file, use a shorter one")
+    if project.startswith("registry-") or project.endswith(tuple(f"_{word}" for word in RESERVED)):
+        raise InputError(
+            f"tracker.project={project}: trackio reserves names that begin with registry- or end with "
+            f"_{', _'.join(RESERVED)}"
+        )
+
+
 @contextmanager
-def open_track(
-    folder: Path, name: str, config: Mapping[str, Any], resume: bool, *, project: str | None, group: str | None
-) -> Iterator[Track]:
+def open_track(folder: Path, name: str, config: Mapping[str, Any], resume: bool, settings: Tracker) -> Iterator[Track]:
     """Within the context track the run in `folder`, where its name in trackio is kept."""
     # trackio reads the variable once, when it is imported. So all runs of a process are in one database, which is what
     # its dashboard shows.
     database = Path(os.environ.setdefault("TRACKIO_DIR", str(Path("trackio").absolute())))
-    project = project or "lora_lab"
+    project = settings.project or "lora_lab"
     record = folder / "trackio_run"  # trackio identifies a run by its name: two runs of one name would be merged
     resumed = record.read_text(encoding="utf-8").strip() if resume and record.is_file() else None
     name = resumed or f"{name}, {'-'.join(folder.absolute().parts[-3:])}"
-    names = {"project": project, "name": name, "group": group}
+    names = {"project": project, "name": name, "group": settings.group}
     run = _open_run(database, config=dict(config), resume="allow" if resumed else "never", **names)
     if run is None:
         yield NO_TRACK

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.runs import display_path, hash_files, hash_text, write_text
-from lora_lab.track.base import NO_TRACK, Pictures, Rows, Track, first_line, log_errors
+from lora_lab.settings.schema import Tracker
+from lora_lab.track.base import (
+    NO_TRACK,
+    Pictures,
+    Rows,
+    Track,
+    first_line,
+    fitting,
+    log_errors,
+    validate_name,
+)
 from lora_lab.track.media import images_of, table_of
 
 if TYPE_CHECKING:
@@ -23,12 +34,32 @@ INIT_SECONDS = 10  # until a server that does not answer makes the run offline
 FINISH_SECONDS = 60  # for the last uploads; without a network the next job of a sweep must not wait longer
 
 
+PROJECT, LONGEST_TAG = "/\\#?%:", 64  # letters that a project may not hold, characters of a tag
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE
+
+
+def validate(settings: Tracker) -> None:
+    """Raise InputError for names that W&B refuses, in the settings or in its environment variables, which it reads too,
+    and for mode=online without an API key."""
+    variables = os.environ
+    for key, project in (("tracker.project", settings.project), ("WANDB_PROJECT", variables.get("WANDB_PROJECT"))):
+        validate_name(key, project, forbidden=PROJECT)
+    validate_name("tracker.group", settings.group)
+    tags = [("tracker.tags", tag) for tag in settings.tags]
+    for key, tag in [*tags, *(("WANDB_TAGS", tag) for tag in variables.get("WANDB_TAGS", "-").split(","))]:
+        validate_name(key, tag, longest=LONGEST_TAG)
+    mode = variables.get("WANDB_MODE", MODES[0])
+    if mode not in MODES:
+        raise InputError(f"WANDB_MODE={mode}: it is one of {', '.join(MODES)}")
+    if settings.mode == "online":
+        _why_offline("online", required=True)
+
+
 @contextmanager
-def open_track(
-    folder: Path, config: Mapping[str, Any], mode: str, resume: bool, names: Mapping[str, Any]
-) -> Iterator[Track]:
-    """Within the context track the run in `folder`; `names` are its name, project, group and tags."""
-    with _open_run(folder, mode, resume, config=dict(config), **names) as run:
+def open_track(folder: Path, name: str, config: Mapping[str, Any], resume: bool, settings: Tracker) -> Iterator[Track]:
+    """Within the context track the run in `folder`."""
+    folder, names = folder.resolve(), {"name": name, **names_of(settings)}
+    with _open_run(folder, settings.mode, resume, config=dict(config), **names) as run:
         if run is None:
             yield NO_TRACK
             return
@@ -43,7 +74,12 @@ def open_track(
         )
 
 
-def attach(sweep: Path, page: Mapping[str, Path], mode: str, names: Mapping[str, Any]) -> None:
+def names_of(settings: Tracker) -> dict[str, Any]:
+    """What wandb.init is told of the settings."""
+    return {"project": settings.project, "group": settings.group, "tags": settings.tags}
+
+
+def attach(sweep: Path, page: Mapping[str, Path], settings: Tracker) -> None:
     """Log the comparison page of `sweep` as an artifact, in a run of its own in the group of the jobs.
 
     `page` maps names in the artifact to files. A page that was logged before is not logged again; one that has changed
@@ -53,17 +89,23 @@ def attach(sweep: Path, page: Mapping[str, Path], mode: str, names: Mapping[str,
     if record.is_file() and record.read_text(encoding="utf-8").strip() == content:
         return
     # With print, because Hydra's log of the sweep is open and would repeat on the screen what `say` prints.
-    with _open_run(sweep, mode, resume=True, show=print, name="comparison", job_type="compare", **names) as run:
+    names = {"name": "comparison", "job_type": "compare", **names_of(settings)}
+    with _open_run(sweep, settings.mode, resume=True, show=print, **names) as run:
         if run is not None:
             import wandb
 
-            artifact = wandb.Artifact(f"comparison-{run.group}".replace("/", "-")[:128], type="comparison")
+            artifact = wandb.Artifact(artifact_name(run.group), type="comparison")
             with _files_in(sweep):
                 for name, file in page.items():
                     artifact.add_file(str(file), name, skip_cache=True)
             run.log_artifact(artifact)
             run.log({"comparison": wandb.Image(str(page["comparison.png"]))})
             write_text(record, content + "\n")
+
+
+def artifact_name(group: str) -> str:
+    """The name of the page of a sweep, whose jobs are `group`, as W&B accepts it."""
+    return fitting("comparison-" + re.sub(f"[{re.escape(PROJECT)}]", "-", group))
 
 
 @contextmanager
@@ -114,7 +156,11 @@ def _start_run(mode: str, show: Callable[[str], None], **arguments: Any) -> "wan
     Never prompts. Raises InputError for `mode="online"` without an API key."""
     import wandb
 
-    preset = wandb.setup(wandb.Settings(silent=True)).settings.mode  # from WANDB_MODE or `wandb offline`
+    try:
+        preset = wandb.setup(wandb.Settings(silent=True)).settings.mode  # from WANDB_MODE or `wandb offline`
+    except Exception as error:  # a variable or a settings file that W&B refuses
+        log.warning("tracking could not be started, the run continues without it: %s", " ".join(str(error).split()))
+        return None
     if mode == "auto" and preset == "disabled":
         return None
     reason = _why_offline(preset if mode == "auto" else mode, required=mode == "online")
@@ -161,6 +207,7 @@ def _why_offline(mode: str, required: bool) -> str:
 
     if mode != "online":
         return "as configured"
+    wandb.setup(wandb.Settings(silent=True))
     try:
         reason = "" if wandb.login(prompt=False, verify=False) else "no W&B API key"
     except wandb.Error as error:  # a key of the wrong length

@@ -176,6 +176,11 @@ class LoRATraining:
             master = torch.empty(master.shape, pin_memory=True).copy_(master)
         return dict(zip(self.parameter_names, self.params.views(master.cpu()), strict=True))
 
+    def is_finite(self) -> bool:
+        """Whether all weights, and their moving average, are finite; waits for the device."""
+        kept = [self.params.master] if self.average is None else [self.params.master, self.average]
+        return all(bool(flat.isfinite().all()) for flat in kept)
+
     def train(self, mode: bool = True) -> None:
         """Set all components to training mode (dropout, gradient checkpointing) or, with False, to evaluation mode."""
         for module in self.components.values():

@@ -28,10 +28,11 @@ class TrainingSize:
     optimizer_state_bytes: float  # a trainable number
 
 
-def expected_mib(size: TrainingSize) -> float:
+def expected_mib(size: TrainingSize, tiling: bool | None = None) -> float:
     """The GPU memory in MiB of a training in half precision, validation images included, as nvidia-smi shows it.
 
-    A captured step keeps its activations; without capture the VAE can use that memory between steps."""
+    `tiling` is whether the VAE decodes in tiles, None for memory.vae_tiling. A captured step keeps its activations;
+    without capture the VAE can use that memory between steps."""
     memory, profile = size.memory, size.profile
     base = profile.linears * BYTES_PER_WEIGHT[memory.linear_weights]
     base += profile.convolutions * BYTES_PER_WEIGHT[memory.convolution_weights]
@@ -43,15 +44,20 @@ def expected_mib(size: TrainingSize) -> float:
     fixed, per_image = profile.activations[memory.gradient_checkpointing]
     images = size.batch_size * size.resolution**2 / profile.image_area
     activations = max(fixed + per_image * images, profile.sampling)
-    activations = activations + profile.decoding if memory.capture else max(activations, profile.decoding)
+    decoding = profile.decoding[memory.vae_tiling if tiling is None else tiling]
+    activations = activations + decoding if memory.capture else max(activations, decoding)
     return CONTEXT + (base + trainable) / 2**20 + activations
 
 
 def describe_memory(size: TrainingSize, free_mib: float) -> str:
     """The line of the plan about memory, on a GPU of which `free_mib` MiB are free."""
-    expected = expected_mib(size) - CONTEXT  # the context is taken already
+    expected, least = (expected_mib(size, tiling) - CONTEXT for tiling in (None, True))  # the context is taken already
     line = f"about {expected / 1024:.1f} GiB at SDXL's size, {free_mib / 1024:.1f} GiB are free"
-    return line if expected < free_mib else f"{line}: if it runs out, {memory_hint(size.memory, size.batch_size)}"
+    if expected < free_mib:
+        return line
+    if least < free_mib:
+        return f"{line}: validation images are decoded in tiles, which takes {least / 1024:.1f} GiB"
+    return f"{line}: if it runs out, {memory_hint(size.memory, size.batch_size)}"
 
 
 def memory_hint(memory: Memory, batch_size: int) -> str:

@@ -4,11 +4,12 @@ They are read once they have arrived from the device, so that no step waits."""
 
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from lora_lab.board.read import loss_plot, read_metrics
-from lora_lab.errors import RunError
+from lora_lab.console import say
+from lora_lab.errors import DiskFullError, RunError
+from lora_lab.runs import disk_full_named, write_text
 from lora_lab.track.base import Track
 from lora_lab.training.lora_training import LoRATraining, Update
 from lora_lab.training.resolve import METRICS, VALIDATION
@@ -117,8 +120,9 @@ class StepMetrics:
         self._pending.push(step, losses, update.grad_norm, update.lr)
 
     def flush(self) -> None:
-        """Wait for all numbers. Raises RunError for one that is not finite."""
+        """Wait for all numbers, and until they are on the disk. Raises RunError for one that is not finite."""
         self._pending.flush()
+        self.file.sync()
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         self._refuse_not_finite(step, metrics)
@@ -148,18 +152,35 @@ class MetricsFile:
     stream: TextIO
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the line of `step`."""
-        self.stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Append the line of `step`. Raises DiskFullError."""
+        with disk_full_named(self.path):
+            self.stream.write(json.dumps({"step": step, **metrics}) + "\n")
         self.steps.add(step)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk: a checkpoint of a step must not outlive the line of that step."""
+        with disk_full_named(self.path):
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
 
 
 def open_metrics_file(path: Path, last_step: int) -> MetricsFile:
     """Open `path` for appending, without its lines after `last_step`: those after a checkpoint are written again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    whole = [line for line in lines if line.endswith("}")]  # a crash may leave half a line
-    kept = {step: line for line in whole if (step := json.loads(line)["step"]) <= last_step}
-    path.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    steps = [_step_of(line) for line in lines]
+    if damaged := [i for i, step in enumerate(steps[:-1], 1) if step is None]:  # the last may be half of one
+        say(f"{path} is damaged in line {', '.join(map(str, damaged))}, which the plot of the loss will lack")
+    kept = {step: line for step, line in zip(steps, lines, strict=True) if step is not None and step <= last_step}
+    write_text(path, "".join(line + "\n" for line in kept.values()))
     return MetricsFile(path, set(kept), path.open("a", encoding="utf-8", buffering=1))
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None if the line is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 @contextmanager
@@ -169,13 +190,20 @@ def metrics_files(folder: Path, last_step: int, validation: bool) -> Iterator[tu
     At its end they are plotted as loss.png."""
     metrics = open_metrics_file(folder / METRICS, last_step)
     measurements = open_metrics_file(folder / VALIDATION, last_step or -1) if validation else None
-    try:
-        yield metrics, measurements
-    finally:
+
+    def close_and_plot() -> None:
         for file in filter(None, (metrics, measurements)):
             file.stream.close()
         measured = read_metrics(folder / VALIDATION) if validation else []
         loss_plot(read_metrics(folder / METRICS), measured, folder / "loss.png")
+
+    try:
+        yield metrics, measurements
+    except BaseException:
+        with suppress(OSError, DiskFullError):  # what ended the run is reported
+            close_and_plot()
+        raise
+    close_and_plot()
 
 
 def mean_loss(folder: Path, steps: int = 50) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch import Tensor
 
 from lora_lab.adapters.files import (
     MODELS,
@@ -25,8 +26,9 @@ from lora_lab.adapters.files import (
 from lora_lab.base.encode import Encoder
 from lora_lab.base.load import DTYPES, base_class
 from lora_lab.console import say
+from lora_lab.errors import RunError
 from lora_lab.evaluation.scores import ScoredImages, numbers, rows, table, write_lines
-from lora_lab.runs import write_atomically
+from lora_lab.runs import remove_temporary_files, write_atomically
 from lora_lab.sampling.generate import ImageSpec, image_specs, render_base, render_with_lora, save_image
 from lora_lab.track.base import Track
 from lora_lab.training.base_context import BaseContext
@@ -57,7 +59,7 @@ class Observer:
 
 @dataclass
 class RunArtifacts(Observer):
-    """Writes checkpoints every stage.checkpoint_every steps and at the end; then the finished LoRA, also installed."""
+    """Writes checkpoints every stage.checkpoint_every steps and at the end; then the finished LoRA."""
 
     resolved: ResolvedTraining
     training: LoRATraining
@@ -70,9 +72,12 @@ class RunArtifacts(Observer):
             self.save_checkpoint(step)
 
     def on_end(self, step: int) -> None:
-        """Write the last checkpoint, the finished LoRA and its copy."""
+        """Write the last checkpoint and the finished LoRA."""
         self.save_checkpoint(step)
         self.lora = self.save_lora(step, self.resolved.name)
+
+    def install(self) -> None:
+        """Copy the finished LoRA to models/lora, if it shall be there."""
         if self.resolved.install:
             self.installed = install_lora(self.lora, self.resolved.name)
 
@@ -80,13 +85,20 @@ class RunArtifacts(Observer):
         """Write checkpoints/step-NNNNNN."""
         save_checkpoint(self.resolved.folder, step, self.training, self.resolved.fingerprint)
 
+    def lora_file(self, name: str) -> Path:
+        """Where a LoRA of that name is written."""
+        return self.resolved.folder / "lora" / f"{name}.safetensors"
+
     def save_lora(self, step: int, name: str) -> Path:
-        """Write the LoRA after `step` steps as lora/`name`.safetensors, and new tokens' embeddings beside it."""
+        """Write the LoRA after `step` steps as lora/`name`.safetensors, and new tokens' embeddings beside it.
+
+        Raises RunError for values that are not finite, or too large for stage.save_dtype; DiskFullError."""
         resolved, training = self.resolved, self.training
-        file = resolved.folder / "lora" / f"{name}.safetensors"
+        file = self.lora_file(name)
         with training.swap_in_saved_weights():  # until the file is written: on a CPU the weights are views
             weights = training.weights()
             state = kohya_state(training.adapted_components, base_class(resolved.model).lora_key, values=weights)
+            self._refuse_overflow(state, step)
             network = network_metadata(resolved.adapter, state, resolved.settings.lora_plus_ratio)
             if training.text_encoders:
                 network |= text_metadata(resolved.text, resolved.lr)
@@ -100,6 +112,19 @@ class RunArtifacts(Observer):
                 DTYPES[resolved.settings.save_dtype],
                 lora_metadata(resolved, training, step, network),
             )
+
+    def _refuse_overflow(self, state: dict[str, Tensor], step: int) -> None:
+        """Raise RunError, with a checkpoint written, where a tensor of the file would be infinite or NaN."""
+        resolved, save_dtype = self.resolved, self.resolved.settings.save_dtype
+        wrong = [key for key, value in state.items() if not value.to(DTYPES[save_dtype]).isfinite().all()]
+        if not wrong:
+            return
+        self.save_checkpoint(step)  # refuses what is not finite in float32 either
+        largest = max(state[key].abs().max().item() for key in wrong)
+        raise RunError(
+            f"the LoRA after step {step} is too large for stage.save_dtype={save_dtype} ({largest:.1e} in {wrong[0]}): "
+            f"use a lower lr, or save its checkpoint with resume={resolved.folder} stage.save_dtype=bf16"
+        )
 
 
 def lora_metadata(
@@ -134,6 +159,7 @@ def install_lora(lora: Path, name: str) -> Path:
     name is kept under a number."""
     MODELS.mkdir(parents=True, exist_ok=True)
     with FileLock(MODELS.with_name(".lora.lock")):  # two runs that finish at once would take the same number
+        remove_temporary_files(MODELS)
         return _install_lora(lora, MODELS / f"{name}.safetensors")
 
 
@@ -224,7 +250,8 @@ def _batch(example: Example, timesteps: Sequence[int]) -> Batch:
 
 @dataclass
 class ValidationImages(Observer):
-    """Renders the stage's prompts at the start by the base, every stage.validate_every steps, and at the end."""
+    """Renders the stage's prompts: by the base at the start, with the LoRA every stage.validate_every steps and at the
+    end."""
 
     resolved: ResolvedTraining
     artifacts: RunArtifacts
@@ -238,22 +265,23 @@ class ValidationImages(Observer):
 
     @property
     def folder(self) -> Path:
-        """Of all images."""
+        """The folder of all validation images."""
         return self.resolved.folder / "samples"
 
     def on_start(self, step: int) -> None:
-        """Render what the base makes of the prompts, and what was due at `step` when the run stopped."""
+        """Render by the base; in a resumed run also the images that were due at `step` and are missing."""
         specs = self.specs
         images, _ = render_base(specs, self.resolved.render, self.resolved.folder, self.encoder)
         for spec, image in zip(specs, images, strict=True):
             save_image(self.folder / "base" / f"{spec.name}.png", image, spec, "none")
-        if step and not all((self._folder_of(step) / f"{spec.name}.png").is_file() for spec in specs):
+        images = [self._folder_of(step) / f"{spec.name}.png" for spec in specs]
+        if step and not all(file.is_file() for file in (self.artifacts.lora_file(self._name_of(step)), *images)):
             self.on_step(step)
 
     def on_step(self, step: int) -> None:
-        """Write the LoRA so far and render with it where that is due."""
+        """If images are due at `step`, write a file of the LoRA as it is now, and render with it."""
         if self.resolved.is_due(self.resolved.settings.validate_every, step):
-            self._render(self.artifacts.save_lora(step, f"{self.resolved.name}-{step:06d}"), step)
+            self._render(self.artifacts.save_lora(step, self._name_of(step)), step)
 
     def on_end(self, step: int) -> None:
         """Render with the finished LoRA."""
@@ -262,7 +290,10 @@ class ValidationImages(Observer):
     def files(self) -> dict[str, list[str]]:
         """The files of all validation images by step, those from before a resume included."""
         folders = sorted(self.folder.glob("step-*"))
-        return {str(int(f.name.removeprefix("step-"))): sorted(map(str, f.glob("*.png"))) for f in folders}
+        return {str(int(f.name.removeprefix("step-"))): sorted(map(str, f.glob("[!.]*.png"))) for f in folders}
+
+    def _name_of(self, step: int) -> str:
+        return f"{self.resolved.name}-{step:06d}"
 
     def _folder_of(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

@@ -21,7 +21,7 @@ from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.console import say
 from lora_lab.settings.schema import Memory
 from lora_lab.training.base_context import BaseContext, free_gpu_memory, prepare_base
-from lora_lab.training.checkpoint import checkpoints
+from lora_lab.training.checkpoint import newest_checkpoint
 from lora_lab.training.data import count_buckets
 from lora_lab.training.engine import Losses, StepBatches, captured, compile_blocks
 from lora_lab.training.lora_training import FlatParams, LoRATraining
@@ -255,5 +255,4 @@ def _train_one_pack(
 
 def _resumed(training: ResolvedTraining) -> ResolvedTraining:
     """The same training from its newest checkpoint, or from its beginning if it has none."""
-    newest = next(reversed(checkpoints(training.folder)), None)
-    return replace(training, resume_from=newest, resumed=True)
+    return replace(training, resume_from=newest_checkpoint(training.folder), resumed=True)

@@ -14,10 +14,11 @@ from PIL import Image
 
 from lora_lab import track
 from lora_lab.adapters import inject
-from lora_lab.adapters.files import embeddings_path, find_lora, read_tokens
+from lora_lab.adapters.files import embeddings_path, read_tokens, resolve_lora
 from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
@@ -40,7 +41,7 @@ from lora_lab.settings.schema import (
     training_fingerprint,
 )
 from lora_lab.settings.setting import instantiate_target
-from lora_lab.training.checkpoint import checkpoints, validate_fingerprint
+from lora_lab.training.checkpoint import checkpoints, newest_checkpoint, step_of, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
@@ -139,7 +140,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
     adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
     settings = config.stage
-    start_lora = find_lora(settings.start_from, "stage.start_from") if settings.start_from else None
+    start_lora = resolve_lora(settings.start_from, None, key="stage.start_from") if settings.start_from else None
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
     make_optimizer = resolve_optimizer(config.optimizer, device)
     traits, _ = OptimizerTraits.split(config.optimizer)
@@ -252,7 +253,8 @@ def _render(config: Config, base: str, dtype: torch.dtype) -> RenderSettings:
 
 def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:
     dataset, masks = config.dataset, find_masks(config.loss.mask)
-    samples = read_folders([(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders])
+    folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders]
+    samples = read_folders(folders, dataset.follow_links, dataset.kohya_folders)
     texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
     check_trigger(texts, config.trigger)
     hashes = {
@@ -274,7 +276,7 @@ def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> 
         hashes["validation"] = hash_files(*(s.path for s in held_out))
     if config.model.judge is not None:
         validate_embedders(config.model, config.score, config.captioner)
-    track.refuse_missing(config.tracker.kind)
+    track.validate(config.tracker)
     if config.cache is not None:
         refuse_unwritable(Path(config.cache), "name another with cache=, or use cache=null")
     return TrainingFiles(samples, texts, held_out, prior_samples, hashes)
@@ -299,9 +301,9 @@ def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
 def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | None:
     if not resume:
         return None
-    complete = checkpoints(folder)
-    if not complete:
-        raise InputError(f"resume={resume}: {folder} has no checkpoint to resume from")
-    if int(complete[-1].name.removeprefix("step-")) > steps:
-        raise InputError(f"resume={resume}: {complete[-1].name} is beyond steps={steps}, set more steps")
-    return complete[-1]
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        say(f"{folder} has no checkpoint yet: the training starts from its beginning")
+    elif step_of(newest) > steps:
+        raise InputError(f"resume={resume}: {newest.name} is beyond steps={steps}, set more steps")
+    return newest

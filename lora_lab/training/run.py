@@ -1,16 +1,25 @@
 """One run: its plan as a person reads it, its observers, and its result."""
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from lora_lab.adapters.files import MODELS
+from lora_lab.base.load import DTYPES
+from lora_lab.base.locate import locate_folder
+from lora_lab.console import say
+from lora_lab.errors import DiskFullError, InputError, RunError
 from lora_lab.evaluation.metrics import Scores
+from lora_lab.images.dataset import cut_away_line, frames_line, unused_line
+from lora_lab.runs import free_space, remove_temporary_files
 from lora_lab.track import tracking
 from lora_lab.training.base_context import BaseContext
+from lora_lab.training.checkpoint import checkpoints, remove_incomplete
 from lora_lab.training.data import count_buckets
 from lora_lab.training.engine import Losses
 from lora_lab.training.lora_training import LoRATraining, Update
@@ -21,7 +30,9 @@ from lora_lab.training.randomness import batches_per_epoch
 from lora_lab.training.resolve import ResolvedTraining
 from lora_lab.training.text_encoders import describe_text
 
-SHARED_LINES = ("character", "sizes", "base", "memory")  # that the trainings of a pack have in common
+PNG_BYTES = 2  # of a pixel, about: a drawing takes less, a photo more
+# Lines that the trainings of a pack have in common.
+SHARED_LINES = ("character", "unused", "frames", "sizes", "cut", "base", "memory")
 
 
 def describe(training: ResolvedTraining) -> str:
@@ -69,7 +80,11 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
     """The lines of what is not the default, each only where it applies."""
     settings, loss, images = training.settings, training.loss, training.images
     orders = {order for captions in training.files.texts for variants in captions for order in variants}
+    cuts = {s.name: f for s, f in zip(training.files.samples, images.fitted, strict=True)}
     lines = {
+        "unused": _describe_unused(training),
+        "frames": frames_line({sample.name: sample.path for sample in training.files.samples}),
+        "cut": not training.dataset.random_crop and cut_away_line(cuts),
         "starts": training.start_lora and f"from {training.start_lora}",
         "prior": training.prior.kind != "none" and _describe_prior(training),
         "masks": loss.mask != "none" and f"{loss.mask}; the loss outside the mask has weight {loss.unmasked_weight:g}",
@@ -83,6 +98,15 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
         "resumes": training.resume_from and f"from {training.resume_from}",
     }
     return {name: line for name, line in lines.items() if line}
+
+
+def _describe_unused(training: ResolvedTraining) -> str:
+    """The files in the folders of images that are not used; "" if there are none."""
+    dataset = training.dataset
+    roots = [locate_folder("dataset.root", folder.root) for folder in dataset.folders]
+    others = [Path(root) for root in (training.prior.root, training.settings.validation_root) if root]
+    lines = [unused_line(roots, dataset.follow_links), *(unused_line([root]) for root in others)]
+    return "; ".join(filter(None, lines))
 
 
 def _describe_lr(training: ResolvedTraining) -> str | None:
@@ -179,6 +203,27 @@ class TrainingRun:
         for observer in self.observers:
             observer.on_step(step)
 
+    def disk_bytes(self) -> tuple[int, int]:
+        """What the rest of the run writes in any case, and what it is expected to take in all, in bytes."""
+        resolved, settings, left = self.resolved, self.resolved.settings, self.resolved.steps - self.step
+        numbers, averages = self.training.params.master.numel(), self.training.average is not None
+        checkpoint = round(numbers * (4 + resolved.size.optimizer_state_bytes + 4 * averages))
+        lora = numbers * DTYPES[settings.save_dtype].itemsize
+        images = len(settings.prompts) * len(settings.seeds) * resolved.render.side**2 * PNG_BYTES
+        written = 1 + (left // settings.checkpoint_every if settings.checkpoint_every else 0)
+        # One more than are kept, because an older one is removed when the new one is whole.
+        stored = min(written, settings.keep_checkpoints + 1 - len(checkpoints(resolved.folder)))
+        validations = left // settings.validate_every if settings.validate_every else 0
+        certain = lora + checkpoint if left else lora
+        return certain, certain + max(0, stored - 1) * checkpoint + validations * (lora + images) + images
+
+    def disk_full_error(self, error: DiskFullError) -> RunError:
+        """`error` of this run, with the space that the rest needs and how to go on."""
+        return RunError(
+            f"{error}, the rest of this run takes about {self.disk_bytes()[1] / 2**20:.0f} MiB; then resume with: "
+            f"python -m lora_lab resume={self.resolved.folder}"
+        )
+
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the steps done so far. Raises RunError if a number of theirs is not finite."""
         self.metrics.flush()
@@ -190,6 +235,7 @@ class TrainingRun:
         self.metrics.flush()
         for observer in self.observers:
             observer.on_end(self.step)
+        self.artifacts.install()  # now that images could be drawn with it
         base_scores, scored = self.scores.context.base_scores, self.scores.scored
         self.result = TrainResult(
             stage="train",
@@ -214,10 +260,31 @@ class TrainingRun:
         self.resources.__exit__(type(error), error, error.__traceback__)
 
 
+def check_disk(runs: Sequence[TrainingRun]) -> None:
+    """Print where the disk of `runs` may not hold all that they write. Raises InputError where it surely cannot."""
+    folder, sizes = runs[0].resolved.folder, [run.disk_bytes() for run in runs]
+    certain, expected = (sum(size) for size in zip(*sizes, strict=True))
+    free = shutil.disk_usage(folder).free
+    if certain > free:
+        other = "" if runs[0].resolved.resumed else ", or choose another disk with hydra.run.dir= or hydra.sweep.dir="
+        raise InputError(
+            f"{folder}: needs at least {certain / 2**20:.1f} MiB on its disk, where {free_space(folder)}: free some "
+            f"space{other}"
+        )
+    if expected > free:
+        say(
+            f"{folder}: takes about {expected / 2**20:.0f} MiB, and {free_space(folder)}: free some space, or use "
+            "stage.keep_checkpoints=1 or a larger stage.validate_every"
+        )
+
+
 @contextmanager
 def open_run(resolved: ResolvedTraining, training: LoRATraining, context: BaseContext) -> Iterator[TrainingRun]:
     """The run of `training` as `resolved` describes it; its tracker and files are open within the context."""
-    settings, step = resolved.settings, training.step
+    settings, step, folder = resolved.settings, training.step, resolved.folder
+    if resolved.resumed:
+        remove_temporary_files(folder, folder / "lora", *folder.glob("samples/*"))
+        remove_incomplete(folder / "checkpoints")
     with ExitStack() as resources:
         # Shown by the tracker, where it tells the jobs of a sweep apart.
         title = f"{resolved.name} rank {resolved.rank} lr {resolved.lr:g} steps {resolved.steps}"

@@ -16,7 +16,7 @@ from lora_lab.adapters.inject import DROPOUTS, inject_adapter, load_adapter_weig
 from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.load import base_class
 from lora_lab.console import bar, say
-from lora_lab.errors import InputError, RunError
+from lora_lab.errors import DiskFullError, InputError, RunError
 from lora_lab.runs import stop_on_signal
 from lora_lab.training.base_context import BaseContext, gc_paused, prepare_base
 from lora_lab.training.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ from lora_lab.training.loss import Objective, objective
 from lora_lab.training.memory import out_of_memory_error
 from lora_lab.training.randomness import seed_of
 from lora_lab.training.resolve import ResolvedTraining
-from lora_lab.training.run import TrainingRun, TrainResult, describe, open_run
+from lora_lab.training.run import TrainingRun, TrainResult, check_disk, describe, open_run
 from lora_lab.training.text_encoders import TrainableTextEncoders, freeze_step, inject_text_adapters
 
 MakeEngine = Callable[[Sequence[LoRATraining]], StepEngine]
@@ -40,7 +40,10 @@ def train(resolved: ResolvedTraining) -> TrainResult:
         context = prepare_base(resolved)
         training = start_training(resolved, context, context.encoder.base.network)
         with open_run(resolved, training, context) as run:
-            train_runs([run], context, partial(_single_step, resolved, context.encoder.graphs))
+            try:
+                train_runs([run], context, partial(_single_step, resolved, context.encoder.graphs))
+            except DiskFullError as error:
+                raise run.disk_full_error(error) from error
             if run.unfinished:
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step}; resume with: python -m lora_lab resume={resolved.folder}"
@@ -53,12 +56,13 @@ def train(resolved: ResolvedTraining) -> TrainResult:
 def train_runs(
     runs: Sequence[TrainingRun], context: BaseContext, make_engine: MakeEngine, on_end: RunEnded | None = None
 ) -> None:
-    """Train `runs` on one base to their ends. Those that Ctrl-C stops leave a checkpoint, as all do if memory runs out.
+    """Train `runs` on one base to their last steps. If Ctrl-C stops them or memory runs out, each writes a checkpoint.
 
-    With `on_end` a run that fails leaves the others to go on; it is called for each run that ends, by its result or
-    its error."""
+    With `on_end` the failure of one run does not end the others. It is called for each run when it ends, with a result
+    or an error."""
     group = RunGroup(runs, context, make_engine, on_end)
-    group.activate(group.first_step)  # the engine fuses layers, and what is measured first must compute as the rest
+    check_disk(runs)
+    group.activate(group.first_step)  # before the first measurement: the engine fuses layers
     for run in runs:
         run.start()
     with group.checkpoints_on_out_of_memory():
@@ -71,7 +75,7 @@ def train_runs(
 
 
 def train_steps(group: "RunGroup") -> None:
-    """Do the steps that the runs of `group` have left, or fewer where Ctrl-C asks for the end."""
+    """Do the remaining steps of the runs of `group`; after Ctrl-C only the present one."""
     with stop_on_signal(group.runs[0].resolved.folder) as stop_requested, group.progress_bar() as progress:
         for step in group.steps():
             trainings = group.start_step(step)
@@ -97,11 +101,11 @@ class RunGroup:
     on_end: RunEnded | None
     engine: StepEngine | None = None
     engine_trainings: Sequence[LoRATraining] = ()
-    active: Sequence[TrainingRun] = ()  # that do the current step
+    active: Sequence[TrainingRun] = ()  # the runs that do the current step
 
     @property
     def first_step(self) -> int:
-        """The steps that the run furthest behind has done; those of the longest run where all are finished."""
+        """How many steps the run furthest behind has done; if all are finished, `last_step`."""
         return min((run.step for run in self.runs if run.unfinished), default=self.last_step)
 
     @property
@@ -110,7 +114,7 @@ class RunGroup:
         return max(run.resolved.steps for run in self.runs)
 
     def steps(self) -> Iterator[int]:
-        """The steps that some run has to do, each as the number of steps before it."""
+        """Every step that a run still has to do, as the number of steps before it."""
         while any(run.unfinished for run in self.runs):
             yield self.first_step
 
@@ -183,6 +187,8 @@ class RunGroup:
         except (RunError, InputError, OSError) as error:
             if self.on_end is None:
                 raise
+            if isinstance(error, DiskFullError):
+                error = run.disk_full_error(error)
             with suppress(type(error)):
                 run.fail(error)
             self.on_end(run)

@@ -214,7 +214,7 @@ def encode_all(pipe, cache, offload):
     encoder.encode_images(PICTURES)
 
 
-def test_with_offload_one_component_at_a_time_is_on_the_device(watched, tmp_path):
+def test_with_offload_one_component_at_a_time_is_on_the_device(watched):
     pipe, moves = watched
     encode_all(pipe, Cache(None), offload=True)
     turns = {part: [(part, "gpu"), (part, "runs"), (part, "runs"), (part, "cpu")] for part, _ in moves}

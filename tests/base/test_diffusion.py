@@ -77,7 +77,7 @@ def test_a_prediction_that_cannot_be_trained_is_refused():
             resolve_prediction_type(wish, said)
 
 
-def test_the_scheduler_of_a_folder_is_checked_before_loading(tmp_path, monkeypatch):
+def test_the_scheduler_of_a_folder_is_checked_before_loading(tmp_path):
     said = json.loads((BASE / "scheduler" / "scheduler_config.json").read_text())
     (tmp_path / "scheduler").mkdir()
     loss = compose("loss.zero_terminal_snr=true").loss

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base.sdxl import SDXL, micro_conditioning
+from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import RunError
 
 
@@ -61,5 +61,5 @@ def test_caption_embeddings_equal_the_pipeline_s_prompt_embeddings(pipe):
 def test_micro_conditioning_has_sdxl_s_order(pipe):
     sizes = (1000, 700), (10, 20), (1152, 896)  # height before width, top before left
     theirs = pipe._get_add_time_ids(*sizes, dtype=torch.float32, text_encoder_projection_dim=24)
-    assert torch.equal(micro_conditioning(*sizes), theirs[0])
-    assert micro_conditioning(*sizes).tolist() == [1000, 700, 10, 20, 1152, 896]
+    ours = SDXL(pipe).size_conditioning(*sizes)["time_ids"]
+    assert torch.equal(ours, theirs[0]) and ours.tolist() == [1000, 700, 10, 20, 1152, 896]

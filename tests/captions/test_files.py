@@ -34,13 +34,13 @@ def test_names_are_sorted_in_natural_order():
 
 def test_captions_survive_every_form(tmp_path):
     lay_out(tmp_path, HARD)
-    for form in ("csv", "jsonl", "json", "txt", "jsonl", "txt", "csv"):
+    for form in ("csv", "jsonl", "json", "txt", "jsonl", "caption", "csv"):
         write_captions(tmp_path, HARD, form)
         for path in tmp_path.glob("metadata.*"):
             if path.suffix != f".{form}":
                 path.unlink()
-        if form != "txt":
-            for path in tmp_path.rglob("*.txt"):
+        for path in [*tmp_path.rglob("*.txt"), *tmp_path.rglob("*.caption")]:
+            if path.suffix != f".{form}":
                 path.unlink()
         read = read_captions(tmp_path)
         assert read == {name: " ".join(text.splitlines()) for name, text in HARD.items()}
@@ -161,7 +161,7 @@ def test_every_change_keeps_a_backup(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3, "no backup of what did not change, no temporary file"
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv", "json", "txt"])
+@pytest.mark.parametrize("form", ["jsonl", "csv", "json", "txt", "caption"])
 def test_captions_are_written_in_the_form_that_the_folder_has(tmp_path, form):
     lay_out(tmp_path, ["1.png", "2.png"])
     written = write_captions(tmp_path, {"1.png": "a", "2.png": "b"}, form)
@@ -236,3 +236,129 @@ def test_a_list_of_anything_but_texts_is_refused(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": ["a cat", 3]}')
     with pytest.raises(InputError, match=r"line 1: the caption is 3"):
         read_caption_lists(tmp_path)
+
+
+ROWS = {"00.png": "a cat", "sub/01.png": "two cats, one hat"}
+KOHYA = {f"/home/me/train/{name}": {"caption": text, "train_resolution": [64, 64]} for name, text in ROWS.items()}
+SHORT = {name.removesuffix(".png"): {"caption": text.split(", ")[0], "tags": ", ".join(text.split(", ")[1:])}
+         for name, text in ROWS.items()}  # fmt: skip
+JSONL = "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in ROWS.items())
+
+
+def table(delimiter, header=("file_name", "text")):
+    rows = [header, *((name, f'"{text}"') for name, text in ROWS.items())]
+    return "".join(delimiter.join(row) + "\r\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"00.caption": "a cat\n", "sub/01.caption": "two cats, one hat"},
+        {"00.TXT": "a cat\r\n", "sub/01.Txt": "two cats,\none hat"},
+        {"00.CAPTION": "a cat", "sub/01.caption": "two cats, one hat"},
+        {"METADATA.JSONL": JSONL},
+        {"metadata1000.jsonl": JSONL},
+        {
+            "metadata_train.jsonl": "".join(
+                json.dumps({"image": n, "caption": t, "x": 1}) + "\n" for n, t in ROWS.items()
+            )
+        },
+        {"sub/metadata.jsonl": JSONL},
+        {"metadata.csv": table(";")},
+        {"metadata.csv": table("\t", ("Image", "Caption"))},
+        {"metadata.csv": "sep=;\r\n" + table(";", ("filename", "prompt"))},
+        {"metadata.csv": table(",", ("path", "text"))},
+        {"metadata.json": json.dumps([{"file_name": name, "text": text} for name, text in ROWS.items()])},
+        {"metadata.json": json.dumps({name: {"caption": text} for name, text in ROWS.items()})},
+        {"metadata.json": json.dumps(KOHYA)},
+        {"metadata.json": json.dumps(SHORT)},
+        {"meta_cap.json": json.dumps(KOHYA)},
+        {"meta_lat.json": json.dumps({name: {"tags": text} for name, text in ROWS.items()})},
+        {"metadata.jsonl": JSONL.replace("sub/", "C:\\\\pictures\\\\sub\\\\")},
+    ],
+    ids=lambda files: "-".join(files),
+)
+def test_captions_of_every_known_form_are_read_and_then_written_without_a_loss(tmp_path, files):
+    lay_out(tmp_path, ["00.png", "sub/01.png", *files])
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, newline="")
+    assert read_captions(tmp_path) == ROWS
+    before = everything(tmp_path)
+    write_captions(tmp_path, ROWS | {"00.png": "a dog"})
+    assert read_captions(tmp_path) == ROWS | {"00.png": "a dog"}
+    assert set(before.values()) <= set(everything(tmp_path).values()), "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"captions.csv": table(",")},
+        {"sub/captions.jsonl": JSONL},
+        {"train.tsv": table("\t")},
+        {"prompts.json": json.dumps(ROWS)},
+        {"00.json": json.dumps({"caption": "a cat", "score": 3})},
+        {"sub/01.png.json": json.dumps({"tags": "cat, hat"})},
+        {"00.png.txt": "a cat"},
+        {"metadata.jsonl": JSONL.split("\n")[0], "metadata1000.jsonl": JSONL},
+    ],
+    ids=lambda files: "-".join(files),
+)
+def test_captions_that_are_not_read_are_named_before_anything_is_captioned(tmp_path, files):
+    lay_out(tmp_path, ["00.png", "sub/01.png", *files])
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    sentence = rf"{list(files)[-1]} has a caption for .*, but is not read .*: call it metadata"
+    with pytest.raises(InputError, match=sentence):
+        read_caption_lists(tmp_path)
+    for name, text in ROWS.items():  # whoever has other captions for all images is not disturbed
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+    (tmp_path / "metadata.jsonl").unlink(missing_ok=True)
+    assert read_captions(tmp_path) == ROWS
+
+
+def test_other_json_files_of_a_folder_are_no_captions(tmp_path):
+    lay_out(tmp_path, ["00.png"])
+    for name, text in {"result.json": "{}", "a.json": "[1, 2]", "b.csv": "x,y\n1,2\n", "c.json": "no"}.items():
+        (tmp_path / name).write_text(text)
+    for name in ("metadata.proposed.jsonl", "hints.jsonl", "captions.history.jsonl"):
+        (tmp_path / name).write_text('{"file_name": "00.png", "text": "a cat"}\n')
+    assert read_captions(tmp_path) == {}
+
+
+def test_names_are_relative_to_the_folder_of_their_file_or_to_the_datasets(tmp_path):
+    lay_out(tmp_path, ["a/1.png", "b/1.png", "b/2.png"])
+    (tmp_path / "a/metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}')
+    (tmp_path / "b/metadata.csv").write_text("file_name,text\nb/1.png,two\n2.png,three\n")
+    assert read_captions(tmp_path) == {"a/1.png": "one", "b/1.png": "two", "b/2.png": "three"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("1", "'1' may be 1.jpg or 1.png: write the whole name"), ("/x/2.png", "may be a/2.png or b/2.png"),
+     ("/x/a/2.png", None), ("D:\\a\\2", None), ("a/2", None)],
+)  # fmt: skip
+def test_a_name_that_fits_several_pictures_is_refused(tmp_path, name, sentence):
+    lay_out(tmp_path, ["1.png", "1.jpg", "a/2.png", "b/2.png"])
+    (tmp_path / "metadata.json").write_text(json.dumps({name: "a cat"}))
+    if sentence is None:
+        assert read_captions(tmp_path) == {"a/2.png": "a cat"}
+    else:
+        with pytest.raises(InputError, match=sentence):
+            read_captions(tmp_path)
+
+
+def test_what_no_caption_file_can_have_is_refused_and_cut(tmp_path):
+    for value, sentence in (
+        ("a\0b", "NUL letters"),
+        (["x" * 10**6, 3], "the caption is 3"),
+        ({"a": "b" * 10**6}, "no field"),
+    ):
+        (tmp_path / "metadata.json").write_text(json.dumps({"1.png": value}))
+        with pytest.raises(InputError, match=sentence) as error:
+            read_caption_lists(tmp_path)
+        assert len(str(error.value)) < 400 + len(str(tmp_path))
+    (tmp_path / "metadata.json").write_text("[" * 10**6)
+    with pytest.raises(InputError, match=r"metadata\.json: "):
+        read_caption_lists(tmp_path)
+    with pytest.raises(InputError, match="is not UTF-8: rename the picture"):
+        write_captions(tmp_path, {"\udcff.png": "a cat"})

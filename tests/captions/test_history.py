@@ -2,7 +2,8 @@
 
 import json
 
-from lora_lab.captions.history import NAME, machine_made, record
+from lora_lab.captions.history import machine_made, record
+from lora_lab.captions.sources import HISTORY as NAME
 
 
 def change(root, by, name, was, text):

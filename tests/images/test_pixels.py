@@ -1,12 +1,25 @@
 import io
+import os
+import socket
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
+from pillow_heif import register_heif_opener
 
 from lora_lab.errors import InputError
-from lora_lab.images.pixels import open_picture, open_with_alpha
+from lora_lab.images.pixels import (
+    aspect_buckets,
+    count_frames,
+    cut_away,
+    fit,
+    is_blank,
+    nearest_bucket,
+    open_picture,
+    open_with_alpha,
+)
 
 
 @pytest.fixture
@@ -204,3 +217,88 @@ def test_a_picture_too_large_for_memory_is_refused_from_its_header(tmp_path, sid
         PngImagePlugin.putchunk(file, b"IDAT", b"")
     with pytest.raises(InputError, match=r"wall\.png has over 100 megapixels: scale it down"):
         open_picture(path)
+
+
+SUFFIXES = {"jfif": "JPEG", "jpe": "JPEG", "avif": "AVIF", "heic": "HEIF", "hif": "HEIF", "gif": "GIF", "apng": "PNG"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_browsers_and_phones_write_is_read(tmp_path, suffix):
+    register_heif_opener()
+    picture = Image.new("RGB", (32, 48), (200, 30, 30))
+    picture.paste((20, 20, 200), (0, 24, 32, 48))
+    path = tmp_path / f"IMG_1.{suffix.upper()}"
+    picture.save(path, SUFFIXES[suffix])
+    top, *_, bottom = corners(open_picture(path))
+    assert top[0] > 150 > top[2] and bottom[2] > 150 > bottom[0]
+
+
+def test_a_file_is_opened_in_the_formats_of_images_only(tmp_path, monkeypatch):
+    """Pillow opens an EPS, whatever its suffix, and starts Ghostscript to decode it."""
+    picture = Image.new("RGB", (8, 8), "red")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript"))
+    for name in ("EPS", "PCX", "TGA", "PPM", "SGI", "IM", "DDS", "ICO", "JPEG2000"):
+        path = tmp_path / f"{name}.png"
+        picture.save(path, name)
+        with pytest.raises(InputError, match=rf"{path.name} is not a picture despite its name"):
+            open_picture(path)
+    picture.save(tmp_path / "lying.png", "JPEG")  # browsers do that
+    assert open_picture(tmp_path / "lying.png").size == (8, 8)
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer for ever
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.png"))
+        for name in ("pipe.png", "zero.png", "s.png"):
+            with pytest.raises(InputError, match=rf"{name} is a FIFO, socket or device"):
+                open_picture(tmp_path / name)
+
+
+def test_an_empty_file_and_one_that_is_a_line_are_named(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"empty\.png is empty \(0 bytes\)"):
+        open_picture(tmp_path / "empty.png")
+    Image.new("RGB", (5000, 2)).save(tmp_path / "line.png")  # scaled to cover 1024 px it would have 2,600 megapixels
+    with pytest.raises(InputError, match=r"line\.png is 5000x2, one side over 100 times the other: crop it"):
+        open_picture(tmp_path / "line.png")
+
+
+@pytest.mark.parametrize("chunk", ["iTXt", "iCCP"])
+def test_a_decompression_bomb_beside_the_pixels_is_refused_in_a_sentence_or_harmless(tmp_path, chunk):
+    bomb = zlib.compress(b"\0" * 200_000_000)
+    info = PngImagePlugin.PngInfo()
+    head = b"bomb\0\1\0\0\0" if chunk == "iTXt" else b"bomb\0\0"
+    info.add(chunk.encode(), head + bomb)
+    Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=info)
+    try:
+        assert open_picture(tmp_path / "bomb.png").size == (8, 8)
+    except InputError as error:
+        assert "bomb.png" in str(error)
+
+
+def test_frames_and_pages_are_counted_but_not_the_previews_of_a_phone(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("black", "white", "red")]
+    for name, form in {"a.webp": "WEBP", "a.png": "PNG", "a.gif": "GIF", "a.tif": "TIFF", "gif.png": "GIF"}.items():
+        frames[0].save(tmp_path / name, form, save_all=True, append_images=frames[1:])
+        assert count_frames(tmp_path / name) == 3, name
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "one.png")
+    assert count_frames(tmp_path / "phone.jpg") == count_frames(tmp_path / "one.png") == 1
+
+
+def test_blank_is_black_or_transparent_all_over(tmp_path):
+    for colour, blank in {(0, 0, 0, 255): True, (9, 9, 9, 0): True, (0, 0, 1, 255): False, (255,) * 4: False}.items():
+        Image.new("RGBA", (4, 4), colour).save(tmp_path / "a.png")
+        assert is_blank(*open_with_alpha(tmp_path / "a.png")) is blank
+
+
+@pytest.mark.parametrize(("size", "share"), [((128, 128), 0), ((512, 128), 0.55), ((128, 1280), 0.83)])
+def test_what_a_bucket_cuts_away_is_the_share_outside_the_crop(size, share):
+    buckets = aspect_buckets(128, 16)
+    assert cut_away(size, nearest_bucket(size, buckets)) == pytest.approx(share, abs=0.05)
+    fitted = fit(Image.new("RGB", size), nearest_bucket(size, buckets))
+    seen = fitted.target_size[0] * fitted.target_size[1]
+    scale = max(fitted.target_size[1] / size[0], fitted.target_size[0] / size[1])
+    assert 1 - cut_away(size, fitted.picture.size) == pytest.approx(seen / (size[0] * size[1] * scale**2))

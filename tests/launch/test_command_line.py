@@ -198,7 +198,7 @@ def test_a_broken_recipe_affects_no_other_command(type_in, tmp_path):
     assert code == 0 and "rank: 7" in out
 
 
-def test_help_fits_on_a_screen_and_its_examples_compose(type_in, tmp_path):
+def test_help_fits_on_a_screen_and_its_examples_compose(type_in):
     code, out, err = type_in("--help")
     lines = out.splitlines()
     assert (code, err) == (0, "") and len(lines) <= 48 and max(map(len, lines)) <= 120

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from PIL import Image
 from sdxl_structure import NARROW, pipeline
 
-from lora_lab.base import sdxl as vae
+from lora_lab.base import sdxl
 from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
@@ -304,7 +304,7 @@ def overflowing():
 def test_a_vae_that_overflows_decodes_in_a_wider_range_and_is_restored(monkeypatch, best, instead):
     """In bfloat16 where the device has it (there `auto` is that), else in float32."""
     pipe, dtypes = overflowing(), []
-    monkeypatch.setattr(vae, "pick_dtype", lambda precision, device: best)
+    monkeypatch.setattr(sdxl, "pick_dtype", lambda precision, device: best)
     before = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     pipe.vae.decoder.register_forward_pre_hook(lambda vae, inputs: dtypes.append(inputs[0].dtype))
     (drawn,) = draw(pipe, Request("a star", 0, (64, 64)), sampler=replace(SAMPLER, steps=2))

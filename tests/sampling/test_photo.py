@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from lora_lab.captions.captioner import run_captioner
 from lora_lab.captions.rules import Rule, compile_rules
 from lora_lab.errors import RunError
 from lora_lab.images.pixels import aspect_buckets
@@ -30,14 +31,15 @@ def photo():
 
 def test_the_refined_caption_of_the_whole_photo_becomes_the_prompt(photo):
     refiner = compile_rules(replace=[Rule("by", "x")], subjects=["ghost"])
-    result = photo_to_request(photo, SizeCaptioner(), refiner, "HANA_TOFU", BUCKETS, seed=3, strength=0.5)
+    (caption,) = run_captioner(SizeCaptioner(), [photo])
+    result = photo_to_request(photo, caption, refiner, "HANA_TOFU", BUCKETS, seed=3, strength=0.5)
     assert result.caption == "a ghost of 300 by 200"
     assert result.request.prompt == "A HANA_TOFU of 300 x 200"
     assert (result.request.seed, result.request.strength) == (3, 0.5)
 
 
 def test_the_photo_is_cut_to_the_nearest_bucket(photo):
-    request = photo_to_request(photo, SizeCaptioner(), compile_rules(), "HANA_TOFU", BUCKETS).request
+    request = photo_to_request(photo, "a ghost", compile_rules(), "HANA_TOFU", BUCKETS).request
     assert request.photo.size == request.size == (160, 96)
     assert photo.size == (300, 200)
 
@@ -49,4 +51,4 @@ def test_a_given_prompt_needs_no_captioner(photo):
 
 def test_a_captioner_without_a_caption_is_an_error(photo):
     with pytest.raises(RunError, match="SilentCaptioner returned 0 captions for 1 images"):
-        photo_to_request(photo, SilentCaptioner(), compile_rules(), "HANA_TOFU", BUCKETS)
+        run_captioner(SilentCaptioner(), [photo])

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
-from tiny_runs import inside, train
+from tiny_runs import inside, lora, train
 
 from lora_lab.adapters.files import kohya_state, save_lora
 from lora_lab.base.load import load_base
@@ -43,11 +42,17 @@ def uninterrupted(tmp_path_factory, pictures):
 
 
 @pytest.fixture(scope="session")
-def three_steps(tmp_path_factory, pictures):
-    """What three steps without any option learn."""
+def three_steps_run(tmp_path_factory, pictures):
+    """The folder of a run of three steps without any option."""
     with inside(tmp_path_factory.mktemp("three_steps"), pictures) as folder:
         train("run", "steps=3")
-    return load_file(folder / "run/lora/HANA_TOFU.safetensors")
+    return str(folder / "run")
+
+
+@pytest.fixture(scope="session")
+def three_steps(three_steps_run):
+    """What three steps without any option learn."""
+    return lora(three_steps_run)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """stage=check reports what stage=train would refuse, and what would make a worse LoRA."""
 
 import json
+import os
 import shutil
 import unicodedata
 
@@ -12,11 +13,15 @@ from lora_lab.captions.files import read_captions
 from lora_lab.captions.phrases import common_phrases
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
+from lora_lab.images import duplicates
+from lora_lab.images.dataset import read_folders
 from lora_lab.images.inspection import inspect_dataset
 from lora_lab.images.pixels import aspect_buckets
 from lora_lab.images.scan import find_pictures
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
+from lora_lab.training.resolve import resolve_training
+from lora_lab.training.run import describe
 
 TRIGGER = "HANA_TOFU"
 
@@ -261,9 +266,10 @@ def test_a_caption_longer_than_the_window_of_clip_is_reported_with_its_length(ro
 
 def test_formats_that_are_not_read_are_reported(root):
     drawing(0).save(root / "a.png")
-    (root / "phone.HEIC").write_bytes(b"")
+    (root / "drawing.PSD").write_bytes(b"")
     result = check(root)
-    assert result.errors == [] and "phone.HEIC): convert them to PNG" in result.warnings[1]
+    assert result.errors == [] and result.findings.unused["drawing.PSD"].endswith("convert it to PNG")
+    assert [line for line in result.warnings if line.startswith("not used: drawing.PSD (an image in a format")]
 
 
 def test_only_a_folder_without_pictures_stops_the_check(root):
@@ -322,3 +328,102 @@ def test_every_caption_of_an_image_is_checked_with_the_prefix_and_suffix_of_trai
     affixes = ("dataset.caption_prefix='{trigger},'", "dataset.caption_suffix='by somebody with a long, long name'")
     findings = check(root, *affixes).findings
     assert findings.without_trigger == [] and findings.too_long["1.png"] > 77
+
+
+def test_everything_in_the_folder_that_is_not_used_is_named_with_its_reason(root, capsys):
+    for number, name in enumerate(("a.png", "b.png")):
+        drawing(number).save(root / name)
+    write(root, {"a.png": TRIGGER, "b.png": f"{TRIGGER} smiling"})
+    outside = root.parent / "outside"
+    outside.mkdir()
+    drawing(9).save(outside / "c.png")
+    for folder in ("@eaDir", ".git", "more/#recycle"):
+        (root / folder).mkdir(parents=True)
+        drawing(5).save(root / folder / "a.png")
+    for name in ("a.png~", "clip.mp4", "raw.CR2", ".DS_Store", "Thumbs.db", "metadata.1.jsonl.bak", "hints.csv"):
+        (root / name).write_bytes(b"")
+    (root / "links").symlink_to(outside)
+    os.mkfifo(root / "pipe.jpg")
+    result = check(root)
+    assert result.ready and result.findings.pictures == 2
+    assert list(result.findings.unused) == [
+        ".git/", "@eaDir/", "a.png~", "clip.mp4", "links/", "more/#recycle/", "pipe.jpg", "raw.CR2",
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    for words in ("links/ (a link that leads out", "not used: a.png~, clip.mp4 (neither", "pipe.jpg (a FIFO"):
+        assert words in printed
+    config = compose("stage=train", "dataset=folder", f"dataset.root={root}", "tracker=off", "device=cpu")
+    plan = describe(resolve_training(config, root.parent / "training"))
+    (line,) = [line for line in plan.splitlines() if " unused " in line]
+    assert "8 in" in line and ".git/, @eaDir/, a.png~ and 5 more (stage=check says why)" in line
+    write(root, {"a.png": TRIGGER, "b.png": TRIGGER, "links/c.png": TRIGGER})
+    assert "links/c.png, which is a link that leads out of the folder: copy" in checked(root)["errors"][0]
+    assert check(root, "dataset.follow_links=true").findings.pictures == 3
+
+
+def test_moving_blank_and_long_images_are_named_with_the_figure_by_check_and_by_train(root):
+    frames = [Image.new("RGB", (128, 128), "black"), drawing(1), drawing(2)]
+    for name, form in (("move.webp", "WEBP"), ("apng.png", "PNG"), ("anim.gif", "GIF"), ("gif_inside.png", "GIF")):
+        frames[0].save(root / name, form, save_all=True, append_images=frames[1:], duration=100)
+    drawing(3, (1280, 128)).save(root / "panorama.png")
+    drawing(4, (128, 128)).save(root / "square.png")
+    write(root, {path.name: TRIGGER for path in root.iterdir()})
+    result = check(root)
+    moving = ["anim.gif", "apng.png", "gif_inside.png", "move.webp"]
+    assert result.findings.frames == dict.fromkeys(moving, 3) and result.findings.blank == moving
+    assert [line for line in result.warnings if line.startswith("move.webp has 3 frames or pages, of which the first")]
+    assert [line for line in result.warnings if line.startswith("move.webp is black or transparent all over")]
+    (share,) = result.findings.cut_away.values()
+    assert share > 0.8 and [
+        line for line in result.warnings if "panorama.png is" in line and f"{share:.0%} of it" in line
+    ]
+    config = compose("stage=train", "dataset=folder", f"dataset.root={root}", "tracker=off", "device=cpu")
+    plan = describe(resolve_training(config, root.parent / "training"))
+    assert "    frames  of anim.gif (3), apng.png (3), gif_inside.png (3) and 1 more the first is used" in plan
+    assert f"       cut  away by the buckets: {share:.0%} of panorama.png (stage=check says more)" in plan
+
+
+def test_repeats_in_the_names_of_kohyas_folders_are_told_and_read_on_demand(root):
+    for number, folder in enumerate(("10_tofu woman", "1_others", "2024_05", "plain")):
+        (root / folder).mkdir()
+        drawing(number).save(root / folder / "a.png")
+        (root / folder / "a.txt").write_text(f"{TRIGGER} {number}")
+    result = check(root)
+    assert result.findings.folder_repeats == {"10_tofu woman/a.png": 10}
+    (line,) = [line for line in result.warnings if "kohya" in line]
+    assert "10_tofu woman (10 times)" in line and "dataset.kohya_folders=true" in line
+    assert not [line for line in check(root, "dataset.kohya_folders=true").warnings if "kohya" in line]
+    samples = read_folders([(root, 2)], kohya_folders=True)
+    assert {s.name: s.repeats for s in samples} == {
+        "1_others/a.png": 2, "10_tofu woman/a.png": 20, "2024_05/a.png": 2, "plain/a.png": 2,
+    }  # fmt: skip
+
+
+def test_a_caption_of_a_book_and_a_name_with_escapes_are_printed_short_and_safe(root, capsys):
+    text = f"{TRIGGER} " + " ".join(f"word{i}" for i in range(20_000))
+    for number in range(3):
+        drawing(number).save(root / f"{number}.png")
+    (root / "evil\x1b[2J\nready for stage=train").write_bytes(b"")
+    write(root, {f"{number}.png": text for number in range(3)})
+    result = check(root)
+    assert len(result.findings.in_every_caption[0]) < 1000 and len(result.findings.unused) == 1
+    printed = capsys.readouterr().out
+    assert len(printed) < 5000 and "\x1b" not in printed and "\\x1b[2J\\x0aready" in printed
+
+
+def test_two_thousand_thumbnails_are_compared_without_comparing_all_with_all(monkeypatch):
+    compared = []
+    plain = duplicates._are_copies
+    monkeypatch.setattr(duplicates, "_are_copies", lambda one, two: compared.append(1) or plain(one, two))
+    random = np.random.default_rng(0)
+    for count in (500, 2000):
+        compared.clear()
+        features = {
+            str(i): duplicates.Thumbnail(
+                random.random((16, 16)) > 0.5, random.uniform(0, 255, 3) * np.ones((16, 16, 3))
+            )
+            for i in range(count)
+        }
+        features |= {f"copy of {i}": features[str(i)] for i in range(0, count, 10)}
+        assert duplicates.find_duplicates(features) == [(f"copy of {i}", str(i)) for i in range(0, count, 10)]
+        assert len(compared) < 2 * count

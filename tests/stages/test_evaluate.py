@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import inside
 
 from lora_lab.errors import InputError
+from lora_lab.evaluation.scores import Scorer
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
 
@@ -92,12 +94,96 @@ def test_held_out_pictures_take_the_training_pictures_place(scored, pictures, tm
     assert after.loras[0].scores["attributes"] is None
 
 
+def content(folder):
+    """What stage=evaluate left in `folder`, whatever the folder is called."""
+    files = [*Path(folder).glob("samples/*/*.png"), Path(folder, "sheet.png")]
+    lines = Path(folder, "scores.jsonl").read_text()
+    return lines.replace(str(Path(folder).absolute()), ""), {f.relative_to(folder): f.read_bytes() for f in files}
+
+
+def test_interrupted_scoring_keeps_what_it_has_and_goes_on_there(scored, made_lora, monkeypatch, capsys):
+    folder, before = scored
+    monkeypatch.chdir(folder)
+    score, done = Scorer.score, []
+
+    def killed_at_the_second(self, lora, *arguments):
+        if len(done) == 1:
+            done.append(None)
+            raise KeyboardInterrupt
+        done.append(lora.stem)
+        return score(self, lora, *arguments)
+
+    monkeypatch.setattr(Scorer, "score", killed_at_the_second)
+    loras = f"lora=[{made_lora},weak.safetensors]"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("killed", loras)
+    assert (
+        f"1 of 2 LoRA are scored, the others will be with resume={Path('killed').absolute()}" in capsys.readouterr().out
+    )
+    whole, so_far = (Path(run, "scores.jsonl").read_text().splitlines() for run in ("run", "killed"))
+    assert len(so_far) == len(whole) * 2 // 3 and not Path("killed/result.json").exists()
+    result = evaluate("killed", loras, "resume=killed")
+    assert done == ["made", None, "weak"], "each is scored once"
+    assert (result.loras[0].scores, result.loras[1].scores) == (before.loras[0].scores, before.loras[1].scores)
+    assert result.scores_before == before.scores_before and content("killed") == content("run")
+    monkeypatch.setattr(Scorer, "score", lambda *arguments: exec("raise EOFError"))
+    with pytest.raises(EOFError):  # with other seeds what was scored does not count
+        evaluate("killed", loras, "resume=killed", "score.seeds=[0]", "score.attributes=[]")
+
+
+def test_a_file_that_turns_out_not_to_fit_is_named_before_another_is_scored(scored, made_lora, monkeypatch):
+    """In another program's names, so that only the loaded base knows its layers."""
+    folder, _ = scored
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Scorer, "score_base", lambda *arguments: pytest.fail("the base was drawn"))
+    name = "unet.down_blocks.1.attentions.0.proj_in.lora"
+    save_file({f"{name}.down.weight": torch.ones(2, 7), f"{name}.up.weight": torch.ones(7, 2)}, "other.safetensors")
+    with pytest.raises(InputError, match=r"other\.safetensors: does not fit this base as a LoRA"):
+        evaluate("unfit", f"lora=[{made_lora},other.safetensors]")
+
+
+BASE = {"ss_sd_model_name": "demo:tiny-sdxl"}
+EPSILON = BASE | {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "False"}
+VELOCITY = BASE | {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fit"),
+    [
+        (EPSILON, EPSILON, True),
+        (EPSILON, {}, True),
+        ({}, EPSILON, True),
+        ({}, {}, True),
+        (VELOCITY, VELOCITY, True),
+        (EPSILON, BASE | {"modelspec.prediction_type": "epsilon"}, True),
+        (EPSILON, BASE | {"ss_zero_terminal_snr": "None"}, True),
+        (EPSILON, VELOCITY | {"ss_sd_model_name": "another base"}, True),
+        (VELOCITY, EPSILON, False),
+        (EPSILON, BASE | {"modelspec.prediction_type": "v"}, False),
+        (VELOCITY, VELOCITY | {"ss_zero_terminal_snr": "False"}, False),
+        (VELOCITY, {}, False),  # which predicts as the base does, epsilon
+    ],
+)
+def test_only_files_of_known_and_different_predictions_are_refused(
+    elsewhere, made_lora, monkeypatch, first, second, fit
+):
+    for name, metadata in (("own", first), ("others", second)):
+        save_file(load_file(made_lora), f"{name}.safetensors", metadata=metadata)
+    monkeypatch.setattr(Scorer, "load", lambda *arguments: exec("raise EOFError"))
+    sentence = r"loss\.\w+ is \w+ for own\.safetensors and \w+ for others\.safetensors, .*: score them separately"
+    with pytest.raises(*((EOFError,) if fit else (InputError,)), match=None if fit else sentence):
+        evaluate("run", "lora=[own.safetensors,others.safetensors]")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
         ([], r"lora is missing: set lora=FILE"),
         (["lora=[]"], r"lora is missing"),
         (["lora=[made.safetensors,nobody]"], r"lora=nobody: no such file"),
+        (["lora=[made.safetensors,made.safetensors,wide.safetensors]"], r"wide\.safetensors: does not fit this base"),
+        (["lora=[made.safetensors,nan.safetensors]"], r"nan\.safetensors: .* not finite"),
+        (["lora=[made.safetensors,made.ckpt]"], r"lora=made\.ckpt: a \.ckpt file can hold code"),
         (["lora=made.safetensors", "trigger=MINT"], r"trained on the trigger HANA_TOFU, not MINT"),
         (["lora=made.safetensors", "model.judge=null"], r"model\.judge=null: scores need a CLIP"),
         (["lora=made.safetensors", "model.judge=demo:tiny-clop"], r"model\.judge=.* did you mean"),
@@ -115,6 +201,12 @@ def test_held_out_pictures_take_the_training_pictures_place(scored, pictures, tm
 )
 def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monkeypatch, overrides, sentence):
     shutil.copy(made_lora, "made.safetensors")
+    shutil.copy(made_lora, "made.ckpt")
+    state = load_file(made_lora)
+    save_file(
+        {key: value.repeat(1, 2) if "lora_down" in key else value for key, value in state.items()}, "wide.safetensors"
+    )
+    save_file({key: value / 0 for key, value in state.items()}, "nan.safetensors")
     for loader in ("load_base_for_sampling", "Scorer.load"):
         monkeypatch.setattr(f"lora_lab.stages.evaluate.{loader}", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=sentence):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +118,82 @@ def test_a_wrong_input_is_refused_before_the_base_loads(tmp_path, made_lora):
     ):
         with pytest.raises(InputError, match=words):
             draw(tmp_path / "run", *unloadable, *overrides)
+
+
+@pytest.fixture
+def many(tmp_path, made_lora):
+    """Ten images of two shapes, drawn in batches of three, of photos that are captioned in batches of two."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(1, 6):
+        size = (200, 130) if number in (3, 4) else (128, 128)
+        Image.open(PHOTOS / f"{number}.png").resize(size).save(folder / f"{number}.png")
+    options = (f"lora={made_lora}", f"stage.photo={folder}", "stage.seeds=[0,1]")
+    return (*options, "sampler.batch_size=3", "captioner.batch_size=2")
+
+
+def contents(folder):
+    """The files that a run leaves, by name, without the name of its folder."""
+    names = ["prompts.jsonl", "captions.jsonl", "sheet.png", *sorted(p.name for p in folder.glob("[!.]*-s*.png"))]
+    return {name: (folder / name).read_bytes().replace(str(folder).encode(), b"") for name in names}
+
+
+def interrupt(run, folder, lost):
+    """A copy of `run` in `folder` as if it had been killed in the middle of a line, without some images."""
+    shutil.copytree(run, folder)
+    for name in ("prompts.jsonl", "captions.jsonl"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text[: len(text) * 2 // 3])
+    for name in [path.name for path in sorted(folder.glob("*-s*.png"))[lost]]:
+        (folder / name).unlink()
+    (folder / "sheet.png").unlink()
+    return {path: path.stat().st_ino for path in folder.glob("*-s*.png")}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_files_and_draws_only_what_is_missing(tmp_path, many):
+    whole = draw(tmp_path / "whole", *many)
+    rows = [json.loads(line) for line in (tmp_path / "whole/prompts.jsonl").read_text().splitlines()]
+    places = [(f"{number}.png", seed) for number in range(1, 6) for seed in (0, 1)]
+    assert [(Path(row["photo"]).name, row["seed"]) for row in rows] == places and len(whole.pictures) == 10
+    kept = interrupt(tmp_path / "whole", tmp_path / "killed", slice(5, 8))  # of the second shape's two batches, and 5
+    draw(tmp_path / "killed", *many, f"resume={tmp_path / 'killed'}")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    drawn = {path.stem for path, inode in kept.items() if path.stat().st_ino != inode}
+    assert drawn <= {"3-s0", "3-s1", "4-s0", "4-s1"}, "only batches of which an image was missing"
+    interrupt(tmp_path / "whole", tmp_path / "drawn", slice(0))
+    base = [option for option in unloadable_models(tmp_path / "models") if option.startswith("model.base")]
+    with pytest.raises(InputError, match=r"model\.base="):  # another base draws everything again
+        draw(tmp_path / "drawn", *many, f"resume={tmp_path / 'drawn'}", *base)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_files(tmp_path, many):
+    draw(tmp_path / "whole", *many)
+    command = [sys.executable, "-m", "lora_lab", *FAST, *many, "tracker=off", f"hydra.run.dir={tmp_path / 'killed'}"]
+    for images in (0, 1, 5):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list((tmp_path / "killed").glob("[!.]*-s*.png"))) <= images:
+                time.sleep(0.02)
+            process.kill()
+        command = [sys.executable, "-m", "lora_lab", f"resume={tmp_path / 'killed'}"]
+    assert subprocess.run(command).returncode == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_an_image_of_other_settings_is_drawn_again(tmp_path, made_lora):
+    photo = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}"
+    (first,) = draw(tmp_path / "run", *photo).pictures
+    before = Path(first.picture).read_bytes()
+    draw(tmp_path / "run", *photo, f"resume={tmp_path / 'run'}", "stage.lora_weight=0.5")
+    assert Path(first.picture).read_bytes() != before
+    draw(tmp_path / "run", *photo, f"resume={tmp_path / 'run'}")
+    assert Path(first.picture).read_bytes() == before
+
+
+def test_photos_of_long_names_have_images(tmp_path):
+    name = "두" * 83  # 249 bytes
+    shutil.copy(PHOTOS / "1.png", tmp_path / f"{name}.png")
+    shutil.copy(PHOTOS / "2.png", tmp_path / f"{name[:-1]}부.png")
+    result = draw(tmp_path / "run", f"stage.photo={tmp_path}", "stage.lora_weight=0", "stage.prompt=a")
+    assert len({drawn.picture for drawn in result.pictures}) == 2
+    assert all(Path(drawn.picture).is_file() for drawn in result.pictures)

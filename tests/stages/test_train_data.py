@@ -83,7 +83,7 @@ def test_random_crops_change_what_is_learnt_where_there_is_room_for_them(tmp_pat
 
 
 @pytest.mark.slow
-def test_folders_are_shown_as_often_as_they_say(tmp_path, pictures, capsys):
+def test_folders_are_shown_as_often_as_they_say(tmp_path, capsys):
     one, two = wide_pictures(tmp_path / "one"), tmp_path / "tofu"
     _, data, _ = encoded(f"dataset.root=[{{root: {one}, repeats: 4}}, {two}]", "dataset.repeats=2")
     shown = [data.examples[i].name for bucket in data.buckets for i in bucket]

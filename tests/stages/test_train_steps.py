@@ -13,6 +13,7 @@ from lora_lab.errors import RunError
 from lora_lab.launch.config import compose
 from lora_lab.training import engine
 from lora_lab.training.checkpoint import checkpoints
+from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import objective, per_sample_loss
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -111,3 +112,38 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_
     assert [line["step"] for line in metrics("run")] == list(range(1, at))
     assert max(p.name for p in Path("run/lora").iterdir()) == f"HANA_TOFU-{at - 1:06d}.safetensors"
     assert not Path("models").exists()
+
+
+@pytest.mark.parametrize("every", [pytest.param(0, id="at the end", marks=pytest.mark.slow), 1])
+def test_a_lora_too_large_for_its_format_is_not_written_and_its_checkpoint_gives_it_in_another(every):
+    steps = f"steps={1 + every}"
+    settings = (steps, f"stage.validate_every={every}", "stage.checkpoint_every=0", "lr=1e6")
+    with pytest.raises(RunError, match=r"after step 1 is too large for stage\.save_dtype=fp16 .*lower lr.*_dtype=bf16"):
+        train("run", *settings, "stage.save_dtype=fp16")
+    assert not Path("run/lora").exists() and not Path("models").exists()
+    assert [c.name for c in checkpoints(Path("run"))] == ["step-000001"]
+    with pytest.raises(RunError, match=r"unet gave values that are not finite; use a LoRA .* lower lr"):
+        train("run", *settings[1:], "steps=1", "stage.save_dtype=bf16", f"resume={Path('run').absolute()}")
+    assert all(tensor.isfinite().all() for tensor in lora("run").values())
+    assert not Path("models").exists(), "what cannot be drawn with is not installed"
+
+
+@pytest.mark.parametrize(
+    "how", ["stage.ema_decay=0.9", pytest.param("optimizer=schedule_free", marks=pytest.mark.slow)]
+)
+def test_weights_that_are_not_finite_are_in_no_checkpoint_and_in_no_file(how, monkeypatch):
+    """The loss and the gradient of the step that made them were finite."""
+    update = LoRATraining.clip_and_update
+
+    def overflow_in_step_3(self):
+        done = update(self)
+        if self.step == 3:
+            self.params.master.data[5] = math.inf
+        return done
+
+    monkeypatch.setattr(LoRATraining, "clip_and_update", overflow_in_step_3)
+    with pytest.raises(RunError, match=r"LoRA after step 3 has values that are not finite, .*: use a lower lr"):
+        train("run", "steps=3", how, "stage.checkpoint_every=1", "stage.validate_every=1", "stage.save_dtype=fp32")
+    assert [c.name for c in checkpoints(Path("run"))] == ["step-000001", "step-000002"]
+    assert not Path("run/lora/HANA_TOFU.safetensors").exists() and not Path("models").exists()
+    monkeypatch.undo()

@@ -1,5 +1,7 @@
 """A compiled network computes the same. Without the compiler of kernels, which needs a GPU."""
 
+import os
+
 import pytest
 import torch
 
@@ -42,12 +44,23 @@ def test_a_compiled_network_has_the_same_gradient_in_few_graphs(how, tmp_path):
     assert ((compiled - plain).norm() / plain.norm()).item() < 1e-4
 
 
-def test_compile_and_cache_reach_the_network(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("lora_lab.training.engine.compile_blocks", lambda unet, *how: asked.append(how))
-    config = compose("stage=train", "compile=full", f"cache={tmp_path / 'cache'}")
-    base = load_base(config.model, CPU)
-    resolved = resolve_training(config, tmp_path)
-    training = build_training(base.network, objective(config.loss, base), resolved)
+@pytest.mark.parametrize(
+    ("how", "kinds"),
+    [
+        ("off", set()),
+        ("blocks", {"BasicTransformerBlock"}),
+        ("full", {"BasicTransformerBlock", "ResnetBlock2D", "GroupNorm"}),
+    ],
+)
+def test_the_engine_has_torch_compile_what_the_setting_says_into_the_cache(how, kinds, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards, because the program sets it
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    resolved = resolve_training(compose("stage=train", f"compile={how}", f"cache={tmp_path / 'cache'}"), tmp_path)
+    base = load_base(resolved.model, CPU)
+    training = build_training(base.network, objective(resolved.loss, base), resolved)
     build_single_step(training, resolved.memory, resolved.compile, resolved.cache, base_is_prior=False)
-    assert asked == [("full", tmp_path / "cache")]
+    assert set(compiled) == kinds
+    expected = str(tmp_path / "cache" / "compiled") if kinds else None
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == expected

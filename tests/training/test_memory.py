@@ -36,6 +36,7 @@ def test_what_needs_more_is_expected_to(more):
 def test_the_plan_says_what_to_change_where_it_does_not_fit():
     size = training_size(compose(*SDXL, "memory=fast"))
     assert "use" not in describe_memory(size, 80_000)
+    assert describe_memory(size, 12_000).endswith("validation images are decoded in tiles, which takes 11.0 GiB")
     assert describe_memory(size, 8_000).endswith("if it runs out, use memory=balanced")
 
 

@@ -1,0 +1,148 @@
+"""Nothing of the user's is lost while captions are written: kills, edits in the meantime, and links of strangers."""
+
+import json
+import os
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from toy_captioner import Hook
+
+from lora_lab.captions.files import read_captions, write_captions
+from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
+from lora_lab.launch.run_job import run_stage
+
+NUMBER = 11
+
+
+@pytest.fixture
+def root(tmp_path):
+    return lay_out(tmp_path / "data")
+
+
+def lay_out(root: Path) -> Path:
+    root.mkdir(parents=True)
+    for i in range(NUMBER):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(root / f"{i}.png")
+    return root
+
+
+@cache
+def settings(stage: str, *overrides: str):
+    return compose("dataset=folder", "device=cpu", f"stage={stage}", "dataset.root=.", *overrides)
+
+
+def do(root: Path, stage: str, hook: Hook, *overrides: str):
+    config = settings(stage, *overrides)
+    captioner = {"_target_": "toy_captioner.ToyCaptioner", "name": "toy", "hook": hook}
+    refiner = {"_target_": "toy_captioner.ToyRefiner", "hook": hook}
+    dataset = replace(config.dataset, root=str(root))
+    return run_stage(replace(config, dataset=dataset, captioner=captioner, refiner=refiner), root.parent / "run")
+
+
+def kill() -> None:
+    raise SystemExit(9)  # no code of the stage runs after it, as after a kill: the files are what they were
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.suffix not in (".png", ".bak")}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "txt"])
+@pytest.mark.parametrize("stage", ["caption", "refine"])
+def test_an_interrupted_stage_equals_an_uninterrupted_one(tmp_path, stage, form):
+    uninterrupted = None
+    for at in (-1, 0, 1, NUMBER - 2):
+        root = lay_out(tmp_path / str(at) / "data")
+        mine = {"3.png": "my own words"} if stage == "caption" else {f"{i}.png": f"a cat {i}" for i in range(NUMBER)}
+        write_captions(root, mine, form)
+        hook = Hook(at, kill)
+        if at >= 0:
+            with pytest.raises(SystemExit):
+                do(root, stage, hook)
+            done = sum(text not in mine.values() for text in read_captions(root).values())
+            assert done == (hook.count if stage == "caption" else hook.count // 8 * 8), "written as they come"
+        do(root, stage, hook)
+        uninterrupted = uninterrupted or files(root)
+        assert files(root) == uninterrupted
+        if stage == "caption":
+            assert len(hook.seen) == NUMBER - 1, "the second start captions only the missing"
+            assert read_captions(root)["3.png"] == "my own words"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "txt"])
+@pytest.mark.parametrize("stage", ["caption", "refine"])
+def test_an_edit_while_captions_are_written_is_kept(root, stage, form, capsys):
+    write_captions(root, {f"{i}.png": f"a cat {i}" for i in range(4 if stage == "caption" else NUMBER)}, form)
+
+    def edit() -> None:  # of a row that is done, one that is not, and one that has none yet
+        changes = {"1.png": "edited", "9.png": "edited too", "10.png": "edited last"}
+        write_captions(root, read_captions(root) | changes, form)
+
+    result = do(root, stage, Hook(2 if stage == "caption" else 8, edit))
+    captions = read_captions(root)
+    assert (captions["1.png"], captions["9.png"], captions["10.png"]) == ("edited", "edited too", "edited last")
+    assert all(captions[f"{i}.png"] for i in range(NUMBER)) and len(captions) == NUMBER
+    written = result.captions if stage == "caption" else result.after
+    assert not {"9.png", "10.png"} & written.keys()
+    assert "9.png has got another caption meanwhile, which is kept" in capsys.readouterr().out
+
+
+def test_a_caption_file_that_somebody_damages_loses_no_caption(root):
+    with pytest.raises(InputError, match=r"line 1: not JSON.*new captions are in .*metadata\.proposed\.jsonl"):
+        do(root, "caption", Hook(6, lambda: (root / "metadata.jsonl").write_text('{"file_na')))
+    proposed = [json.loads(line) for line in (root / "metadata.proposed.jsonl").read_text().splitlines()]
+    assert {row["file_name"] for row in proposed} == {f"{i}.png" for i in range(7)}
+    assert (root / "metadata.jsonl").read_text() == '{"file_na'
+
+
+LINKS = {
+    "captions.history.jsonl": ["caption", "refine"],
+    "metadata.jsonl": ["caption", "refine", "convert"],
+    "metadata.1.jsonl.bak": ["caption", "refine", "convert"],
+    "metadata.proposed.jsonl": ["caption"],
+}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize(("link", "stage"), [(link, stage) for link, stages in LINKS.items() for stage in stages])
+def test_nothing_is_written_through_a_link(root, link, stage, exists):
+    victim = root.parent / ".bashrc"
+    if exists:
+        victim.write_text('{"file_name": "0.png", "text": "a secret"}\n')
+    if link != "metadata.jsonl":
+        write_captions(root, {f"{i}.png": "a cat" for i in range(NUMBER - (stage == "caption"))})
+    (root / link).symlink_to("../.bashrc")
+    before = {path.name: path.read_bytes() for path in root.parent.rglob("*") if path.is_file() and path.name != link}
+    hook = Hook()
+    with pytest.raises(InputError, match=rf"{link} is a link|no captions|nothing to convert"):
+        do(root, stage, hook, *(["stage.mode=propose"] if "proposed" in link else []))
+    assert hook.count == 0, "refused before anything is captioned"
+    after = {path.name: path.read_bytes() for path in root.parent.rglob("*") if path.is_file() and path.name != link}
+    assert after == before and victim.exists() == exists
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "0.txt", "0.caption", "meta_cap.json"])
+def test_captions_behind_a_link_out_of_the_folder_are_not_read(root, name):
+    secret = root.parent / f"secret{Path(name).suffix}"
+    secret.write_text({".jsonl": '{"file_name": "0.png", "text": "a secret"}', ".csv": "file_name,text\n0.png,a secret",
+                       ".json": '{"0": {"caption": "a secret"}}'}.get(secret.suffix, "a secret"))  # fmt: skip
+    (root / name).symlink_to(secret)
+    with pytest.raises(InputError, match=rf"{name} is a link .*dataset\.follow_links=true"):
+        read_captions(root)
+    assert read_captions(root, follow_links=True) == {"0.png": "a secret"}
+    if name != "meta_cap.json":  # which is not written to
+        with pytest.raises(InputError, match=rf"{name} is a link"):
+            write_captions(root, {"0.png": "mine"})
+    assert secret.read_text().count("a secret") == 1
+
+
+def test_a_name_that_no_caption_file_can_have_is_refused_before_anything_is_captioned(root):
+    (root / "0.png").rename(os.fsdecode(os.fsencode(root) + b"/\xff.png"))
+    hook = Hook()
+    with pytest.raises(InputError, match=r"\\xff\.png.* rename the file"):
+        do(root, "caption", hook)
+    assert hook.count == 0

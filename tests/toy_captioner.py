@@ -1,0 +1,44 @@
+"""A captioner and a refiner for tests: deterministic, and each may do something before one of its captions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+
+@dataclass
+class Hook:
+    """What happens before caption number `at`, counted from 0 over all runs."""
+
+    at: int = -1
+    action: Callable[[], None] = lambda: None
+    count: int = 0
+    seen: list = field(default_factory=list)
+
+    def __call__(self, item: object) -> None:
+        if self.count == self.at:
+            self.at = -1
+            self.action()
+        self.count += 1
+        self.seen.append(item)
+
+
+@dataclass
+class ToyCaptioner:
+    device: object
+    hook: Hook
+
+    def caption(self, images: list[Image.Image]) -> list[str]:
+        for image in images:
+            self.hook(image.getpixel((0, 0)))
+        return [f"a toy of colour {image.getpixel((0, 0))[0]}" for image in images]
+
+
+@dataclass
+class ToyRefiner:
+    hook: Hook
+
+    def refine(self, captions: list[str], hints: list[str], trigger: str) -> list[str]:
+        for caption in captions:
+            self.hook(caption)
+        return [f"{trigger}, {caption.removeprefix(trigger + ', ')}" for caption in captions]
