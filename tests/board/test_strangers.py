@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
-from sweep_folders import finish, write_run
+from sweep_folders import finish, write_run, write_sweep
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30))
@@ -102,6 +103,25 @@ def test_only_images_in_the_run_folder_are_shown(type_in, tmp_path):
     assert not [colour for colour in shown if colour[0] > 250 and max(colour[1:]) < 5]
     assert "if you know that folder" not in compare(type_in, f"dataset.root={private}", "dataset=folder")
     assert len(page_data(tmp_path / "page")["training"]) == 2
+
+
+def test_nothing_is_written_through_a_link(type_in, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "folder").mkdir(parents=True)
+    (mine / "file.webp").write_text("mine")
+    write_sweep(tmp_path / "runs", {"lr": [0.1, 0.2]}, steps=(1,))
+    (tmp_path / "runs/page/0").mkdir(parents=True)
+    for name in ("page/0/000001-p0-s0.webp", "page/0/000001-p0-s0.png", "comparison.png"):
+        (tmp_path / "runs" / name).symlink_to(mine / "file.webp")
+    assert type_in("stage=compare", "stage.folder=runs")[0] == 0
+    for name in ("page/1", "page/training", "page"):
+        shutil.rmtree(tmp_path / "runs" / name)
+        (tmp_path / "runs" / name).symlink_to(mine / "folder")
+        code, _, err = type_in("stage=compare", "stage.folder=runs")
+        assert code == 2 and "a link, not a folder of a comparison page" in err and err.count("\n") == 1
+        (tmp_path / "runs" / name).unlink()
+        (tmp_path / "runs" / name).mkdir()
+    assert (mine / "file.webp").read_text() == "mine" and not any((mine / "folder").iterdir())
 
 
 def test_values_that_json_cannot_hold_are_shown_as_text(type_in, tmp_path):
