@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -332,12 +333,13 @@ def _umask() -> int:
     return mask
 
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
 
 
 @contextmanager
 def stop_on_signal(folder: Path | None = None) -> Iterator[Callable[[], bool]]:
-    """Within the context the first Ctrl-C (or SIGTERM) only sets a flag, so that a checkpoint can be written.
+    """Within the context the first Ctrl-C (SIGTERM, hang-up) only sets a flag, so that a checkpoint can be written.
 
     Gives a function that returns the flag. It is also set once the sweep that the run in `folder` is a job of has its
     stop file. A second Ctrl-C raises KeyboardInterrupt."""
@@ -378,19 +380,44 @@ def stop_jobs_on_signal(stop_file: Path) -> Iterator[None]:
 def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         if received:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
+        leave_terminal(number)
         received.append(number)
         on_first()
 
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may set handlers; in another one signals do not arrive
-        previous = {}
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # in another one signals do not arrive
+        previous = {number: signal.signal(number, handle) for number in _not_ignored()}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A signal handler. Raises KeyboardInterrupt, which says what ended the program."""
+    leave_terminal(number)
+    raise KeyboardInterrupt("stopped" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+
+
+def interrupt_on_signals() -> None:
+    """Let each of the ENDING signals end this process as Ctrl-C does, with one line, instead of at once in silence."""
+    for number in _not_ignored():
+        signal.signal(number, interrupt)
+
+
+def _not_ignored() -> list[int]:
+    """The ENDING signals, without those that nohup, or a shell for a job in the background, lets a program ignore."""
+    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def leave_terminal(number: int) -> None:
+    """After a hang-up, let output go nowhere: the terminal is gone, and writing to it would raise an error."""
+    if number not in (signal.SIGINT, signal.SIGTERM):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in filter(os.isatty, (1, 2)):
+            os.dup2(nowhere, descriptor)
 
 
 def score_of(result: dict[str, Any] | None) -> float | None:
