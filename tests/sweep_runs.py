@@ -33,7 +33,7 @@ def pictures(work: Path) -> None:
     (work / "tofu" / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for row in rows:
         name = json.loads(row)["file_name"]
-        shutil.copy(home / name, work / "tofu" / name)
+        shutil.copy(home / name, work / "tofu")
 
 
 def start(work: Path, *argv: str, python: str = sys.executable, **environment: str) -> subprocess.Popen:

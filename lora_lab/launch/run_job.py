@@ -37,6 +37,7 @@ from lora_lab.runs import (
     claimed,
     create_folder,
     display_path,
+    fitting,
     read_result,
     refuse_unwritable,
     score_of,
@@ -47,7 +48,6 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
-from lora_lab.track.base import fitting
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
