@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lora_lab import demo
-from lora_lab.errors import InputError, excerpt
+from lora_lab.errors import InputError
 from lora_lab.runs import hash_files
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # to read such a file is to run what is in it
@@ -51,7 +51,7 @@ def refuse_pickle(key: str, value: str) -> None:
     suffix = Path(value).suffix.lower()
     if suffix in PICKLES and not Path(value).is_dir():
         raise InputError(
-            f"{key}={excerpt(value)}: a {suffix} file can hold code that runs when it is read, name a .safetensors file"
+            f"{key}={value}: a {suffix} file can hold code that runs when it is read, name a .safetensors file"
         )
 
 
