@@ -16,9 +16,9 @@ from lora_lab import track
 from lora_lab.adapters import inject
 from lora_lab.adapters.files import embeddings_path, read_tokens, resolve_lora
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.console import say
+from lora_lab.console import say, say_once
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
@@ -42,7 +42,7 @@ from lora_lab.settings.schema import (
 )
 from lora_lab.settings.setting import instantiate_target
 from lora_lab.training.checkpoint import newest_checkpoint, step_of, validate_fingerprint
-from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
+from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures, text_warnings
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
 from lora_lab.training.text_encoders import validate_text
@@ -145,7 +145,9 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
     adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
     settings = config.stage
-    start_lora = resolve_lora(settings.start_from, None, key="stage.start_from") if settings.start_from else None
+    start_lora = None
+    if settings.start_from:
+        start_lora = resolve_lora(settings.start_from, None, layer_shapes(config.model), "stage.start_from")
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
     traits, make_optimizer = resolve_optimizer(config.optimizer, device)
     optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
@@ -201,6 +203,9 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     if not config.resume:
         refuse_used(folder, METRICS)
     training = resolve_training(config, folder, reuse_from)
+    texts = (training.settings.prompts, training.score, training.prior)
+    for line in text_warnings(training.files.samples, *texts, training.model, training.trigger):
+        say_once(line)
     write_manifest(folder, training.device, training.hashes)
     return training
 
