@@ -9,7 +9,7 @@ from lora_lab.captions.forms import TABLES, TAGS, TEXT_FIELDS, Row, table_rows, 
 from lora_lab.captions.names import ImageNames
 from lora_lab.console import cut
 from lora_lab.errors import InputError
-from lora_lab.images.scan import leads_out, natural_key
+from lora_lab.images.scan import SYSTEM_FOLDERS, leads_out, natural_key
 
 TABLE_FORMS, TEXT_FORMS = ("jsonl", "csv", "json"), ("txt", "caption")
 FORMS = (*TABLE_FORMS, *TEXT_FORMS)
@@ -36,7 +36,7 @@ def find_sources(root: Path, images: ImageNames, follow_links: bool) -> list[Sou
         sources = []
         for form, title, files, rows in places:
             if not follow_links:
-                _refuse_outward(files, root)
+                refuse_outward(files, root)
             if captions := checked(rows, root):
                 sources.append(Source(form, title, files, captions))
         if sources:
@@ -66,7 +66,7 @@ def _places(root: Path, images: ImageNames) -> Iterator[Place]:
 def _other_places(root: Path, images: ImageNames) -> Iterator[Place]:
     for path in _tables(root):
         name = path.name.lower()
-        if name in ("meta_cap.json", "meta_lat.json") or (name.startswith("metadata") and path.suffix == ".jsonl"):
+        if name in ("meta_cap.json", "meta_lat.json") or (name.startswith("metadata") and name.endswith(".jsonl")):
             yield None, path.name, [path], _table_rows([path], root, images)
     inside = [path for folder in _folders(root) for path in _tables(folder) if path.stem.lower() == "metadata"]
     yield None, "the metadata files one folder down", inside, _table_rows(inside, root, images)
@@ -82,7 +82,8 @@ def _tables(folder: Path) -> list[Path]:
 
 def _folders(root: Path) -> list[Path]:
     folders = sorted(root.iterdir()) if root.is_dir() else []
-    return [path for path in folders if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
+    folders = [path for path in folders if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")]
+    return [path for path in folders if path.name.lower() not in SYSTEM_FOLDERS]
 
 
 def _table_rows(files: Iterable[Path], root: Path, images: ImageNames) -> Iterator[Row]:
@@ -93,7 +94,8 @@ def _table_rows(files: Iterable[Path], root: Path, images: ImageNames) -> Iterat
             yield where, images.find(name, where, folder), text
 
 
-def _refuse_outward(files: Iterable[Path], root: Path) -> None:
+def refuse_outward(files: Iterable[Path], root: Path) -> None:
+    """Raise InputError if one of the files is a link out of the folder `root`."""
     for file in files:
         if leads_out(file, root):
             raise InputError(
@@ -103,6 +105,7 @@ def _refuse_outward(files: Iterable[Path], root: Path) -> None:
 
 
 def require_equal(first: Source, other: Source, root: Path) -> None:
+    """Raise InputError, naming the first image, if the captions of two places differ."""
     if other.captions != first.captions:
         name = min((first.captions.items() ^ other.captions.items()), key=lambda row: natural_key(row[0]))[0]
         raise InputError(
@@ -117,27 +120,29 @@ def refuse_overlooked(root: Path, images: ImageNames, captions: Mapping[str, Tex
     uncaptioned = {name: path for name, path in images.paths.items() if name not in captions}
     if not uncaptioned:
         return
-    for file in (path for folder in (root, *_folders(root)) for path in _tables(folder) if path not in read):
+    folders = dict.fromkeys([root, *_folders(root), *(path.parent for path in images.paths.values())])
+    for file in (path for folder in folders for path in _tables(folder) if path not in read):
+        if leads_out(file, root):
+            continue
         try:
             found = checked(_table_rows([file], root, images), root)
         except InputError:
             continue  # not captions, whatever it is
-        if name := next(iter(found.keys() & uncaptioned.keys()), None):
-            raise _overlooked(file, name)
+        if name := next((name for name in uncaptioned if name in found), None):
+            raise _overlooked(file, name, root)
     keys = [f'"{key}"'.encode() for key in (*TEXT_FIELDS, TAGS)]
     for name, path in uncaptioned.items():
-        for file in (
-            path.with_suffix(".json"),
-            *(path.with_name(path.name + s) for s in (".txt", ".caption", ".json")),
-        ):
-            if file.is_file() and (file.suffix != ".json" or any(key in file.read_bytes() for key in keys)):
-                raise _overlooked(file, name)
+        beside = [path.with_suffix(".json"), *(path.with_name(path.name + s) for s in (".txt", ".caption", ".json"))]
+        for file in (file for file in beside if file.is_file() and not leads_out(file, root)):
+            if file.suffix != ".json" or any(key in file.read_bytes() for key in keys):
+                raise _overlooked(file, name, root)
 
 
-def _overlooked(file: Path, name: str) -> InputError:
+def _overlooked(file: Path, name: str, root: Path) -> InputError:
+    form = file.suffix.lower() if file.suffix.lower() in TABLES else ".jsonl"
     return InputError(
-        f"{file} has a caption for {name}, but is not read as a caption file: call it metadata{file.suffix} or "
-        f"{Path(name).stem}.txt, or move it out of the folder"
+        f"{file} has a caption for {name}, but is not read as a caption file: make it {root / f'metadata{form}'} or "
+        f"{Path(name).with_suffix('.txt').name} beside the picture, or move it out of the folder"
     )
 
 

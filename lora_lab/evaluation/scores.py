@@ -73,10 +73,10 @@ def held_out_pictures(model: Model, score: Score) -> list[Image.Image]:
     return pictures_in(locate_folder("score.held_out", score.held_out), "score.held_out", model)
 
 
-def pictures_in(root: Path, key: str, model: Model) -> list[Image.Image]:
+def pictures_in(root: Path, key: str, model: Model, follow_links: bool = False) -> list[Image.Image]:
     """Every image under `root`, cropped to its bucket. Raises InputError, naming `key`, where there is none."""
     buckets = aspect_buckets(model.resolution, model.bucket_step)
-    images = [open_picture(path) for path in find_pictures(root, key).values()]
+    images = map(open_picture, find_pictures(root, key, follow_links).values())  # one large image in memory at a time
     return [fit(image, nearest_bucket(image.size, buckets)).picture for image in images]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.files import caption_files, read_caption_lists
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import Fitted, Size, count_frames, cut_away, open_picture, open_with_alpha
 from lora_lab.images.scan import Contents, find_contents, find_pictures, natural_key, scan
@@ -175,7 +176,8 @@ def unused_files(root: Path, follow_links: bool = False) -> dict[str, str]:
     Raises InputError as `scan` does."""
     contents = scan(root, follow_links)
     in_use = caption_files(root, contents.others.values(), follow_links)
-    unused = contents.left_out | {name: NO_USE for name, path in contents.others.items() if path not in in_use}
+    others = {printable(name): NO_USE for name, path in contents.others.items() if path not in in_use}
+    unused = contents.left_out | others
     return {name: unused[name] for name in sorted(unused, key=natural_key)}
 
 
@@ -184,6 +186,12 @@ def unused_line(roots: Sequence[Path], follow_links: bool = False) -> str:
     names = [folder_prefix(root, roots) + name for root in roots for name in unused_files(root, follow_links)]
     where = ", ".join(map(str, roots))
     return f"{len(names)} in {where} not used: {list_names(names)} (stage=check says why)" if names else ""
+
+
+def say_unused(roots: Sequence[Path], follow_links: bool = False) -> None:
+    """Print the line of `unused_line`, if there is anything to say."""
+    if line := unused_line(roots, follow_links):
+        say(line)
 
 
 def frames_line(paths: Mapping[str, Path]) -> str:

@@ -20,6 +20,7 @@ from lora_lab.captions.history import CaptionUpdate, machine_made
 from lora_lab.captions.sources import PROPOSED
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError
+from lora_lab.images.dataset import say_unused
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
@@ -42,6 +43,7 @@ def caption(config: Config, folder: Path) -> CaptionResult:
     settings, mode, follow_links = config.captioner, config.stage.mode, config.dataset.follow_links
     root = locate_folder("dataset.root", config.dataset.folder)
     paths, captions = find_pictures(root, follow_links=follow_links), read_captions(root, follow_links)
+    say_unused([root], follow_links)
     names = select_images(paths, captions, machine_made(root), mode)
     if not names:
         say(f"all {len(paths)} pictures of {root} have a caption, which stage.mode={mode} does not change")

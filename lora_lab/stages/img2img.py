@@ -15,13 +15,14 @@ from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, r
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
+from lora_lab.captions.syntax import prompt_warnings
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.dataset import unused_line
+from lora_lab.images.dataset import say_unused
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
@@ -29,6 +30,7 @@ from lora_lab.runs import (
     distinct_names,
     hash_files,
     refuse_used,
+    remove_temporary_files,
     save_picture,
     write_atomically,
     write_manifest,
@@ -91,10 +93,14 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     stage = config.stage
     if not config.resume:
         refuse_used(folder, PROMPTS)
+    remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
     lora = _lora(config)
+    if stage.prompt:
+        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.trigger, token_counter(config.model.base)):
+            say(line)
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
     device = pick_device(config.device)
@@ -124,8 +130,8 @@ def find_photos(value: object) -> list[Path]:
     for item in values:
         path = locate_folder("stage.photo", item)
         files += find_pictures(path, "stage.photo").values() if path.is_dir() else [path]
-        if path.is_dir() and (line := unused_line([path])):
-            say(line)
+        if path.is_dir():
+            say_unused([path])
     return files
 
 

@@ -10,6 +10,7 @@ All of them work in one run folder, on a copy of the dataset, so that the user's
 an overview image: photo, caption and prompt, without the LoRA, with the LoRA. A killed pipeline resumes with resume=.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.captions.refiner import check_refiner
 from lora_lab.console import say
 from lora_lab.evaluation.metrics import Scores
-from lora_lab.images.dataset import copy_pictures
+from lora_lab.images.dataset import copy_pictures, say_unused
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, stage_function, write_atomically
@@ -60,7 +61,8 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     check_refiner(config.refiner)
     dataset = prepare_dataset(config, folder)
     config = replace(config, dataset=replace(config.dataset, root=str(dataset)))
-    run_stage("check", config, Check(), folder)
+    if not (config.resume and passed_check(folder)):
+        run_stage("check", config, Check(), folder)
     run_stage("caption", config, Caption(mode="missing"), folder)
     run_stage("refine", config, Refine(), folder)
     trained = run_stage("train", config, config.stage.train, folder, resume=resume_training(config.resume, folder))
@@ -91,6 +93,12 @@ def run_stage(name: str, config: Config, stage_settings: Stage, folder: Path, **
     return stage_function(type(stage_settings))(replace(config, stage=stage_settings, **changes), folder)
 
 
+def passed_check(folder: Path) -> bool:
+    """Whether the images passed the check before they were captioned, of which check.json is to remain the report."""
+    file = folder / "check.json"
+    return file.is_file() and not json.loads(file.read_text(encoding="utf-8"))["errors"]
+
+
 def prepare_dataset(config: Config, folder: Path) -> Path:
     """The copy of dataset.root in `folder`, which exists already if a killed pipeline resumes.
 
@@ -100,16 +108,17 @@ def prepare_dataset(config: Config, folder: Path) -> Path:
         refuse_used(folder, "dataset")
     if not dataset.exists():
         root = locate_folder("dataset.root", config.dataset.folder)
-        copy_dataset(root, dataset, with_captions=config.stage.captions == "keep")
+        say_unused([root], config.dataset.follow_links)
+        copy_dataset(root, dataset, config.stage.captions == "keep", config.dataset.follow_links)
     return dataset
 
 
-def copy_dataset(root: Path, to: Path, with_captions: bool) -> None:
+def copy_dataset(root: Path, to: Path, with_captions: bool, follow_links: bool = False) -> None:
     """Copy the images, and the captions if `with_captions`, into the new folder `to`, completely or not at all."""
     temporary = to.with_name(f".{to.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    copy_pictures(root, temporary)
-    captions = read_captions(root) if with_captions else {}
+    copy_pictures(root, temporary, follow_links)
+    captions = read_captions(root, follow_links) if with_captions else {}
     if captions:
         write_captions(temporary, captions)
     temporary.rename(to)

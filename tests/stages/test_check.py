@@ -8,6 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 from PIL import Image
+from unloadable import unloadable_models
 
 from lora_lab.captions.files import read_captions
 from lora_lab.captions.phrases import common_phrases
@@ -30,6 +31,11 @@ def drawing(seed, size=(128, 128)):
     """Coloured blocks, unlike those of any other seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def unloadable(tmp_path):
+    return unloadable_models(tmp_path / "models")
 
 
 @pytest.fixture
@@ -427,3 +433,24 @@ def test_two_thousand_thumbnails_are_compared_without_comparing_all_with_all(mon
         features |= {f"copy of {i}": features[str(i)] for i in range(0, count, 10)}
         assert duplicates.find_duplicates(features) == [(f"copy of {i}", str(i)) for i in range(0, count, 10)]
         assert len(compared) < 2 * count
+
+
+@pytest.mark.parametrize("stage", ["caption", "pipeline", "img2img"])
+def test_other_stages_say_in_one_line_what_they_do_not_use(root, capsys, stage, unloadable):
+    drawing(0).save(root / "a.png")
+    for name in ("drawing.psd", "notes.pdf", "clip.mp4", "b.png~"):
+        (root / name).write_bytes(b"")
+    settings = ["dataset=folder", f"dataset.root={root}"]
+    if stage == "img2img":
+        settings = [f"stage.photo={root}", "stage.lora_weight=0"]
+    with pytest.raises(InputError, match=r"(model|captioner)\.base="):
+        run_stage(compose(f"stage={stage}", *settings, *unloadable), root.parent / "run")
+    line = f"4 in {root} not used: b.png~, clip.mp4, drawing.psd and 1 more (stage=check says why)"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_the_deleted_captions_of_a_bin_are_not_read(root):
+    drawing(0).save(root / "a.png")
+    (root / "#recycle").mkdir()
+    write(root / "#recycle", {"a.png": TRIGGER})
+    assert read_captions(root) == {}

@@ -178,6 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_files(tmp_path, many):
         command = [sys.executable, "-m", "lora_lab", f"resume={tmp_path / 'killed'}"]
     assert subprocess.run(command).returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*.png"))
 
 
 def test_an_image_of_other_settings_is_drawn_again(tmp_path, made_lora):

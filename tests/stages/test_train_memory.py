@@ -1,6 +1,7 @@
 """What a run gives up for memory."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from diffusers import UNet2DConditionModel
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
+from lora_lab.training import trainer
+from lora_lab.training.resolve import resolve_run
 
 FAST = (
     "stage=train", "tracker=off", "model.judge=null", "steps=1", "rank=2", "batch_size=1", "sampler.steps=1",
@@ -34,6 +37,14 @@ def test_cudnn_tries_convolutions_out_in_training_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "forward", noting)
     train("run", "memory.cudnn_benchmark=true")
     assert set(seen) == {(True, True), (False, False)}
+
+
+def test_encoded_images_are_not_kept_while_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resolved = resolve_run(compose(*FAST), tmp_path / "run")
+    images = [weakref.ref(image.picture) for image in resolved.images.fitted]
+    trainer.train(resolved)
+    assert len(images) == 24 and not any(image() for image in images)
 
 
 @pytest.mark.slow
