@@ -331,6 +331,9 @@ def _resumed_sweep(folder: Path, new: list[str]) -> list[str]:
         recorded = [o for o in recorded if not name_of(o).startswith("hydra.launcher.")]
     replaced = {name for name in names if name.startswith("hydra.")} | {"hydra.mode", "allow_targets"}
     recorded = [o for o in recorded if name_of(o) not in replaced]
+    storage = next((o.partition("=")[2] for o in recorded if name_of(o) == "hydra.sweeper.storage"), "null")
+    if storage != "null":
+        raise InputError(f"resume={folder}: its study is in {storage}: repeat the command to continue it")
     refuse_foreign(recorded, f"resume={folder}: {folder / SWEEP_RECORD}")
     hydra = hydra_part(recorded)
     points = with_params(parse(recorded), hydra)
@@ -374,8 +377,6 @@ def _refuse_unrepeatable(folder: Path, hydra: DictConfig, new: list[str]) -> Non
     """Raise InputError for a search whose sampler would not propose the finished points again before new ones."""
     if not searches(hydra):
         return
-    if hydra.sweeper.storage is not None:
-        raise InputError(f"resume={folder}: its study is in {hydra.sweeper.storage}: repeat the command to continue it")
     if hydra.sweeper.sampler.get("seed", 0) is None:
         raise InputError(
             f"resume={folder}: a search without hydra.sweeper.sampler.seed cannot be repeated, start a new one"

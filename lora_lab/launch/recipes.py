@@ -45,7 +45,7 @@ KEYS_OF_LAUNCHERS = (
     "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout", "partition", "qos", "comment",
     "constraint", "exclude", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu", "account",
     "signal_delay_s", "max_num_timeout", "array_parallelism", "ray.init.num_cpus", "ray.init.num_gpus",
-    "ray.remote.num_cpus", "ray.remote.num_gpus",
+    "ray.init.object_store_memory", "ray.remote.num_cpus", "ray.remote.num_gpus",
 )  # fmt: skip
 KEYS_OF_SWEEPERS = (
     "max_batch_size", "direction", "study_name", "n_trials", "n_jobs", "max_failure_rate", "sampler.seed",
