@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,12 @@ def targets_of(node: object, key: str = "") -> Iterator[tuple[str, object]]:
             yield from targets_of(value, inner)
 
 
-def _known_targets(group: str) -> set[object]:
+@cache  # a sweep asks for each of its points
+def _known_targets(group: str) -> frozenset[object]:
     """Each `_target_` that the options of a group have."""
     texts = [file.read_text(encoding="utf-8") for file in (CONF / group).glob("*.yaml")]
-    return {Model.__pydantic_fields__["_target_"].default, *re.findall(r"\b_target_: ([\w.]+)", "\n".join(texts))}
+    default = [Model.__pydantic_fields__["_target_"].default] if group == "model" else []
+    return frozenset([*default, *re.findall(r"\b_target_: ([\w.]+)", "\n".join(texts))])
 
 
 def _place(key: str, composition: DictConfig) -> str:
