@@ -215,7 +215,7 @@ def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stag
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer: torch.optim.AdamW cannot be created", "epsilon"]),
+        (["optimizer=adamw", "optimizer.eps=-1"], ["optimizer.eps=-1: eps must be above 0"]),
         (
             ["optimizer=adafactor", "optimizer.relative_step=true"],
             ["Adafactor cannot be created", "relative_step=True"],
