@@ -19,10 +19,11 @@ LONGEST = 2000  # characters of a line
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
-    """`text` as one line that is safe to print: control characters as escapes such as \\x1b, a long text cut off."""
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]}... ({len(text) - LONGEST} more)"
+def printable(text: str, longest: int = LONGEST) -> str:
+    """`text` as one line that is safe to print: control characters as escapes such as \\x1b, all after `longest`
+    characters cut off."""
+    if len(text) > longest:
+        text = f"{text[:longest]}... ({len(text) - longest} more)"
     return UNPRINTABLE.sub(_escape, text)
 
 

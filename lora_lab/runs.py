@@ -7,10 +7,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,15 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from lora_lab.console import say
 from lora_lab.errors import DiskFullError, InputError
 from lora_lab.settings.schema import STAGES, Config, Stage
 
 if TYPE_CHECKING:
     from PIL import Image
-import signal
-import time
-
-from lora_lab.console import say
 
 PACKAGES = ("lora_lab", "torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors",
             "hydra-core", "omegaconf", "wandb", "pillow", "numpy")  # fmt: skip
@@ -39,8 +38,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}\.\w+|tmp\w{6})")
 FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: reading 7 GB of SDXL takes a minute
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
+LONGEST_NAME = 128  # characters of a tracker's project, group and run: W&B's own bound
 LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
 RESOLVER = re.compile(r"\$\{(?=[^{}]*:)")  # the start of ${oc.env:HOME}, not that of ${trigger}
+POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> Path:
@@ -220,6 +221,14 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return list(names)
 
 
+def fitting(name: str) -> str:
+    """A name that the program made, as every tracker accepts it: at most LONGEST_NAME characters, the first and the
+    last ones, and all of them printable."""
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def display_path(path: Path) -> Path:
     """`path` relative to the working directory if it lies there, else `path` itself."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -384,17 +393,14 @@ def _umask() -> int:
     return mask
 
 
-POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
-
-
 @contextmanager
-def stop_on_signal(folder: Path | None = None) -> Iterator[Callable[[], bool]]:
+def stop_on_signal(folder: Path) -> Iterator[Callable[[], bool]]:
     """Within the context the first Ctrl-C (or SIGTERM) only sets a flag, so that a checkpoint can be written.
 
     Gives a function that returns the flag. It is also set once the sweep that the run in `folder` is a job of has its
     stop file. A second Ctrl-C raises KeyboardInterrupt."""
     received: list[int] = []
-    polled, stop_file = time.monotonic(), stop_file_of(folder) if folder else None
+    polled, stop_file = time.monotonic(), stop_file_of(folder)
 
     def stopped() -> bool:
         nonlocal polled

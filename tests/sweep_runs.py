@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ def pictures(work: Path) -> None:
     (work / "tofu" / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for row in rows:
         name = json.loads(row)["file_name"]
-        (work / "tofu" / name).symlink_to(home / name)
+        shutil.copy(home / name, work / "tofu")
 
 
 def start(work: Path, *argv: str, python: str = sys.executable, **environment: str) -> subprocess.Popen:

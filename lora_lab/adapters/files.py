@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lora_lab import __version__
 from lora_lab.base.locate import refuse_pickle
-from lora_lab.errors import InputError, excerpt
+from lora_lab.console import cut, printable
+from lora_lab.errors import InputError
 from lora_lab.runs import read_result, write_atomically
 from lora_lab.settings.schema import Loss
 
@@ -127,7 +128,7 @@ def peft_state(
         rank = rank_of(leaves)
         factor = (alpha.item() / rank if rank else 1.0) / layer.scaling[adapter]
         for leaf, value in leaves.items():
-            value = value * factor if leaf in SCALED and factor != 1 else value
+            value = value.float() * factor if leaf in SCALED and factor != 1 else value  # fp8 has no products
             if leaf == "dora_scale":
                 value = value.reshape(layer.lora_magnitude_vector[adapter].weight.shape)
             tensors[f"{module}.{peft_leaves[leaf]}"] = value
@@ -323,13 +324,13 @@ def read_metadata(lora: Path) -> dict[str, str]:
 def _opened(lora: Path) -> Iterator[safe_open]:
     """A safetensors file, whose header has been checked. Raises InputError, also for what goes wrong within."""
     if lora.suffix != ".safetensors":
-        raise InputError(f"{excerpt(lora)}: is not a .safetensors file by its name, and no other kind is read")
+        raise InputError(f"{lora}: is not a .safetensors file by its name, and no other kind is read")
     try:
         with safe_open(str(lora), "pt") as file:
             yield file
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = excerpt(" ".join(str(error).split()), 200)
-        raise InputError(f"{excerpt(lora, 200)}: is not a readable .safetensors file ({reason})") from error
+        reason = printable(" ".join(str(error).split()), 200)
+        raise InputError(f"{lora}: is not a readable .safetensors file ({reason})") from error
 
 
 PAIRS = (  # (down, up): the ends of the names of a LoRA's matrices, by kohya's scripts, peft and older diffusers
@@ -351,13 +352,13 @@ def validate_lora(lora: Path, layers: Mapping[str, tuple[int, ...]]) -> None:
         for key in shapes if not reason else ():
             values = file.get_tensor(key)
             if not (values.is_floating_point() or key.endswith(".alpha")):
-                reason = f"{excerpt(key)} has numbers of the type {values.dtype}, which no LoRA has"
+                reason = f"{cut(key)} has numbers of the type {values.dtype}, which no LoRA has"
             elif not values.float().isfinite().all():
-                reason = f"{excerpt(key)} has numbers that are not finite, the training that wrote it failed"
+                reason = f"{cut(key)} has numbers that are not finite, the training that wrote it failed"
             if reason:
                 break
     if reason:
-        raise InputError(f"{excerpt(lora, 200)}: {reason}")
+        raise InputError(f"{lora}: {reason}")
 
 
 def _odd_metadata(metadata: Mapping[str, str]) -> str | None:
@@ -374,19 +375,19 @@ def _odd_metadata(metadata: Mapping[str, str]) -> str | None:
 
 def _odd_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if not any(MATRICES.search(key) for key in shapes):
-        return f"holds no LoRA, LoHa or LoKr: its {len(shapes)} tensors begin with {excerpt(next(iter(shapes), '-'))}"
+        return f"holds no LoRA, LoHa or LoKr: its {len(shapes)} tensors begin with {cut(next(iter(shapes), '-'))}"
     for key, shape in shapes.items():
         if 0 in shape or (key.endswith(".alpha") and math.prod(shape) != 1):
-            return f"{excerpt(key)} has the shape {shape}, which no LoRA has"
+            return f"{cut(key)} has the shape {shape}, which no LoRA has"
         for down, up in PAIRS:
             if not key.endswith((down, up)):
                 continue
             stem = key.removesuffix(down).removesuffix(up)
             first, second = shapes.get(f"{stem}{down}"), shapes.get(f"{stem}{up}")
             if first is None or second is None:
-                return f"of the two matrices of {excerpt(stem)} one is missing"
+                return f"of the two matrices of {cut(stem)} one is missing"
             if min(len(first), len(second)) < 2 or first[0] != second[1]:
-                return f"the matrices of {excerpt(stem)} have the shapes {first} and {second}, which do not fit"
+                return f"the matrices of {cut(stem)} have the shapes {first} and {second}, which do not fit"
     return None
 
 
@@ -395,12 +396,12 @@ def _other_base(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, tupl
     stems = dict.fromkeys(key.partition(".")[0] for key in shapes)
     kinds = {_beginning(name) for name in layers}
     if not layers.keys() & stems.keys() and any(_beginning(stem) in kinds for stem in stems):
-        return f"was trained on another kind of base model: this one has no layer {excerpt(next(iter(stems)))}"
+        return f"was trained on another kind of base model: this one has no layer {cut(next(iter(stems)))}"
     for stem in layers.keys() & stems.keys():
         expected, (down, up) = layers[stem], (shapes.get(stem + end) for end in PAIRS[0])
         if down and up and len(expected) > 1 and (up[0], down[1]) != expected[:2]:
             return (
-                f"does not fit this base as a LoRA: {excerpt(stem)} is from {down[1]} to {up[0]} numbers, the base's "
+                f"does not fit this base as a LoRA: {cut(stem)} is from {down[1]} to {up[0]} numbers, the base's "
                 f"layer from {expected[1]} to {expected[0]}"
             )
     return None
@@ -423,7 +424,7 @@ def resolve_lora(
     read_tokens(lora)
     trained = read_metadata(lora).get(TRIGGER)
     if trained and trigger and trained != trigger:
-        trained = excerpt(trained)
+        trained = printable(trained, 80)
         raise InputError(f"{lora.name} was trained on the trigger {trained}, not {trigger}: set trigger={trained}")
     return lora
 
@@ -440,11 +441,11 @@ def find_lora(value: str, key: str = "lora") -> Path:
         if named.is_file():
             return named
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise InputError(f"{key}={excerpt(value)}: cannot be looked up ({error.strerror})") from error
+        raise InputError(f"{key}={value}: cannot be looked up ({error.strerror})") from error
     names = sorted(file.stem for file in _loras(MODELS))
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"{MODELS} has {', '.join(names) or 'none yet: train one'}"
-    raise InputError(f"{key}={excerpt(value)}: no such file, run folder or name; {hint}")
+    raise InputError(f"{key}={value}: no such file, run folder or name; {hint}")
 
 
 def _lora_of_run(run: Path, key: str) -> Path:
@@ -468,7 +469,7 @@ def _loras(folder: Path) -> list[Path]:
 
 
 def save_lora(path: Path, state: dict[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> Path:
-    """Write `state` (of keys.kohya_state, any shapes) in `dtype`, atomically; alphas stay float32: they are exact."""
+    """Write `state` (of kohya_state, any shapes) in `dtype`, atomically; alphas stay float32: they are exact."""
     cast = {key: value if key.endswith(".alpha") else value.to(dtype) for key, value in state.items()}
     return write_atomically(path, lambda file: save_file(cast, str(file), metadata=metadata))
 
@@ -524,11 +525,11 @@ def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
         vectors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{lora}: its trigger {excerpt(trigger)} is {excerpt(count)} new tokens, whose embeddings should be in "
-            f"{file}: put that file there ({excerpt(str(error).splitlines()[0], 100)})"
+            f"{lora}: its trigger {printable(trigger, 80)} is {printable(count, 20)} new tokens, whose embeddings "
+            f"should be in {file}: put that file there ({printable(str(error).splitlines()[0], 100)})"
         ) from error
     if not vectors or any(value.ndim != 2 or str(len(value)) != count for value in vectors.values()):
-        raise InputError(f"{file}: does not hold the embeddings of the {excerpt(count)} new tokens of {lora.name}")
+        raise InputError(f"{file}: does not hold the embeddings of {printable(count, 20)} new tokens of {lora.name}")
     if not all(value.float().isfinite().all() for value in vectors.values()):
         raise InputError(f"{file}: has numbers that are not finite, the training that wrote it failed")
     return trigger, vectors

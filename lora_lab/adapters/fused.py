@@ -166,8 +166,8 @@ def scale_of(layer: Linear) -> tuple[float, ...]:
 def fuse(
     network: nn.Module, flat: FlatParameters, scales: Callable[[Linear], tuple[float, ...]] = scale_of
 ) -> list[str]:
-    """Let the linear layers of `network` with a plain LoRA compute as above; returns the names of the layers with an
-    adapter that are left to peft. `scales` gives a layer's scales, one per LoRA.
+    """Fuse the linear layers of `network` that have a plain LoRA; returns the names of the layers with an adapter that
+    are left to peft. `scales` gives a layer's scales, one per LoRA.
 
     In `flat` the parameters of q, k and v must be neighbours: all lora_A in the model's order, then all lora_B."""
     offsets, start = {}, 0

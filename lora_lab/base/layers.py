@@ -210,7 +210,7 @@ class Nf4(nn.Module):
 
 @dataclass(frozen=True)
 class Dense:
-    """A weight that is not quantized, with the products of those that are."""
+    """A weight that is not quantized, with the methods of the quantized ones."""
 
     matrix: Tensor  # (outputs, inputs)
 
@@ -293,7 +293,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """`layer`'s convolution with `codes`, without its bias; likewise."""
+    """The convolution of `layer` with `codes`, without its bias; `codes` are converted again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -307,9 +307,9 @@ class _Convolution(torch.autograd.Function):
 
 
 def concatenate_weights(layers: Sequence[nn.Linear]) -> FrozenWeight | None:
-    """The weights of `layers`, of one input and one output size, with their rows one below the other: one product.
+    """The weights of `layers`, which have equal sizes, with their rows one below the other: one product for all.
 
-    From now on the layers share its memory. None where they have different forms."""
+    From then on the layers share this memory. None if their forms differ."""
     if all(type(layer) is nn.Linear for layer in layers):
         whole = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
         for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):

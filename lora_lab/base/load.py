@@ -2,7 +2,7 @@
 
 The schedule is that of bases to which diffusers gives a DDPM-like scheduler."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,14 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from hydra.utils import get_class
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from lora_lab.base.locate import locate_model
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Loss, Model
 
+LONGEST_COUNTED = 4000  # letters
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,6 +90,21 @@ def layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
                     names = [base.lora_key(component, key.removesuffix(".weight")) for key in weights]
                     shapes |= {n: tuple(opened.get_slice(k).get_shape()) for n, k in zip(names, weights, strict=True)}
     return shapes
+
+
+def token_counter(base: str) -> Callable[[str], int] | None:
+    """A function that counts tokens, start and end markers included, with the tokenizer of `model.base`; of a text of
+    thousands of letters it counts the beginning, which is beyond CLIP's window.
+
+    None where the tokenizer is not available: for a single file, a damaged one, or without a network."""
+    location = locate_model("model.base", base)
+    if Path(location).is_file():
+        return None
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer", trust_remote_code=False)
+    except Exception:  # libraries raise nearly anything, and loading the base names the fault
+        return None
+    return lambda text: len(tokenizer(text[:LONGEST_COUNTED]).input_ids)
 
 
 class DiffusionSchedule:

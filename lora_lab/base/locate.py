@@ -1,12 +1,13 @@
 """Where a model, captioner or dataset lies: on disk, in the package or on the hub."""
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
 
 from lora_lab import demo
-from lora_lab.errors import InputError, excerpt
+from lora_lab.errors import InputError
 from lora_lab.runs import hash_files
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # to read such a file is to run what is in it
@@ -50,13 +51,41 @@ def refuse_pickle(key: str, value: str) -> None:
     suffix = Path(value).suffix.lower()
     if suffix in PICKLES and not Path(value).is_dir():
         raise InputError(
-            f"{key}={excerpt(value)}: a {suffix} file can hold code that runs when it is read, name a .safetensors file"
+            f"{key}={value}: a {suffix} file can hold code that runs when it is read, name a .safetensors file"
         )
 
 
 def hash_model(location: str) -> str:
     """What tells the model at a location of `locate_model` from others: a hash of its files, or its hub id."""
     return hash_files(Path(location)) if Path(location).exists() else f"hub:{location}"
+
+
+def loading_failure(location: str, error: Exception) -> str:
+    """Why a library could not load the model at a location of `locate_model`: its damaged file, code of its own, or the
+    first line of the error, without a full stop."""
+    path = Path(location)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    damaged = next((file for file in files if file.is_file() and _is_damaged(file)), None)
+    if damaged:
+        return f"{damaged} is cut off or damaged, copy it again"
+    if "custom code" in str(error):
+        return "it needs Python code that comes with it, which is never run"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
+
+
+def _is_damaged(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "np"):  # compares the header with the length of the file
+                return False
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+    except (OSError, SafetensorError, ValueError, RecursionError):
+        return True
+    return False
 
 
 def _nearest(path: Path) -> str:

@@ -23,7 +23,7 @@ from lora_lab.base.load import (
     validate_prediction_type,
     with_prediction_type,
 )
-from lora_lab.base.locate import locate_model
+from lora_lab.base.locate import loading_failure, locate_model
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import InputError, RunError
@@ -72,7 +72,9 @@ class SDXL:
             pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
             _refuse_missing_tensors(pipe)
         except Exception as error:  # depending on what is wrong with the files, libraries raise nearly anything
-            raise InputError(f"model.base={model.base}: cannot be loaded as SDXL ({_first_line(error)})") from error
+            raise InputError(
+                f"model.base={model.base}: cannot be loaded as SDXL ({loading_failure(base, error)})"
+            ) from error
         for component in _components(pipe).values():
             component.requires_grad_(False).eval()
         split_geglu_(pipe.unet)
@@ -336,7 +338,7 @@ def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
             return AutoencoderKL.from_single_file(location, dtype=dtype)
         return AutoencoderKL.from_pretrained(location, dtype=dtype)
     except Exception as error:
-        raise InputError(f"model.vae={name}: cannot be loaded ({_first_line(error)})") from error
+        raise InputError(f"model.vae={name}: cannot be loaded ({loading_failure(location, error)})") from error
 
 
 def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict) -> StableDiffusionXLPipeline:
@@ -345,7 +347,9 @@ def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict
         return StableDiffusionXLPipeline.from_single_file(base, dtype=dtype, config=model.config, **components)
     variant = None if Path(base).is_dir() else model.variant
     # An explicit dtype everywhere: without one the text encoders get the file's, and the UNet float32.
-    return StableDiffusionXLPipeline.from_pretrained(base, dtype=dtype, variant=variant, **components)
+    return StableDiffusionXLPipeline.from_pretrained(
+        base, dtype=dtype, variant=variant, trust_remote_code=False, **components
+    )
 
 
 def _refuse_missing_tensors(pipe: StableDiffusionXLPipeline) -> None:
@@ -358,11 +362,6 @@ def _refuse_missing_tensors(pipe: StableDiffusionXLPipeline) -> None:
 
 def _components(pipe: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
     return {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, text: str) -> tuple[Tensor, Tensor]:

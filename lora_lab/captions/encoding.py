@@ -140,5 +140,5 @@ def _is_common(code: bytes, encoding: str) -> bool:
 
 def _sample(text: str) -> str:
     """The first words that are not in ASCII, which a person recognises, or the first words."""
-    found = re.search(r"[^\x00-\x7f].{0,19}", text) or re.search(r"\S.{0,19}", text)
-    return cut(found[0].strip() if found else "")
+    found = re.search(r"[^\s\x80-\uffff]{0,9}[^\x00-\x7f].{0,19}", text) or re.search(r"\S.{0,19}", text)
+    return cut(found[0].strip(' "') if found else "")

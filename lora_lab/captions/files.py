@@ -23,7 +23,10 @@ from lora_lab.captions.forms import (
 from lora_lab.captions.names import ImageNames
 from lora_lab.captions.sources import (
     FORMS,
+    HISTORY,
     NOT_CAPTIONS,
+    PROPOSED,
+    TABLE_FORMS,
     Source,
     Texts,
     checked,
@@ -132,16 +135,20 @@ def write_captions(
 
 
 def refuse_links(root: Path, paths: Iterable[Path] | None = None) -> None:
-    """Raise InputError if one of `paths`, all files in the folder that may be written if None, is a link or behind one.
+    """Raise InputError if one of `paths`, all that may be written in the folder if None, is a link, behind one, or no
+    file.
 
     A dataset may come from a stranger, whose links lead to files of this computer."""
     if paths is None:
         files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-        paths = (path for path in files if path.suffix.lower() in WRITTEN)
+        names = (HISTORY, PROPOSED, *(f"metadata.{form}" for form in TABLE_FORMS))
+        paths = [*(path for path in files if path.suffix.lower() in WRITTEN), *(Path(root, name) for name in names)]
     for path in paths:
         if path.is_symlink() or leads_out(path.parent, root):
             link = path if path.is_symlink() else path.parent
             raise InputError(f"{link} is a link to {os.path.realpath(link)}: nothing is written through it, remove it")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is a folder, FIFO or device, where captions are written: rename or remove it")
 
 
 def _singles(captions: dict[str, Texts], source: Path) -> dict[str, str]:
@@ -169,7 +176,8 @@ def _contents(
 ) -> dict[Path, bytes]:
     """File -> its new content; `sources` are the present ones of this form, or of files under other names."""
     files = [path for source in sources for path in source.files]
-    path = next((path for path in files if path.name.lower() == f"metadata.{form}"), root / f"metadata.{form}")
+    names = (path for path in files if path.parent == root and path.name.lower() == f"metadata.{form}")
+    path = next(names, root / f"metadata.{form}")
     if form == "jsonl":
         return {path: _jsonl(captions, _other_fields(files, root, images)).encode()}
     if form == "csv":

@@ -1,13 +1,21 @@
 """The refiner: any class or function that `refiner._target_` names and whose result rewrites captions."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lora_lab.captions.files import read_caption_file
+from lora_lab.captions.sources import refuse_outward
 from lora_lab.errors import InputError, RunError
+from lora_lab.images.dataset import list_names
 from lora_lab.settings.setting import bind_target, call_target
 
+# By the first word of Unicode's names of letters; CLIP was trained on English.
+LANGUAGES = {
+    "HANGUL": "Korean", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "CJK": "Chinese", "CYRILLIC": "Cyrillic",
+    "GREEK": "Greek", "ARABIC": "Arabic", "HEBREW": "Hebrew", "THAI": "Thai", "DEVANAGARI": "Hindi",
+}  # fmt: skip
 Settings = Mapping[str, Any]  # the group `refiner` of the configuration
 
 
@@ -47,11 +55,32 @@ def run_refiner(
     return refined
 
 
-def read_hints(root: Path) -> dict[str, str]:
+def read_hints(root: Path, follow_links: bool = False) -> dict[str, str]:
     """Image name -> the user's hint, from hints.jsonl or hints.csv in the dataset folder; {} without such a file.
 
-    Raises InputError for a malformed file, and if both exist."""
+    Raises InputError for a malformed file, if both exist, and, without `follow_links`, for a link out of the folder."""
     files = [path for path in (Path(root) / "hints.jsonl", Path(root) / "hints.csv") if path.is_file()]
     if len(files) > 1:
         raise InputError(f"{files[0].name} and {files[1].name} are both in {root}: keep one of them")
+    if not follow_links:
+        refuse_outward(files, root)
     return read_caption_file(files[0]) if files else {}
+
+
+def foreign_hints(captions: Mapping[str, str], hints: Mapping[str, str]) -> list[str]:
+    """A line for each language of hints that is not the one of their image's caption, by its script."""
+    names: dict[str, list[str]] = {}
+    for name, hint in hints.items():
+        caption = captions[name].removesuffix(hint)
+        for language in _languages(hint) - _languages(caption):
+            names.setdefault(language, []).append(name)
+    return [
+        f"{list_names(named)}: the hint is {language} and stays in the caption" for language, named in names.items()
+    ]
+
+
+def _languages(text: str) -> set[str]:
+    """The languages whose own scripts the text has letters of."""
+    scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in set(text)}
+    languages = {LANGUAGES[script] for script in scripts if script in LANGUAGES}
+    return languages - {"Chinese"} if languages & {"Japanese", "Korean"} else languages

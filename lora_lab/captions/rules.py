@@ -89,7 +89,8 @@ def refine_caption(caption: str, trigger: str, rules: Rules, hint: str = "") -> 
         text = rewrite(text, rules.vocabulary)
         text = name_subject(text, MARK, rules.subjects, rules.article)
         text = add_hint(trigger_once(add_trigger(text, MARK), MARK), hint)
-        before, caption = caption, text.replace(MARK, trigger)
+        text = text.replace(MARK, trigger)
+        before, caption = caption, agree_article(text, trigger) if rules.article in ("A", "a", "An", "an") else text
         if caption == before:
             return caption
     raise InputError(
@@ -108,10 +109,11 @@ def rewrite(caption: str, pairs: Pairs) -> str:
         return caption
     phrases = []
     for phrase in _phrases(caption):
+        new = phrase
         for pattern, replacement in pairs:
-            phrase = " ".join(pattern.sub(replacement, phrase).split())
-        phrases.append(phrase)
-    return _tidy(", ".join(phrases))
+            new = " ".join(pattern.sub(replacement, new).split())
+        phrases.append(phrase if new == phrase else _tidy(new))
+    return ", ".join(filter(None, phrases))
 
 
 def drop_repeats(caption: str) -> str:
@@ -152,6 +154,18 @@ def name_subject(caption: str, trigger: str, subjects: Iterable[str], article: s
     return caption
 
 
+def agree_article(caption: str, trigger: str) -> str:
+    """Write "an" before a trigger that begins with a vowel, and "a" before any other.
+
+    >>> agree_article("A AKA_ROBO waving", "AKA_ROBO")
+    'An AKA_ROBO waving'
+    """
+    vowel = re.match(r"(?!eu|uni|us[aeiou]|one)[aeiou]", trigger, re.IGNORECASE)
+    return re.sub(
+        rf"\b(a)n?(?=\s+{re.escape(trigger)}(?!\w))", r"\1n" if vowel else r"\1", caption, flags=re.IGNORECASE
+    )
+
+
 def add_trigger(caption: str, trigger: str) -> str:
     """Put the trigger in front of a caption without it.
 
@@ -172,7 +186,11 @@ def trigger_once(caption: str, trigger: str) -> str:
     head, _, tail = caption.partition(trigger)
     if trigger not in tail:
         return caption
-    return _tidy(head + trigger + re.sub(_LED + re.escape(trigger), "", tail, flags=re.IGNORECASE))
+    again, parts = re.compile(_LED + re.escape(trigger), re.IGNORECASE), tail.split(",")
+    before, comma, start = head.rpartition(",")
+    phrases = [start + trigger + again.sub("", parts[0]), *(again.sub("", part) for part in parts[1:])]
+    phrases = [_tidy(new) if trigger in old else new for new, old in zip(phrases, parts, strict=True)]
+    return ", ".join(_phrases(before + comma + ",".join(phrases)))
 
 
 def add_hint(caption: str, hint: str) -> str:
@@ -215,10 +233,10 @@ def _phrases(caption: str) -> list[str]:
     return [phrase for phrase in (" ".join(part.split()) for part in caption.split(",")) if phrase]
 
 
-def _tidy(caption: str) -> str:
-    """The caption without empty phrases, and without the "and" or "with a" that a removed word leaves behind."""
+def _tidy(text: str) -> str:
+    """The text of a changed phrase, or of several, without the "and" or "with a" that a removed word leaves behind."""
     loose = r"^(?:and|or)\s+|(?:^|\s+)(?:and|or|with|of|a|an|the)$"
-    phrases = _phrases(caption)
+    phrases = _phrases(text)
     while (shorter := [re.sub(loose, "", phrase, flags=re.IGNORECASE) for phrase in phrases]) != phrases:
         phrases = _phrases(", ".join(shorter))
     return ", ".join(phrases)

@@ -36,7 +36,7 @@ def find_sources(root: Path, images: ImageNames, follow_links: bool) -> list[Sou
         sources = []
         for form, title, files, rows in places:
             if not follow_links:
-                _refuse_outward(files, root)
+                refuse_outward(files, root)
             if captions := checked(rows, root):
                 sources.append(Source(form, title, files, captions))
         if sources:
@@ -94,7 +94,7 @@ def _table_rows(files: Iterable[Path], root: Path, images: ImageNames) -> Iterat
             yield where, images.find(name, where, folder), text
 
 
-def _refuse_outward(files: Iterable[Path], root: Path) -> None:
+def refuse_outward(files: Iterable[Path], root: Path) -> None:
     for file in files:
         if leads_out(file, root):
             raise InputError(
@@ -118,13 +118,14 @@ def refuse_overlooked(root: Path, images: ImageNames, captions: Mapping[str, Tex
     uncaptioned = {name: path for name, path in images.paths.items() if name not in captions}
     if not uncaptioned:
         return
-    for file in (path for folder in (root, *_folders(root)) for path in _tables(folder) if path not in read):
+    folders = dict.fromkeys([root, *_folders(root), *(path.parent for path in images.paths.values())])
+    for file in (path for folder in folders for path in _tables(folder) if path not in read):
         try:
             found = checked(_table_rows([file], root, images), root)
         except InputError:
             continue  # not captions, whatever it is
         if name := next(iter(found.keys() & uncaptioned.keys()), None):
-            raise _overlooked(file, name)
+            raise _overlooked(file, name, root)
     keys = [f'"{key}"'.encode() for key in (*TEXT_FIELDS, TAGS)]
     for name, path in uncaptioned.items():
         for file in (
@@ -132,13 +133,14 @@ def refuse_overlooked(root: Path, images: ImageNames, captions: Mapping[str, Tex
             *(path.with_name(path.name + s) for s in (".txt", ".caption", ".json")),
         ):
             if file.is_file() and (file.suffix != ".json" or any(key in file.read_bytes() for key in keys)):
-                raise _overlooked(file, name)
+                raise _overlooked(file, name, root)
 
 
-def _overlooked(file: Path, name: str) -> InputError:
+def _overlooked(file: Path, name: str, root: Path) -> InputError:
+    form = file.suffix.lower() if file.suffix.lower() in TABLES else ".jsonl"
     return InputError(
-        f"{file} has a caption for {name}, but is not read as a caption file: call it metadata{file.suffix} or "
-        f"{Path(name).stem}.txt, or move it out of the folder"
+        f"{file} has a caption for {name}, but is not read as a caption file: make it {root / f'metadata{form}'} or "
+        f"{Path(name).with_suffix('.txt').name} beside the picture, or move it out of the folder"
     )
 
 

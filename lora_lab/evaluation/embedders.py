@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
-from lora_lab.base.locate import locate_model
+from lora_lab.base.locate import loading_failure, locate_model
 from lora_lab.captions.captioner import load_captioner, run_captioner
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
@@ -100,17 +100,21 @@ def _load(key: str, location: str, kind: str, network: type, processor: type, de
     quiet_loading()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
-        model_type = AutoConfig.from_pretrained(location).model_type
+        model_type = AutoConfig.from_pretrained(location, trust_remote_code=False).model_type
         if not model_type.startswith(kind):  # it would load, with random weights
             raise InputError(
                 f"{key}={location} is a {model_type} model, not one of {kind}: name another, or set {key}=null"
             )
-        return network.from_pretrained(location, dtype=dtype).to(device).eval(), processor.from_pretrained(location)
-    except (OSError, ValueError) as error:  # not found, offline, damaged
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        model = network.from_pretrained(location, dtype=dtype, trust_remote_code=False)
+        images = processor.from_pretrained(location, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # not found, offline, damaged: libraries raise nearly anything
         raise InputError(
-            f"{key}={location}: cannot be loaded ({reason}); name another or a local folder, or set {key}=null"
+            f"{key}={location}: cannot be loaded ({loading_failure(location, error)}); name another or a local folder, "
+            f"or set {key}=null"
         ) from error
+    return model.to(device).eval(), images
 
 
 def _batched(function: Callable[[Sequence], tuple[Tensor, ...]], items: Sequence) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """What a dataset contains, read image by image and caption by caption by the functions that training uses."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_lab.captions.files import Texts, read_caption_lists
-from lora_lab.captions.phrases import CLIP_WINDOW, common_phrases
+from lora_lab.captions.phrases import common_phrases
+from lora_lab.captions.syntax import long_texts, syntax_warnings, without_trigger
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import MOST_CUT_AWAY, Masks, folder_prefix, folder_repeats, unused_files
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
@@ -49,6 +49,7 @@ class Findings:
     duplicates: list[tuple[str, str]]  # (copy, original)
     without_trigger: list[str]
     too_long: dict[str, int]  # name -> tokens, above 77
+    syntax: list[str]  # a line for each kind of syntax of other programs in captions
     in_every_caption: list[str]
 
 
@@ -88,8 +89,6 @@ def inspect_dataset(
         prefix: {name: folder_repeats(name, folders[prefix]) for name in contents[prefix].images} for prefix in folders
     }
     texts = {name: [training_text(text) for text in image_captions] for name, image_captions in captions.items()}
-    tokens = {name: max(map(count_tokens, texts[name])) for name in texts} if count_tokens else {}
-    whole_trigger = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
     return Findings(
         pictures=len(paths),
         captions=sum(map(len, captions.values())),
@@ -108,8 +107,9 @@ def inspect_dataset(
         blank=[name for name, image in images.items() if image.blank],
         folder_repeats={name: times for name, times in _prefixed(repeats).items() if times > 1},
         duplicates=find_duplicates({name: image.thumbnail for name, image in images.items()}),
-        without_trigger=[name for name in texts if not all(map(whole_trigger.search, texts[name]))],
-        too_long={name: count for name, count in tokens.items() if count > CLIP_WINDOW},
+        without_trigger=without_trigger(texts, trigger),
+        too_long=long_texts(texts, count_tokens) if count_tokens else {},
+        syntax=syntax_warnings(texts),
         in_every_caption=common_phrases([text for texts in captions.values() for text in texts], trigger),
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from lora_lab.adapters.inject import DROPOUTS
 from lora_lab.base.load import pick_device, pick_dtype
-from lora_lab.settings.schema import Config, Train, shared_by_pack
+from lora_lab.settings.schema import Config, OptimizerTraits, Train, shared_by_pack
 from lora_lab.training.memory import CONTEXT, expected_mib
 from lora_lab.training.pack import split_evenly
 from lora_lab.training.resolve import group_snapshots, snapshot_key, training_size
@@ -106,6 +106,6 @@ def fitting(configs: Sequence[Config], workers: int) -> int:
 
 
 def _expected(config: Config, count: int) -> float:
-    size = training_size(config)
+    size = training_size(config, OptimizerTraits.split(config.optimizer)[0])
     # With the VAE in tiles, as it decodes where memory is short.
     return expected_mib(replace(size, batch_size=size.batch_size * count, rank=size.rank * count), tiling=True)

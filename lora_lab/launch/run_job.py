@@ -35,6 +35,7 @@ from lora_lab.runs import (
     STOP_FILE,
     claimed,
     create_folder,
+    fitting,
     read_result,
     refuse_unwritable,
     score_of,
@@ -45,7 +46,6 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
-from lora_lab.track.base import fitting
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder

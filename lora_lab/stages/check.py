@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from lora_lab.base.locate import locate_folder, locate_model
-from lora_lab.captions.phrases import CLIP_WINDOW
+from lora_lab.base.load import token_counter
+from lora_lab.base.locate import locate_folder
+from lora_lab.captions.syntax import length_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import (
@@ -47,13 +48,16 @@ def check(config: Config, folder: Path) -> CheckResult:
     training_text = partial(
         apply_caption_affixes, prefix=dataset.caption_prefix, suffix=dataset.caption_suffix, trigger=config.trigger
     )
+    count_tokens = token_counter(model.base)
+    if count_tokens is None:
+        say(f"captions are not measured in tokens: the tokenizer of {model.base} cannot be reached")
     findings = inspect_dataset(
         roots,
         config.trigger,
         aspect_buckets(model.resolution, model.bucket_step),
         find_masks(config.loss.mask),
         training_text,
-        token_counter(model.base),
+        count_tokens,
         dataset.follow_links,
     )
     where = ", ".join(map(str, roots))
@@ -72,23 +76,6 @@ def check(config: Config, folder: Path) -> CheckResult:
     if errors:
         raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if errors[1:] else ""))
     return result
-
-
-def token_counter(base: str) -> Callable[[str], int] | None:
-    """A function that counts tokens, start and end markers included, with the tokenizer of the base.
-
-    None where the tokenizer is not available: for a single file, or without a network."""
-    from transformers import CLIPTokenizer
-
-    location = locate_model("model.base", base)
-    if Path(location).is_file():
-        return None
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer")
-    except (OSError, ValueError):
-        say(f"captions are not measured in tokens: the tokenizer of {base} cannot be reached")
-        return None
-    return lambda text: len(tokenizer(text).input_ids)
 
 
 def _errors(findings: Findings, where: str) -> list[str]:
@@ -158,8 +145,7 @@ def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
     if findings.without_trigger:
         names = list_names(findings.without_trigger)
         warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
-    for name, tokens in findings.too_long.items():
-        warnings.append(f"the caption of {name} is {tokens} tokens: CLIP reads {CLIP_WINDOW}, so shorten it")
+    warnings += [*length_warnings(findings.too_long, "the caption of "), *findings.syntax]
     for phrase in findings.in_every_caption:
         warnings.append(
             f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '

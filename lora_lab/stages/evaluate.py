@@ -11,8 +11,9 @@ from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, r
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.captions.syntax import prompt_warnings, prompts_by_key
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.metrics import Scores
@@ -77,6 +78,9 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     training = _training_pictures(config)
     held_out = held_out_pictures(config.model, config.score)
     references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
+    texts = prompts_by_key(score_prompts=config.score.prompts, score_other_prompts=config.score.other_prompts)
+    for line in prompt_warnings(texts, config.trigger, token_counter(config.model.base), of_character=False):
+        say(line)
     prompts = ScorePrompts.of(config.score, config.trigger, config.class_noun)
     say(
         f"{len(loras)} LoRA of {config.trigger}, {len(prompts.specs)} pictures each, compared with {references}, "

@@ -15,10 +15,11 @@ from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, r
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
+from lora_lab.captions.syntax import prompt_warnings
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import say_unused
@@ -97,6 +98,9 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
     lora = _lora(config)
+    if stage.prompt:
+        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.trigger, token_counter(config.model.base)):
+            say(line)
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
     device = pick_device(config.device)

@@ -10,6 +10,7 @@ All of them work in one run folder, on a copy of the dataset, so that the user's
 an overview image: photo, caption and prompt, without the LoRA, with the LoRA. A killed pipeline resumes with resume=.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     check_refiner(config.refiner)
     dataset = prepare_dataset(config, folder)
     config = replace(config, dataset=replace(config.dataset, root=str(dataset)))
-    run_stage("check", config, Check(), folder)
+    if not (config.resume and passed_check(folder)):
+        run_stage("check", config, Check(), folder)
     run_stage("caption", config, Caption(mode="missing"), folder)
     run_stage("refine", config, Refine(), folder)
     trained = run_stage("train", config, config.stage.train, folder, resume=resume_training(config.resume, folder))
@@ -89,6 +91,12 @@ def run_stage(name: str, config: Config, stage_settings: Stage, folder: Path, **
     """The result of another stage, run in `folder` with its settings and other `changes` of the configuration."""
     say(f"\n== {name}")
     return stage_function(type(stage_settings))(replace(config, stage=stage_settings, **changes), folder)
+
+
+def passed_check(folder: Path) -> bool:
+    """Whether the images passed the check before they were captioned, of which check.json is to remain the report."""
+    file = folder / "check.json"
+    return file.is_file() and not json.loads(file.read_text(encoding="utf-8"))["errors"]
 
 
 def prepare_dataset(config: Config, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from rich.text import Text
 from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_captions, refuse_links
 from lora_lab.captions.history import REFINE, CaptionUpdate
-from lora_lab.captions.refiner import load_refiner, read_hints, run_refiner
+from lora_lab.captions.refiner import foreign_hints, load_refiner, read_hints, run_refiner
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
@@ -34,12 +34,14 @@ def refine(config: Config, folder: Path) -> RefineResult:
     Refining again changes nothing. Raises InputError for a folder without captions, a hint for an image without a
     caption, wrong settings of the refiner, and a folder that cannot be written to."""
     root, follow_links = locate_folder("dataset.root", config.dataset.folder), config.dataset.follow_links
-    captions, hints = read_captions(root, follow_links), read_hints(root)
+    captions, hints = read_captions(root, follow_links), read_hints(root, follow_links)
     if not captions:
         raise InputError(f"no captions in {root}: run stage=caption first")
     unknown = [name for name in hints if name not in captions]
     if unknown:
         raise InputError(f"the hints in {root} name {unknown[0]}, which has no caption: correct the name")
+    for line in foreign_hints(captions, hints):
+        say(line)
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Tracker
 from lora_lab.track import tensorboard, trackio, wandb
-from lora_lab.track.base import NO_TRACK, Track, fitting
+from lora_lab.track.base import NO_TRACK, Track
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,5 @@ def tracking(
     `resume` the tracked run of `folder` is continued. Raises InputError as `validate` does."""
     settings = Tracker(kind=kind, project=project, mode=mode, group=group, tags=list(tags))
     validate(settings)
-    with KINDS[kind].open(folder, fitting(name), config, resume, settings) as track:
+    with KINDS[kind].open(folder, name, config, resume, settings) as track:
         yield track

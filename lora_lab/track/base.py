@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import InputError, excerpt
+from lora_lab.console import cut
+from lora_lab.errors import InputError
+from lora_lab.runs import LONGEST_NAME
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-
-LONGEST_NAME = 128  # characters of a project, of a group and of a run: W&B's own bound
 
 Pictures = Mapping[str, "tuple[Image, str]"]
 Rows = Sequence[Mapping[str, Any]]
@@ -54,24 +54,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def fitting(name: str) -> str:
-    """A name that the program made, as every tracker accepts it: at most LONGEST_NAME characters, the first and the
-    last ones, and all of them printable."""
-    name = "".join(letter if letter.isprintable() else "_" for letter in name)
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
 def validate_name(key: str, name: str | None, forbidden: str = "", longest: int = LONGEST_NAME) -> None:
     """Raise InputError, naming `key`, for a name that is empty or longer than `longest`, or has a letter that cannot be
     printed or is in `forbidden`; None is no name."""
     if name is None:
         return
-    shown = f"'{excerpt(name, 40)}'"
     if not name.strip():
-        raise InputError(f"{key}={shown}: is empty, name it or leave the key out")
+        raise InputError(f"{key}={cut(name, 40)}: is empty, name it or leave the key out")
     if len(name) > longest:
-        raise InputError(f"{key}={shown}: has {len(name)} characters, use at most {longest}")
+        raise InputError(f"{key}={cut(name, 40)}: has {len(name)} characters, use at most {longest}")
     odd = [letter for letter in name if letter in forbidden or not letter.isprintable()]
     if odd:
-        raise InputError(f"{key}={shown}: may not hold {odd[0]!r}, use another name")
+        raise InputError(f"{key}={cut(name, 40)}: may not hold {odd[0]!r}, use another name")

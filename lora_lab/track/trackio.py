@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.runs import display_path, refuse_unwritable, write_text
+from lora_lab.runs import LONGEST_NAME, display_path, fitting, refuse_unwritable, write_text
 from lora_lab.settings.schema import Tracker
 from lora_lab.track.base import (
-    LONGEST_NAME,
     NO_TRACK,
     Pictures,
     Rows,
@@ -64,7 +63,7 @@ def open_track(folder: Path, name: str, config: Mapping[str, Any], resume: bool,
     project = settings.project or "lora_lab"
     record = folder / "trackio_run"  # trackio identifies a run by its name: two runs of one name would be merged
     resumed = record.read_text(encoding="utf-8").strip() if resume and record.is_file() else None
-    name = resumed or f"{name}, {'-'.join(folder.absolute().parts[-3:])}"
+    name = resumed or f"{fitting(name)}, {'-'.join(folder.absolute().parts[-3:])}"
     names = {"project": project, "name": name, "group": settings.group}
     run = _open_run(database, config=dict(config), resume="allow" if resumed else "never", **names)
     if run is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.runs import display_path, hash_files, hash_text, write_text
+from lora_lab.runs import display_path, fitting, hash_files, hash_text, write_text
 from lora_lab.settings.schema import Tracker
 from lora_lab.track.base import (
     NO_TRACK,
@@ -19,7 +19,6 @@ from lora_lab.track.base import (
     Rows,
     Track,
     first_line,
-    fitting,
     log_errors,
     validate_name,
 )
@@ -58,7 +57,7 @@ def validate(settings: Tracker) -> None:
 @contextmanager
 def open_track(folder: Path, name: str, config: Mapping[str, Any], resume: bool, settings: Tracker) -> Iterator[Track]:
     """Within the context track the run in `folder`."""
-    folder, names = folder.resolve(), {"name": name, **names_of(settings)}
+    folder, names = folder.resolve(), {"name": fitting(name), **names_of(settings)}
     with _open_run(folder, settings.mode, resume, config=dict(config), **names) as run:
         if run is None:
             yield NO_TRACK

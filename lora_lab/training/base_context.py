@@ -30,7 +30,7 @@ class BaseContext:
     prior: PriorData | None
     validation_data: TrainingData
     scorer: Scorer | None
-    base_scores: ScoredImages | None  # of the base alone; None without model.judge
+    base_scores: ScoredImages | None  # of the base alone, without its images; None without model.judge
 
     def batches(self, training: LoRATraining, step: int) -> StepBatches:
         """What `training` computes its gradient from after `step` steps: a function of its seed and the step."""
@@ -63,7 +63,8 @@ class BaseContext:
 
 
 def prepare_base(training: ResolvedTraining) -> BaseContext:
-    """Load the base, encode images and captions, render class images that are missing, score the base.
+    """Load the base, encode images and captions, render class images that are missing, score the base; then free the
+    images of `training`.
 
     Embedders are loaded first: one that cannot be loaded costs seconds then, not a training. Raises InputError."""
     free_gpu_memory(training.device)
@@ -84,7 +85,8 @@ def prepare_base(training: ResolvedTraining) -> BaseContext:
     prior = _prior(training, data, encoder) if training.prior.kind != "none" else None
     if training.text.learns:  # a text's embedding changes with every step from now on
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
-    base_scores = scorer and scorer.score_base(training.render, training.folder, encoder)
+    base_scores = scorer and replace(scorer.score_base(training.render, training.folder, encoder), pictures=[])
+    images.free()
     return BaseContext(encoder, data, prior, validation_data, scorer, base_scores)
 
 

@@ -94,7 +94,7 @@ def _damage_of_unverified(checkpoint: Path) -> str | None:
 
 
 def save_checkpoint(folder: Path, step: int, training: LoRATraining, fingerprint: dict[str, object]) -> Path:
-    """Write checkpoints/step-NNNNNN, unless a whole one is there, then remove all older ones but the newest few.
+    """Write checkpoints/step-NNNNNN, unless a whole one is there.
 
     `fingerprint` has the settings and file hashes that a resumed run must share. Raises RunError for weights that are
     not finite, DiskFullError."""
@@ -106,10 +106,14 @@ def save_checkpoint(folder: Path, step: int, training: LoRATraining, fingerprint
     target = folder / "checkpoints" / f"step-{step:06d}"
     if not target.is_dir() or damage(target) is not None:
         _write(target, step, training, fingerprint)
-    older = [checkpoint for checkpoint in checkpoints(folder) if step_of(checkpoint) < step]
-    for checkpoint in older[: max(0, len(older) + 1 - training.settings.keep_checkpoints)]:
-        _remove(checkpoint)
     return target
+
+
+def remove_older(folder: Path, step: int, kept: int) -> None:
+    """Remove the checkpoints before that of `step`, but the newest, so that `kept` are left with it."""
+    older = [checkpoint for checkpoint in checkpoints(folder) if step_of(checkpoint) < step]
+    for checkpoint in older[: max(0, len(older) + 1 - kept)]:
+        _remove(checkpoint)
 
 
 def _write(target: Path, step: int, training: LoRATraining, fingerprint: dict[str, object]) -> None:

@@ -136,6 +136,7 @@ class LoRATraining:
     network_name: str  # of the base's component
     params: FlatParams
     optimizer: torch.optim.Optimizer  # of params.master, as one tensor, by groups or matrix by matrix
+    optimizer_averages: bool  # it keeps an average of the weights: eval() switches to it, train() back
     schedule: LRScheduler
     scaler: torch.amp.GradScaler  # of the loss; enabled for float16 alone
     settings: Train
@@ -219,18 +220,17 @@ class LoRATraining:
         before.
 
         The two differ where an average is kept: `average`, or one inside a schedule-free optimizer."""
-        optimizer_averages = hasattr(self.optimizer, "eval")
-        if not optimizer_averages and self.average is None:
+        if not self.optimizer_averages and self.average is None:
             yield
             return
         current = self.params.master.detach().clone()
-        if optimizer_averages:
+        if self.optimizer_averages:
             self.optimizer.eval()
         self.params.load_(self.params.master if self.average is None else self.average)
         try:
             yield
         finally:
-            if optimizer_averages:
+            if self.optimizer_averages:
                 self.optimizer.train()
             self.params.load_(current)  # the optimizer's own way back is a sum, which rounds
 

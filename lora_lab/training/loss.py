@@ -123,7 +123,7 @@ def elementwise_loss(kind: str, predicted: Tensor, target: Tensor, delta: Tensor
 
 
 def predict(network: nn.Module, objective: Objective, batch: Batch) -> Tensor:
-    """What the network predicts of the noisy latents (B, C, h, w), in the base's precision."""
+    """What the network predicts from the noisy latents (B, C, h, w), in the base's precision."""
     noisy = objective.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     return objective.predict(network, noisy, batch.timesteps, batch.conditioning)
 

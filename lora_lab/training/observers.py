@@ -32,7 +32,7 @@ from lora_lab.runs import remove_temporary_files, write_atomically
 from lora_lab.sampling.generate import ImageSpec, image_specs, render_base, render_with_lora, save_image
 from lora_lab.track.base import Track
 from lora_lab.training.base_context import BaseContext
-from lora_lab.training.checkpoint import save_checkpoint
+from lora_lab.training.checkpoint import remove_older, save_checkpoint
 from lora_lab.training.data import Example, TrainingData
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import Batch, per_sample_loss
@@ -59,7 +59,9 @@ class Observer:
 
 @dataclass
 class RunArtifacts(Observer):
-    """Writes checkpoints every stage.checkpoint_every steps and at the end; then the finished LoRA."""
+    """Writes the finished LoRA, and checkpoints when it is told to; removes those that are not kept.
+
+    The checkpoints of runs that share their steps are written before the observers of any of them work."""
 
     resolved: ResolvedTraining
     training: LoRATraining
@@ -67,13 +69,13 @@ class RunArtifacts(Observer):
     installed: Path | None = None  # its copy in models/lora
 
     def on_step(self, step: int) -> None:
-        """Write a checkpoint where one is due."""
+        """Remove older checkpoints, if one was written after this step."""
         if self.resolved.is_due(self.resolved.settings.checkpoint_every, step):
-            self.save_checkpoint(step)
+            self._remove_older(step)
 
     def on_end(self, step: int) -> None:
-        """Write the last checkpoint and the finished LoRA."""
-        self.save_checkpoint(step)
+        """Remove older checkpoints and write the finished LoRA."""
+        self._remove_older(step)
         self.lora = self.save_lora(step, self.resolved.name)
 
     def install(self) -> None:
@@ -84,6 +86,9 @@ class RunArtifacts(Observer):
     def save_checkpoint(self, step: int) -> None:
         """Write checkpoints/step-NNNNNN."""
         save_checkpoint(self.resolved.folder, step, self.training, self.resolved.fingerprint)
+
+    def _remove_older(self, step: int) -> None:
+        remove_older(self.resolved.folder, step, self.resolved.settings.keep_checkpoints)
 
     def lora_file(self, name: str) -> Path:
         """Where a LoRA of that name is written."""

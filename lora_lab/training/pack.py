@@ -21,8 +21,7 @@ from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.console import say
 from lora_lab.settings.schema import Memory
 from lora_lab.training.base_context import BaseContext, free_gpu_memory, prepare_base
-from lora_lab.training.checkpoint import newest_checkpoint
-from lora_lab.training.data import count_buckets
+from lora_lab.training.checkpoint import checkpoints, damage, newest_checkpoint, step_of
 from lora_lab.training.engine import Losses, StepBatches, captured, compile_blocks
 from lora_lab.training.lora_training import FlatParams, LoRATraining
 from lora_lab.training.loss import Batch, per_sample_loss
@@ -170,6 +169,7 @@ def train_pack(trainings: Sequence[ResolvedTraining], on_end: PackEnded) -> None
 
     Where memory runs out they go on in smaller packs, one after the other. `on_end` is called for each that is finished
     or has failed. Raises KeyboardInterrupt where Ctrl-C stopped some after a checkpoint."""
+    trainings = _from_one_step(trainings)
     remaining = dict(enumerate(trainings))
 
     def ended(i: int, result: TrainResult | None, error: Exception | None) -> None:
@@ -186,7 +186,7 @@ def train_pack(trainings: Sequence[ResolvedTraining], on_end: PackEnded) -> None
         context = prepare_base(trainings[0])
     except torch.OutOfMemoryError:  # a smaller pack would not help
         return do_not_fit(list(remaining))
-    queue, max_size = _with_equal_batches(trainings), len(trainings)
+    queue, max_size = _with_equal_batches(trainings, len(context.data.buckets)), len(trainings)
     while queue:
         indices = queue.pop(0)
         pack = [remaining[i] for i in indices]
@@ -205,14 +205,13 @@ def train_pack(trainings: Sequence[ResolvedTraining], on_end: PackEnded) -> None
             queue[:0] = [unfinished] if unfinished else []
 
 
-def _with_equal_batches(trainings: Sequence[ResolvedTraining]) -> list[list[int]]:
-    """The indices of trainings whose batches have one shape in every step.
+def _with_equal_batches(trainings: Sequence[ResolvedTraining], sizes: int) -> list[list[int]]:
+    """The indices of trainings whose batches have one shape in every step; the images have so many sizes.
 
     With images of several sizes each seed has an order of its own."""
-    several_sizes = len(count_buckets(trainings[0].images.fitted)) > 1
     groups: dict[int, list[int]] = {}
     for i, training in enumerate(trainings):
-        groups.setdefault(training.seed if several_sizes else 0, []).append(i)
+        groups.setdefault(training.seed if sizes > 1 else 0, []).append(i)
     return list(groups.values())
 
 
@@ -251,6 +250,20 @@ def _train_one_pack(
     if stopped:
         raise KeyboardInterrupt(f"stopped after step {max(stopped)}")
     return True
+
+
+def _from_one_step(trainings: Sequence[ResolvedTraining]) -> list[ResolvedTraining]:
+    """`trainings` from the newest step of which all have a checkpoint, so that every step has the same pack as it would
+    have had without the interruption; unchanged where there is no such step."""
+    if not all(one.resume_from for one in trainings) or len({one.resume_from.name for one in trainings}) == 1:
+        return list(trainings)
+    newest = min(step_of(one.resume_from) for one in trainings)
+    stored = [{c.name for c in checkpoints(one.folder) if step_of(c) <= newest and not damage(c)} for one in trainings]
+    common = set.intersection(*stored)
+    if not common:
+        return list(trainings)
+    name = max(common, key=lambda name: step_of(Path(name)))
+    return [replace(one, resume_from=one.resume_from.with_name(name)) for one in trainings]
 
 
 def _resumed(training: ResolvedTraining) -> ResolvedTraining:

@@ -16,9 +16,9 @@ from lora_lab import track
 from lora_lab.adapters import inject
 from lora_lab.adapters.files import embeddings_path, read_tokens, resolve_lora
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import base_class, pick_device, pick_dtype, validate_prediction
+from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
-from lora_lab.console import say
+from lora_lab.console import say, say_once
 from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
@@ -42,7 +42,7 @@ from lora_lab.settings.schema import (
 )
 from lora_lab.settings.setting import instantiate_target
 from lora_lab.training.checkpoint import checkpoints, newest_checkpoint, step_of, validate_fingerprint
-from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures
+from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures, text_warnings
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
 from lora_lab.training.text_encoders import validate_text
@@ -67,7 +67,7 @@ class TrainingFiles:
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The images themselves, fitted into their buckets."""
+    """The images themselves, fitted into their buckets, until they are encoded."""
 
     fitted: list[Fitted]  # of the samples, in their order, cut at the centre
     crops: list[list[Fitted]]  # what each sample is trained on
@@ -75,8 +75,8 @@ class TrainingImages:
     references: list[Image.Image]  # that scores compare with instead of the training images; [] without held-out images
     class_images: list[Fitted]  # of the class samples that are on disk; prior=generated renders the others
 
-    def clear(self) -> None:
-        """Free the images, about 6 MB each at 1024 px, when they are encoded and nobody reads them again."""
+    def free(self) -> None:
+        """Free all images, 3 MB each at 1024 px: BaseContext has what is made of them."""
         for images in (self.fitted, self.crops, self.held_out, self.references, self.class_images):
             images.clear()
 
@@ -116,7 +116,7 @@ class ResolvedTraining:
     adapter: PeftConfig
     make_optimizer: MakeOptimizer
     optimizer_name: str
-    elementwise: bool  # whether the optimizer may get all trainable parameters as one tensor
+    traits: OptimizerTraits  # of the optimizer
     start_lora: Path | None  # whose weights the adapter starts from
     device: torch.device
     dtype: torch.dtype  # of the frozen base
@@ -145,10 +145,11 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     # peft takes an empty dict for no patterns, to which Hydra would let nobody add keys.
     adapter = instantiate_target("adapter", {k: {} if v is None else v for k, v in config.adapter.items()})
     settings = config.stage
-    start_lora = resolve_lora(settings.start_from, None, key="stage.start_from") if settings.start_from else None
+    start_lora = None
+    if settings.start_from:
+        start_lora = resolve_lora(settings.start_from, None, layer_shapes(config.model), "stage.start_from")
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
-    make_optimizer = resolve_optimizer(config.optimizer, device)
-    traits, _ = OptimizerTraits.split(config.optimizer)
+    traits, make_optimizer = resolve_optimizer(config.optimizer, device)
     optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
     if config.text.learns or start_lora:
         validate_text(config.text, adapter, optimizer_name, traits, start_lora)
@@ -180,11 +181,11 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
         adapter=adapter,
         make_optimizer=make_optimizer,
         optimizer_name=optimizer_name,
-        elementwise=traits.elementwise,
+        traits=traits,
         start_lora=start_lora,
         device=device,
         dtype=dtype,
-        size=training_size(config),
+        size=training_size(config, traits),
         start_time=start_time,
         resumed=bool(config.resume),
         resume_from=resume_from,
@@ -202,20 +203,25 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     if not config.resume:
         refuse_used(folder, METRICS)
     training = resolve_training(config, folder, reuse_from)
+    texts = (training.settings.prompts, training.score, training.prior)
+    for line in text_warnings(training.files.samples, *texts, training.model, training.trigger):
+        say_once(line)
     write_manifest(folder, training.device, training.hashes)
     return training
 
 
-def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> MakeOptimizer:
-    """The optimizer's constructor with its arguments, those that depend on the device decided. Raises InputError."""
-    _, arguments = OptimizerTraits.split(settings)
+def resolve_optimizer(settings: dict[str, Any], device: torch.device) -> tuple[OptimizerTraits, MakeOptimizer]:
+    """The optimizer's traits, and its constructor with its arguments, those that depend on the device decided.
+
+    Raises InputError."""
+    traits, arguments = OptimizerTraits.split(settings)
     if arguments.get("fused", False) is None:
         arguments["fused"] = device.type == "cuda"
-    return instantiate_target("optimizer", arguments, [_probe()])
+    return traits, instantiate_target("optimizer", arguments, [_probe()])
 
 
-def training_size(config: Config) -> TrainingSize:
-    """What decides the memory of the training that `config` describes."""
+def training_size(config: Config, traits: OptimizerTraits) -> TrainingSize:
+    """What decides the memory of the training that `config` describes, with an optimizer of these `traits`."""
     return TrainingSize(
         profile=base_class(config.model).memory,
         memory=config.memory,
@@ -224,7 +230,7 @@ def training_size(config: Config) -> TrainingSize:
         resolution=config.model.resolution,
         trains_text=config.text.learns,
         keeps_average=bool(config.stage.ema_decay),
-        optimizer_state_bytes=OptimizerTraits.split(config.optimizer)[0].state_bytes,
+        optimizer_state_bytes=traits.state_bytes,
     )
 
 

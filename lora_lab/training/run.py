@@ -194,6 +194,11 @@ class TrainingRun:
         """Hand over the numbers of the step that was just done, which may still be on the device."""
         self.metrics.push(self.step, losses, update)
 
+    def save_due_checkpoint(self) -> None:
+        """Write a checkpoint every stage.checkpoint_every steps, and after the last step."""
+        if self.step == self.resolved.steps or self.resolved.is_due(self.resolved.settings.checkpoint_every, self.step):
+            self.save_checkpoint()
+
     def observe_step(self) -> None:
         """Call the observers after a step that is not the last."""
         settings, step = self.resolved.settings, self.step

@@ -38,7 +38,6 @@ def train(resolved: ResolvedTraining) -> TrainResult:
     say(describe(resolved))
     try:
         context = prepare_base(resolved)
-        resolved.images.clear()  # not those of a pack, whose jobs share them
         training = start_training(resolved, context, context.encoder.base.network)
         with open_run(resolved, training, context) as run:
             try:
@@ -150,6 +149,10 @@ class RunGroup:
         for run in self.active:  # the numbers of all, before rendering the images of one may run out of memory
             with self.isolated(run):
                 run.end_step(*results[id(run.training)])
+        for run in self.active:  # of all, so that a kill leaves all at one step: only then they go on as one pack
+            with self.isolated(run):
+                if run.error is None:
+                    run.save_due_checkpoint()
         for run in self.active:
             with self.isolated(run):
                 if run.unfinished:
@@ -264,7 +267,7 @@ def build_training(
     groups = parameter_groups(network, text_encoders, resolved)
     params = FlatParams([p for group in groups for p in group.params], resolved.dtype)
     optimizer = build_optimizer(params, groups, resolved)
-    if hasattr(optimizer, "train"):  # a schedule-free one; see LoRATraining.swap_in_saved_weights
+    if resolved.traits.averages_weights:  # see LoRATraining.swap_in_saved_weights
         optimizer.train()
     frozen_from = [group.freeze_after for group in groups]
     return LoRATraining(
@@ -272,6 +275,7 @@ def build_training(
         network_name=base_class(resolved.model).network_name,
         params=params,
         optimizer=optimizer,
+        optimizer_averages=resolved.traits.averages_weights,
         schedule=learning_rate_schedule(optimizer, resolved.schedule, resolved.steps, frozen_from),
         scaler=torch.amp.GradScaler(resolved.device.type, enabled=resolved.dtype == torch.float16),
         settings=resolved.settings,
@@ -335,9 +339,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of `params`, whose parameters are those of `groups` in their order."""
     if len(groups) == 1:
-        return resolved.make_optimizer([params.master] if resolved.elementwise else params.matrices())
+        return resolved.make_optimizer([params.master] if resolved.traits.elementwise else params.matrices())
     counts = [len(group.params) for group in groups]
-    if resolved.elementwise:
+    if resolved.traits.elementwise:
         parts = [[part] for part in params.split(counts)]
     else:
         matrices = iter(params.matrices())

@@ -171,4 +171,9 @@ def test_a_name_that_can_be_no_file_is_refused(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("text", ["tofu", "두부", "\x1b[31m", "a\nb\u202e\0", "x" * 10_000_000, "\udcff" * 500])
 def test_an_excerpt_is_short_and_printable(text):
     assert excerpt(text).isprintable() and len(excerpt(text)) <= 81
-    assert not text.isprintable() or excerpt(text) == text or excerpt(text) == text[:80] + "…"
+    assert not text.isprintable() or excerpt(text) == text or excerpt(text) == f"{text[:40]}…{text[-40:]}"
+
+
+def test_a_long_path_is_named_with_its_end():
+    with pytest.raises(InputError, match=r"^lora=/data/a+…a+/hana_tofu\.safetensors: no such file"):
+        resolve_lora(f"/data/{'a' * 90}/hana_tofu.safetensors", None)

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sdxl_structure import NARROW, outputs, pipeline
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.files import describe, kohya_state, network_metadata, save_lora
-from lora_lab.adapters.inject import lora_attached
+from lora_lab.adapters.inject import load_adapter_weights, lora_attached
 from lora_lab.base.layers import quantize_
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
@@ -331,3 +331,19 @@ def test_a_file_of_another_rank_kind_or_target_is_refused_with_both_named(tmp_pa
         inject.inject_adapter(again.unet, config)
         with pytest.raises(InputError, match=f"holds {there}, but this run trains {here}"):
             inject.load_adapter_weights(SDXL(again), file)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 8.0])  # as in the adapter, and another
+@pytest.mark.parametrize("name", ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_training_starts_from_a_file_of_any_number_format(name, alpha, tmp_path):
+    base, dtype = SDXL(copy.deepcopy(BASE)), getattr(torch, name)
+    torch.manual_seed(0)
+    base.network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=FEW, init_lora_weights=False))
+    file = tmp_path / "start.safetensors"
+    stored = {key: value.to(dtype) for key, value in kohya_state({"unet": base.network}, base.lora_key).items()}
+    save_file(stored | {key: torch.tensor(alpha) for key in stored if key.endswith(".alpha")}, file)
+    load_adapter_weights(base, file)
+    for key, value in kohya_state({"unet": base.network}, base.lora_key).items():
+        if not key.endswith(".alpha"):
+            expected = stored[key].float() * (alpha / 2 if "lora_up" in key else 1)
+            assert torch.allclose(value, expected, rtol=1e-6), key

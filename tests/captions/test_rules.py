@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from experiments.tiny_base.vocabulary import meanings
 from lora_lab.captions import blip, rules
-from lora_lab.captions.refiner import load_refiner, read_hints, run_refiner
+from lora_lab.captions.refiner import foreign_hints, load_refiner, read_hints, run_refiner
 from lora_lab.captions.rules import Rule, compile_rules, refine_caption
 from lora_lab.errors import InputError
 
@@ -278,3 +278,67 @@ def test_any_order_of_phrases_gives_the_same_phrases(avatars):
     orders = itertools.permutations(phrases)
     results = {frozenset(refine_caption(", ".join(order), "X", avatars).split(", ")) for order in orders}
     assert results == {frozenset(["X", *phrases[:3]])}
+
+
+@pytest.mark.parametrize(
+    ("trigger", "caption", "refined"),
+    [
+        ("AKA_ROBO", "a cartoon white ghost waving", "An AKA_ROBO waving"),
+        ("AKA_ROBO", "a AKA_ROBO waving", "an AKA_ROBO waving"),
+        ("AKA_ROBO", "smiling, with a hat and an aka _ robo", "smiling, with a hat and an AKA_ROBO"),
+        ("HANA_TOFU", "an orange ghost waving", "A HANA_TOFU waving"),
+        ("HANA_TOFU", "An HANA_TOFU waving", "A HANA_TOFU waving"),
+        ("UNI_CAT", "a ghost waving", "A UNI_CAT waving"),
+        ("ohwx", "an ohwxa, the ohwx waving", "an ohwxa, the ohwx waving"),
+        ("이모티콘", "a ghost waving", "A 이모티콘 waving"),
+    ],
+)
+def test_the_article_is_that_of_the_trigger(general, trigger, caption, refined):
+    assert refine_caption(caption, trigger, general) == refined
+
+
+@pytest.mark.parametrize("option", ["rules", "avatars"])
+def test_words_that_no_rule_changes_stay_whatever_they_are(option):
+    tags = [
+        "HANA_TOFU",
+        r"hana tofu \(series\)",
+        "1girl",
+        "a",
+        "of",
+        r"with \(object\)",
+        "the",
+        ":d",
+        "with",
+        "and",
+        "or",
+    ]
+    draw = random.Random(0)
+    for _ in range(30):
+        caption = ", ".join(["HANA_TOFU", *draw.sample(tags[1:], len(tags) - 1)])
+        assert refine_caption(caption, "HANA_TOFU", shipped(option)) == caption
+        assert refine_caption(f"{caption}, arafed", "HANA_TOFU", shipped(option)) == caption
+
+
+def test_a_hint_in_another_language_than_its_caption_is_named():
+    captions = {"1.png": "a cat", "2.png": "a cat, 눈 속", "3.png": "고양이", "4.png": "a cat", "5.png": "a café"}
+    hints = {"1.png": "눈 속에서", "2.png": "눈 속", "3.png": "눈 속", "4.png": "赤い帽子", "5.png": "im Schnee, süß"}
+    assert foreign_hints(captions, hints) == [
+        "1.png, 2.png: the hint is Korean and stays in the caption",
+        "4.png: the hint is Japanese and stays in the caption",
+    ]
+
+
+def test_hints_behind_a_link_out_of_the_folder_are_not_read(tmp_path):
+    (tmp_path / "secret.csv").write_text("file_name,text\n1.png,a secret\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/hints.csv").symlink_to("../secret.csv")
+    with pytest.raises(InputError, match=r"hints\.csv is a link .*follow_links=true"):
+        read_hints(tmp_path / "data")
+    assert read_hints(tmp_path / "data", follow_links=True) == {"1.png": "a secret"}
+
+
+@pytest.mark.parametrize("option", ["rules", "avatars", "off"])
+def test_a_caption_of_ten_thousand_words_is_refined_like_any_other(option):
+    for text in ("cat " * 10_000, "a" * 50_000, ", ".join(f"hat {i}" for i in range(5_000)), "with a " * 7_000):
+        refined = refine_caption(text, "HANA_TOFU", shipped(option))  # a quadratic rule takes minutes
+        assert refined.count("HANA_TOFU") == 1

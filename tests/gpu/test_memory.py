@@ -13,6 +13,7 @@ from gpu_memory import DRY, free
 from benchmarks.prepare import Bench, prepare
 from benchmarks.row import gpu_memory, measure
 from lora_lab.launch.config import compose
+from lora_lab.settings.schema import OptimizerTraits
 from lora_lab.training.memory import expected_mib
 from lora_lab.training.resolve import training_size
 
@@ -43,7 +44,8 @@ def test_a_run_takes_the_memory_that_its_plan_expects(row, bench, tmp_path):
     free()
     in_use = 0 if DRY else gpu_memory()()  # by this process, in which other tests may have run
     overrides = [*bench.overrides, *IMAGES, *ROWS[row]]
-    expected = expected_mib(training_size(compose(*overrides)))
+    config = compose(*overrides)
+    expected = expected_mib(training_size(config, OptimizerTraits.split(config.optimizer)[0]))
     measured = measure(tmp_path / "run", overrides, steps=6, flops=1.0, peak=None)
     peak = None if DRY else measured.process_mib - in_use
     print("MEASURED", json.dumps({"row": row, "expected MiB": round(expected), "card MiB": peak}))

@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from lora_lab.launch.config import CONF, compose
-from lora_lab.settings.schema import OptimizerTraits
 from lora_lab.training.resolve import resolve_optimizer
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml")))
 def test_the_traits_in_a_file_are_those_of_the_optimizer(name):
     settings = compose(f"optimizer={name}").optimizer
-    traits, _ = OptimizerTraits.split(settings)
     parameter = torch.nn.Parameter(torch.ones(640, 512))
-    optimizer = resolve_optimizer(settings, torch.device("cpu"))([parameter])
+    traits, make_optimizer = resolve_optimizer(settings, torch.device("cpu"))
+    optimizer = make_optimizer([parameter])
     if traits.averages_weights:
         optimizer.train()
     parameter.grad = torch.full_like(parameter, 0.1)

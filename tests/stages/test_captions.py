@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from unloadable import unloadable_models
 
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.demo import TOFU
@@ -142,3 +143,24 @@ def test_imagefolder_of_hugging_face_reads_the_written_captions(root):
     names = [Path(row["image"].filename).name for row in loaded]
     assert names == ["06.png", "image_2.png", "image_10.png"]
     assert dict(zip(names, loaded["text"], strict=True)) == read_captions(root)
+
+
+def test_what_prompts_and_captions_do_not_do_is_said_before_a_model_is_loaded(root, tmp_path, capsys):
+    write_captions(root, {"00.png": "HANA_TOFU (red:1.3)", "03.png": "HANA_TOFU", "06.png": "HANA_TOFU"})
+    prompts = "stage.prompts=['A {trigger} --w 256 --n bad', 'a cat', '<lora:x:1> {trigger}']"
+    models = unloadable_models(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        do(root, "stage=train", "steps=1", prompts, *models, "prior.prompt='a [trigger]'", "prior=generated")
+    photo = ("stage.photo=demo:photos", "stage.prompt='a cat (big:1.2)'", "stage.lora_weight=0")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        do(root, "stage=img2img", *photo, *models)
+    printed = capsys.readouterr().out
+    for line in (
+        "00.png: '(red:1.3)' is only words here",
+        "stage.prompts[0]: '--w 256' is an option of other programs",
+        "stage.prompts[2]: '<lora:x:1>' is only words here",
+        "stage.prompts[1]: without the trigger",
+        "prior.prompt: '[trigger]' is not replaced",
+        "stage.prompt: '(big:1.2)' is only words here",
+    ):
+        assert printed.count(line) == 1

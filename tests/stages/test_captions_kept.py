@@ -146,3 +146,13 @@ def test_a_name_that_no_caption_file_can_have_is_refused_before_anything_is_capt
     with pytest.raises(InputError, match=r"\\xff\.png.* rename the file"):
         do(root, "caption", hook)
     assert hook.count == 0
+
+
+@pytest.mark.parametrize("name", ["captions.history.jsonl", "metadata.jsonl", "metadata.proposed.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_before_anything_is_captioned(root, name, make):
+    make(root / name)
+    hook = Hook()
+    with pytest.raises(InputError, match=rf"{name} is a folder, FIFO or device"):
+        do(root, "caption", hook)
+    assert hook.count == 0

@@ -1,6 +1,7 @@
 """The command without arguments, shortened: every stage runs and fits the next."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,13 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from lora_lab.captions.files import read_captions
-from lora_lab.demo import PHOTOS
+from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
+from lora_lab.stages import img2img as img2img_module
+from lora_lab.stages import pipeline as pipeline_module
 from lora_lab.stages.pipeline import draw_overview
 
 SHORT = (
@@ -60,6 +64,66 @@ def test_a_pipeline_killed_before_its_first_checkpoint_resumes(tmp_path, monkeyp
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == first["loss"]
     assert (folder / "overview.png").is_file()
+
+
+class Killed(BaseException):
+    """Caught by nothing in the program."""
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Overrides for three training images and two photos, and what an uninterrupted pipeline makes of them."""
+    root = tmp_path_factory.mktemp("few")
+    for name, source, files in (("tofu", TOFU, ("00", "01", "02")), ("photos", PHOTOS, "12")):
+        (root / name).mkdir()
+        for file in files:
+            shutil.copy(source / f"{file}.png", root / name)
+    short = (*SHORT, "dataset=folder", f"dataset.root={root / 'tofu'}", f"stage.img2img.photo={root / 'photos'}",
+             "score.attributes=[]", f"cache={root / 'cache'}", "publish=false")  # fmt: skip
+    run_stage(compose(*short), root / "whole")
+    return short, root / "whole"
+
+
+def left_in(folder):
+    """All that does not tell the time, with paths as in any folder."""
+    files = [file for file in folder.rglob("*") if file.suffix in (".png", ".jsonl", ".safetensors", ".json")]
+    kept = [f for f in files if f.name not in ("manifest.json", "metrics.jsonl", "loss.png", "captions.history.jsonl")]
+    contents = {f.relative_to(folder): f.read_bytes().replace(bytes(folder), b"FOLDER") for f in kept}
+    result = json.loads(contents.pop(Path("result.json")))
+    learnt = {path: content for path, content in contents.items() if "checkpoints" not in path.parts}
+    for path in learnt:  # the metadata of a LoRA file have no fixed order, and those of an image its hash
+        if path.suffix == ".safetensors":
+            learnt[path] = {key: value.tolist() for key, value in load_file(folder / path).items()}
+        elif path.suffix == ".png":
+            learnt[path] = Image.open(folder / path).tobytes()
+    return learnt, {key: value for key, value in result.items() if key != "seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["caption", "refine", "train", "img2img", "the first picture", "the third picture"])
+def test_a_pipeline_killed_anywhere_equals_an_uninterrupted_one(few, tmp_path, monkeypatch, at):
+    short, whole = few
+    chosen, save, saved = pipeline_module.stage_function, img2img_module.save_picture, []
+
+    def killed_stage(settings):
+        if settings.__name__.lower() == at:
+            raise Killed
+        return chosen(settings)
+
+    def killed_picture(*arguments):
+        saved.append(None)
+        if at == {1: "the first picture", 3: "the third picture"}.get(len(saved)):
+            raise Killed
+        return save(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(pipeline_module, "stage_function", killed_stage)
+        patched.setattr(img2img_module, "save_picture", killed_picture)
+        run_stage(compose(*short), tmp_path / "run")
+    run_stage(compose(*short, f"resume={tmp_path / 'run'}"), tmp_path / "run")
+    (files, result), (expected, expected_result) = left_in(tmp_path / "run"), left_in(whole)
+    assert result == expected_result and files.keys() == expected.keys()
+    assert [path for path in files if files[path] != expected[path]] == []
 
 
 def test_wrong_settings_of_a_later_stage_are_refused_before_the_dataset_is_copied(tmp_path):

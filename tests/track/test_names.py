@@ -9,9 +9,9 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.launch.config import check_inputs, compose
+from lora_lab.runs import LONGEST_NAME, fitting
 from lora_lab.settings.schema import Tracker
 from lora_lab.track import KINDS, validate
-from lora_lab.track.base import LONGEST_NAME, fitting
 from lora_lab.track.wandb import artifact_name
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_variables_that_wandb_would_refuse_are_named(variable, value, monkeypatc
 
 def test_the_command_line_checks_them_for_the_chosen_tracker():
     tags = f"tracker.tags=[{'a' * 65}]"
-    with pytest.raises(InputError, match=r"tracker\.tags='a+…': has 65 characters, use at most 64"):
+    with pytest.raises(InputError, match=r"tracker\.tags='a+'\.\.\.: has 65 characters, use at most 64"):
         check_inputs(compose("stage=train", "tracker=wandb", tags))
     for kind in set(KINDS) - {"wandb"}:
         if kind == "off" or not KINDS[kind].optional:

@@ -8,16 +8,22 @@ import torch
 from lora_lab.errors import RunError
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
+from lora_lab.settings.schema import OptimizerTraits
 from lora_lab.training import engine
-from lora_lab.training.memory import describe_memory, expected_mib, memory_hint
+from lora_lab.training.memory import TrainingSize, describe_memory, expected_mib, memory_hint
 from lora_lab.training.resolve import training_size
 
 SDXL = ("stage=train", "experiment=sdxl", "dataset.root=x")
 PRESETS = ("fast", "balanced", "low", "minimal")
 
 
+def size_of(*overrides: str) -> TrainingSize:
+    config = compose(*SDXL, *overrides)
+    return training_size(config, OptimizerTraits.split(config.optimizer)[0])
+
+
 def expected(*overrides: str) -> float:
-    return expected_mib(training_size(compose(*SDXL, *overrides)))
+    return expected_mib(size_of(*overrides))
 
 
 def test_every_preset_takes_less_than_the_one_before():
@@ -34,7 +40,7 @@ def test_what_needs_more_is_expected_to(more):
 
 
 def test_the_plan_says_what_to_change_where_it_does_not_fit():
-    size = training_size(compose(*SDXL, "memory=fast"))
+    size = size_of("memory=fast")
     assert "use" not in describe_memory(size, 80_000)
     assert describe_memory(size, 12_000).endswith("validation images are decoded in tiles, which takes 11.0 GiB")
     assert describe_memory(size, 8_000).endswith("if it runs out, use memory=balanced")

@@ -25,13 +25,14 @@ class Toy:
         nn.init.zeros_(self.layers[1].weight)  # as a LoRA begins
         params = FlatParams(list(self.layers.parameters()), torch.float32)
         flat = settings["elementwise"] if elementwise is None else elementwise
-        make_optimizer = resolve_optimizer(settings, torch.device("cpu"))
+        traits, make_optimizer = resolve_optimizer(settings, torch.device("cpu"))
         optimizer = make_optimizer([params.master] if flat else params.matrices())
-        if hasattr(optimizer, "train"):
+        if traits.averages_weights:
             optimizer.train()
         unused = dict.fromkeys(("network", "network_name", "objective", "batch_size", "seed"))
         self.training = LoRATraining(
-            params=params, optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+            params=params, optimizer=optimizer, optimizer_averages=traits.averages_weights,
+            schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             settings=SimpleNamespace(max_grad_norm=1.0, ema_decay=ema_decay),
             average=params.master.detach().clone() if ema_decay else None, **unused,
@@ -98,7 +99,7 @@ def test_elementwise_optimizers_give_the_same_result_on_one_tensor(name):
 
 def fused(settings, device) -> bool:
     """What the optimizer for `device` got as `fused`; its parameters stay on the CPU."""
-    return resolve_optimizer(settings, device)([nn.Parameter(torch.zeros(1))]).defaults["fused"]
+    return resolve_optimizer(settings, device)[1]([nn.Parameter(torch.zeros(1))]).defaults["fused"]
 
 
 def test_adamw_is_fused_on_a_gpu_by_default():

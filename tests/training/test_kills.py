@@ -1,0 +1,56 @@
+"""A run that is killed at any file operation and resumed leaves what an uninterrupted one leaves, file by file.
+
+So do the jobs of a packed sweep. The operations are drawn at random, by a seed that is in the test's name."""
+
+import random
+import shutil
+import signal
+
+import pytest
+from killed_runs import killing_shell, left_by
+from sweep_runs import pictures
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = (
+    "stage=train", "dataset=folder", "dataset.root=tofu", "refiner=off", "device=cpu", "tracker=off", "rank=2",
+    "batch_size=1", "steps=4", "model.resolution=64", "model.judge=null", "sampler.steps=1", "stage.seeds=[0,1]",
+    "stage.prompts=['A {trigger}']", "stage.checkpoint_every=2", "stage.keep_checkpoints=1", "stage.validate_every=2",
+    "stage.validation_loss_every=2", "stage.validation_timesteps=[500]",
+)  # fmt: skip
+COMMANDS = {
+    "run": ([*SETTINGS, "hydra.run.dir=run"], ["run"]),
+    "sweep": (["-m", *SETTINGS, "hydra/launcher=packed", "rank=2,4", "hydra.sweep.dir=sweep"], ["sweep/0", "sweep/1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    work = tmp_path_factory.mktemp("killed")
+    pictures(work)
+    with killing_shell(work) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_that_is_killed_and_resumed_leaves_what_an_uninterrupted_one_leaves(kind, seed, shell):
+    argv, runs = COMMANDS[kind]
+    whole = shell.run(*argv)
+    assert whole.exit_code == 0, whole.output
+    expected = {run: left_by(shell.work / run) for run in runs}
+    assert any("samples/step-000002/p0-s1.png" in files for files in expected.values())
+    operations = range(len(whole.operations))
+    between = [i for i in operations if "step-000002" in whole.operations[i] or "000002." in whole.operations[i]]
+    chance = random.Random(seed)
+    for kill_at in [*chance.sample(between, 3), *chance.sample(operations, 3)]:  # at the images after a checkpoint, too
+        for folder in (kind, "models"):
+            shutil.rmtree(shell.work / folder, ignore_errors=True)
+        killed, where = shell.run(*argv, kill_at=kill_at), f"before {kill_at}: {whole.operations[kill_at]}"
+        assert killed.exit_code == -signal.SIGKILL, where
+        resumed = shell.run(f"resume={kind}")
+        assert resumed.exit_code == 0, (where, resumed.output)
+        for run in runs:
+            left = left_by(shell.work / run)
+            assert left.keys() == expected[run].keys(), where
+            assert not [name for name in left if left[name] != expected[run][name]], where
