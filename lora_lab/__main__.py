@@ -15,10 +15,12 @@ from lora_lab.launch.explain import explain
 from lora_lab.launch.help import help_text
 from lora_lab.launch.run_job import prepare_process, report, run_once
 from lora_lab.launch.sweep import run_sweep
+from lora_lab.runs import interrupt_on_signals
 
 
 def cli() -> None:
     """Run the command line of this process, and exit with the code of `main`."""
+    interrupt_on_signals()
     atexit.register(gc.freeze)  # else the last garbage collection, over all models, takes a sweep two seconds
     sys.exit(main(sys.argv[1:]))
 

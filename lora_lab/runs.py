@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,8 +40,8 @@ FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: re
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
 LONGEST_NAME = 128  # characters of a tracker's project, group and run: W&B's own bound
 LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
-RESOLVER = re.compile(r"\$\{(?=[^{}]*:)")  # the start of ${oc.env:HOME}, not that of ${trigger}
 POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> Path:
@@ -145,56 +145,6 @@ def stop_file_of(folder: Path) -> Path | None:
     """The file that tells the run in `folder` to stop after its step, once it exists; None outside a sweep."""
     sweep = sweep_of(folder)
     return sweep / STOP_FILE if sweep else None
-
-
-def recorded_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The configuration and the overrides of the run in `folder`, as Hydra recorded them.
-
-    The configuration maps dotted keys to values, and each group to its option. Interpolations of other keys are
-    resolved; calls of resolvers (`${oc.env:HOME}`) stay text. Both are empty if the record is missing or damaged."""
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    files = [folder.absolute() / ".hydra" / f"{name}.yaml" for name in ("config", "hydra", "overrides")]
-    try:
-        return _recorded_config(*((file, file.stat().st_mtime_ns) for file in files))
-    except (OSError, YAMLError, OmegaConfBaseException, TypeError, KeyError, ValueError, AttributeError):
-        return {}, []
-
-
-@lru_cache(1000)  # keyed by modification time; the page of a sweep reads all records after every job, 40 ms each
-def _recorded_config(*files: tuple[Path, int]) -> tuple[dict[str, Any], list[str]]:
-    from omegaconf import OmegaConf
-
-    config, hydra, overrides = (_load_yaml(file) for file, _ in files)
-    settings = OmegaConf.to_container(OmegaConf.create(_escape_resolvers(config)), resolve=True)
-    choices = hydra["hydra"]["runtime"]["choices"]
-    options = {group: option for group, option in choices.items() if not group.startswith("hydra/")}
-    return dict(_dotted(settings)) | options, [str(override) for override in overrides]
-
-
-def _load_yaml(file: Path) -> Any:
-    import yaml
-
-    # The loader written in C is much faster: a sweep has a hundred files, and the Python one takes 30 ms for each.
-    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def _escape_resolvers(node: Any) -> Any:
-    """A copy of `node` in which OmegaConf takes calls of resolvers as text."""
-    if isinstance(node, dict):
-        return {key: _escape_resolvers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_escape_resolvers(value) for value in node]
-    return RESOLVER.sub(r"\\${", node) if isinstance(node, str) else node
-
-
-def _dotted(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def save_picture(path: Path, picture: "Image.Image", metadata: dict[str, object]) -> Path:
@@ -395,7 +345,7 @@ def _umask() -> int:
 
 @contextmanager
 def stop_on_signal(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Within the context the first Ctrl-C (or SIGTERM) only sets a flag, so that a checkpoint can be written.
+    """Within the context the first Ctrl-C (SIGTERM, hang-up) only sets a flag, so that a checkpoint can be written.
 
     Gives a function that returns the flag. It is also set once the sweep that the run in `folder` is a job of has its
     stop file. A second Ctrl-C raises KeyboardInterrupt."""
@@ -436,19 +386,44 @@ def stop_jobs_on_signal(stop_file: Path) -> Iterator[None]:
 def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         if received:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
+        leave_terminal(number)
         received.append(number)
         on_first()
 
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may set handlers; in another one signals do not arrive
-        previous = {}
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # in another one signals do not arrive
+        previous = {number: signal.signal(number, handle) for number in _not_ignored()}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A signal handler. Raises KeyboardInterrupt, which says what ended the program."""
+    leave_terminal(number)
+    raise KeyboardInterrupt("stopped" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+
+
+def interrupt_on_signals() -> None:
+    """Let each of the ENDING signals end this process as Ctrl-C does, with one line, instead of at once in silence."""
+    for number in _not_ignored():
+        signal.signal(number, interrupt)
+
+
+def _not_ignored() -> list[int]:
+    """The ENDING signals, without those that nohup, or a shell for a job in the background, lets a program ignore."""
+    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def leave_terminal(number: int) -> None:
+    """After a hang-up, let output go nowhere: the terminal is gone, and writing to it would raise an error."""
+    if number not in (signal.SIGINT, signal.SIGTERM):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in filter(os.isatty, (1, 2)):
+            os.dup2(nowhere, descriptor)
 
 
 def score_of(result: dict[str, Any] | None) -> float | None:

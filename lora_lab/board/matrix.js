@@ -9,15 +9,15 @@ if (data.prompts.length > 1) axes.set("@prompt", [...data.prompts.keys()]);
 if (seeds.length > 1) axes.set("@seed", seeds);
 const ends = new Set(lastStep.filter((step) => step >= 0));
 if (steps.length > 1) axes.set("@step", ends.size > 1 ? [...steps, LAST] : steps); // runs may end at different steps
-const axisName = (axis) =>
-  ({ "@run": say("run"), "@prompt": say("prompt"), "@seed": say("seed_drawn"), "@step": say("step") })[axis] ?? axis;
+const AXIS_WORDS = new Map([["@run", "run"], ["@prompt", "prompt"], ["@seed", "seed_drawn"], ["@step", "step"]]);
+const axisName = (axis) => (AXIS_WORDS.has(axis) ? say(AXIS_WORDS.get(axis)) : axis);
 function valueName(axis, value) {
   if (value === undefined) return "";
   if (axis === "@run") return runs[value].label;
   if (axis === "@prompt") return data.prompts[value];
   return value === LAST ? say("last") : number(value);
 }
-const chosen = {}; // axis -> index of the value shown, of axes that are neither rows nor columns
+const chosen = Object.create(null); // axis -> index of the value shown, of axes that are neither rows nor columns
 for (const [axis, values] of axes) {
   const wanted =
     axis === "@step"

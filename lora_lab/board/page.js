@@ -1,6 +1,10 @@
 // Data, words and pictures, the first screen and the language. The page's data is #data, every text is data.words.
 // page.js, matrix.js, zoom.js and runs.js are one script in the page: no build step, and no library but uPlot.
-const data = JSON.parse(document.getElementById("data").textContent);
+// Objects have no prototype, because a score or a setting may be called "constructor".
+const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+const data = JSON.parse(document.getElementById("data").textContent, (_, value) =>
+  isObject(value) ? Object.assign(Object.create(null), value) : value,
+);
 const { runs, words, swept } = data;
 const $ = (id) => document.getElementById(id);
 const KEYS = Object.keys(swept);

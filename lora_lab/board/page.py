@@ -8,10 +8,11 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lora_lab.board.read import (
     read_sweep,
     running_mean,
 )
+from lora_lab.board.record import is_inside, is_number
 from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
@@ -190,15 +192,13 @@ def write_page(sweep: Sweep, verdict: Verdict, to: Path) -> Path:
     if page.is_file() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise InputError(f"{page} is not a comparison page: move it away, or name another folder with hydra.run.dir=")
     assets = to / "page"
-    runs = [
-        replace(run, pictures=tuple(p for p in run.pictures if _add_picture(p.file, assets / slug(run), stem(p))))
-        for run in sweep.runs
-    ]
-    sweep = replace(sweep, runs=tuple(runs))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sweep = replace(sweep, runs=tuple(_add_pictures(run, assets / slug(run), pool) for run in sweep.runs))
     names = (_add_training_image(file, assets / "training", i) for i, file in enumerate(sweep.training))
-    training = [name for name in names if name]
+    training = [name for name in names if name] or _training_thumbnails(assets / "training")
     write_atomically(to / "comparison.png", sheet(sweep, verdict, assets).save)
-    write_text(page, html(page_data(sweep, verdict, training), sweep, verdict))
+    content = html(page_data(sweep, verdict, training), sweep, verdict)
+    write_text(page, content.encode("utf-8", "replace").decode())  # a JSON string may have half a character
     return page
 
 
@@ -220,12 +220,18 @@ def stem(picture: Picture) -> str:
     return picture.file.stem if picture.step < 0 else f"{picture.step:06d}-{picture.file.stem}"
 
 
+def _add_pictures(run: TrainedRun, folder: Path, pool: Executor) -> TrainedRun:
+    """Put the images of `run` into `folder`; returns the run without those that are damaged or were deleted."""
+    _create(folder)
+    added = pool.map(lambda picture: _add_picture(picture.file, folder, stem(picture)), run.pictures)
+    return replace(run, pictures=tuple(compress(run.pictures, added)))
+
+
 def _add_picture(source: Path, folder: Path, name: str) -> bool:
     """Put the image, as a hard link if possible, and its thumbnail into `folder`, unless they are current.
 
     Returns False for a file that is damaged or was deleted."""
     small = folder / f"{name}.webp"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         if not _is_current(small, source):
             picture = open_picture(source)
@@ -236,20 +242,31 @@ def _add_picture(source: Path, folder: Path, name: str) -> bool:
         return False
 
 
+def _training_thumbnails(folder: Path) -> list[str]:
+    """The files of an earlier page."""
+    return sorted(file.name for file in folder.glob("*.webp") if is_inside(file, folder.parent))
+
+
+def _create(folder: Path) -> None:
+    """Create a folder of the page. Raises InputError for a link, which would lead out of the page of a stranger."""
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise InputError(f"{folder}: a link, not a folder of a comparison page: remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _link(source: Path, target: Path) -> None:
     if target.exists() and target.samefile(source):
         return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        link = Path(folder) / target.name
-        try:
-            os.link(source, link)
-        except OSError:  # another disk, or a file system without links
-            shutil.copy2(source, link)
-        link.replace(target)
+    target.unlink(missing_ok=True)  # an older image
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        write_atomically(target, partial(shutil.copy2, source))
 
 
 def _add_training_image(source: Path, folder: Path, number: int) -> str | None:
     small = folder / f"{number}.webp"
+    _create(folder)
     try:
         if not _is_current(small, source):
             _write_thumbnail(open_picture(source), source, small)
@@ -264,14 +281,12 @@ def _is_current(small: Path, source: Path) -> bool:
 
 
 def _write_thumbnail(picture: Image.Image, source: Path, path: Path) -> None:
+    """Write it in place, for there may be a hundred thousand: the last act makes it current."""
     picture, written = picture.convert("RGB"), source.stat()
     picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
-
-    def save(file: Path) -> None:
-        picture.save(file, quality=85, method=4)
-        os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
-
-    write_atomically(path, save, durable=False)
+    path.unlink(missing_ok=True)  # a link, which would lead out
+    picture.save(path, quality=85, method=2)  # half the time of method 4, files 5 % larger
+    os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
 
 
 def html(data: dict[str, Any], sweep: Sweep, verdict: Verdict) -> str:
@@ -349,13 +364,14 @@ def _rounded(*numbers: float) -> list[float]:
 def commands(run: TrainedRun) -> dict[str, str]:
     """The command lines that repeat the run, continue its training, and use its LoRA, as far as they apply."""
     overrides = [o for o in run.overrides if not o.startswith(("resume=", "hydra.run.dir="))]
-    folder, steps = str(run.folder), run.settings.get("steps") or 0
+    folder, steps = str(run.folder), run.settings.get("steps")
     lines = {"repeat": overrides}
     if any((run.folder / "checkpoints").glob("step-*")):
-        more_steps = [f"steps={round(1.5 * steps)}"] if run.status == "done" else []
+        more_steps = [f"steps={round(1.5 * steps)}"] if run.status == "done" and is_number(steps) else []
         lines["go_on"] = [f"resume={folder}", *more_steps]
     if run.status == "done":
-        base = [f"model={run.settings['model']}"] if run.settings.get("model") != "tiny" else []
+        model = run.settings.get("model", "tiny")
+        base = [f"model={model}"] if model != "tiny" else []
         base += [o for o in overrides if o.startswith("model.")]
         lines["use"] = ["stage=img2img", *base, f"lora={folder}", f"trigger={run.settings.get('trigger')}",
                         "stage.photo=me.jpg"]  # fmt: skip

@@ -5,19 +5,22 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_lab.base.locate import locate_folder
+from lora_lab.board.record import is_inside, is_number, json_values, own_file, read_json, read_object, recorded_settings
+from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.images.scan import natural_key, pictures
-from lora_lab.runs import SWEEP_RECORD, recorded_config, write_atomically
+from lora_lab.runs import SWEEP_RECORD, write_atomically
 from lora_lab.settings.schema import shown_on_page
 
 STAGES = ("train", "pipeline")  # the stages whose runs are compared
-IMAGE_NAME = re.compile(r"p(\d+)-s(\d+)\.png")
+IMAGE_NAME, STEP_NAME = re.compile(r"p(\d+)-s(\d+)\.png"), re.compile(r"step-(\d+)")
+LONGEST = 2000  # characters of an error that the page shows
 TRAINING_IMAGES = 4  # of the dataset, which the page shows beside the best run
 
 
@@ -47,7 +50,7 @@ class TrainedRun:
     name: str  # its folder, relative to the folder that is compared
     folder: Path
     status: str  # done, failed, unfinished (running or stopped), missing (not started)
-    error: str | None  # of a failed run, one sentence
+    error: str | None  # why a run failed, or which of its files are damaged, one sentence for each
     overrides: tuple[str, ...]
     settings: dict[str, Any]  # dotted key -> value, and group -> option
     step: int = 0  # the last step with a metric
@@ -57,6 +60,7 @@ class TrainedRun:
     loss: tuple[tuple[int, float], ...] = ()  # (step, loss)
     validation_loss: tuple[tuple[int, float], ...] = ()
     pictures: tuple[Picture, ...] = ()
+    damage: tuple[str, ...] = ()  # files that could not be read, one sentence for each
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,11 @@ class Sweep:
     training: tuple[Path, ...]  # a few of the training images
 
 
-def read_sweep(folders: Sequence[Path]) -> Sweep:
-    """All training runs below `folders`, each a sweep, a run or a parent of some; possibly none."""
+def read_sweep(folders: Sequence[Path], datasets: Sequence[Path] | None = None) -> Sweep:
+    """All training runs below `folders`, each a sweep, a run or a parent of some; possibly none.
+
+    The page shows training images of `datasets`, or inside `folders`, alone: a record may name any folder. None stands
+    for all, where this process made the record."""
     run_paths = list({run.resolve(): run for folder in folders for run in run_folders(folder)}.values())
     parent = os.path.commonpath([f.resolve().parent if f in run_paths else f.resolve() for f in folders])
     runs = [_read_run(folder, folder.resolve().relative_to(parent).as_posix()) for folder in run_paths]
@@ -78,7 +85,8 @@ def read_sweep(folders: Sequence[Path]) -> Sweep:
     runs += [run for folder in folders for run in _missing_runs(folder, runs)]
     sweep = folders[0].resolve() if len(folders) == 1 else None
     title = " ".join(sweep.parts[-2:]) if sweep and (sweep / SWEEP_RECORD).is_file() else (sweep or Path()).name
-    return Sweep(title, tuple(runs), _swept_keys(runs), _training_images(runs))
+    shown = None if datasets is None else [*datasets, *folders]
+    return Sweep(title, tuple(runs), _swept_keys(runs), _training_images(runs, shown))
 
 
 def run_folders(folder: Path, depth: int = 4) -> list[Path]:
@@ -92,84 +100,98 @@ def run_folders(folder: Path, depth: int = 4) -> list[Path]:
 
 
 def _read_run(folder: Path, name: str) -> TrainedRun:
-    settings, overrides = recorded_config(folder)
-    result, failure = _read_dict(folder / "result.json"), _read_dict(folder / "failed.json")
-    metrics, validation = _curve(folder / "metrics.jsonl"), _curve(folder / "validation.jsonl")
+    damage: list[str] = []
+
+    def read(function: Callable[..., Any], default: Any, *arguments: object) -> Any:
+        try:
+            return function(folder, *arguments)
+        except InputError as error:
+            damage.append(str(error))
+            return default
+
+    settings, overrides = read(recorded_settings, ({}, []))
+    result, failure = read(read_object, {}, "result.json"), read(read_object, {}, "failed.json")
+    metrics, validation = read(_curve, (), "metrics.jsonl"), read(_curve, (), "validation.jsonl")
+    pictures = tuple(_pictures(folder, settings))
+    errors = [str(failure.get("error", ""))[:LONGEST]] if failure else []
     return TrainedRun(
         name=name,
         folder=folder,
         status="failed" if failure else "done" if result else "unfinished",
-        error=str(failure.get("error", "")) if failure else None,
+        error="; ".join([*errors, *damage]) or None,
         overrides=tuple(overrides),
         settings=settings,
         step=metrics[-1][0] if metrics else 0,
-        seconds=result.get("seconds"),
+        seconds=result["seconds"] if is_number(result.get("seconds")) else None,
         scores=_scores(result.get("scores")),
         scores_before=_scores(result.get("scores_before")),
         loss=metrics,
         validation_loss=validation,
-        pictures=tuple(_pictures(folder / "samples", settings)),
+        pictures=pictures,
+        damage=tuple(damage),
     )
 
 
 def _missing_runs(folder: Path, runs: list[TrainedRun]) -> list[TrainedRun]:
     """The jobs in points.json of the sweep in `folder` that have no run yet."""
-    overrides_of_runs = [{*run.overrides} for run in runs]
+    overrides_of_runs, folders = [{*run.overrides} for run in runs], {run.folder for run in runs}
     common = next((run.settings for run in runs if run.settings), {})  # for keys that no override sets
     missing = []
-    for point in _read_points(folder):
-        if not any({*point["overrides"]} <= overrides for overrides in overrides_of_runs):
-            folder_name, overrides = str(point["number"]), tuple(point["overrides"])
-            settings = common | point["values"]
-            missing.append(TrainedRun(f"({folder_name})", folder / folder_name, "missing", None, overrides, settings))
+    for number, overrides, values in _read_points(folder):
+        job = folder / str(number)
+        if job not in folders and not any({*overrides} <= known for known in overrides_of_runs):
+            missing.append(TrainedRun(f"({number})", job, "missing", None, tuple(overrides), common | values))
     return [run for run in missing if run.settings.get("stage", "train") in STAGES]
 
 
-def _read_points(sweep: Path) -> list[dict[str, Any]]:
+def _read_points(sweep: Path) -> list[tuple[int, list[str], dict[str, Any]]]:
+    """Number, overrides and values of each job; none without a sweep, or for one that searches."""
     try:
-        return json.loads((sweep / "points.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no sweep, or one that searches
+        points = read_json(sweep, "points.json", [])
+        return [(int(p["number"]), [str(o) for o in p["overrides"]], json_values(p["values"])) for p in points]
+    except (InputError, TypeError, KeyError, ValueError, AttributeError) as error:
+        say(f"{sweep / 'points.json'} is damaged, so jobs that were not started are left out ({error!r:.200})")
         return []
-
-
-def _read_dict(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _scores(content: object) -> dict[str, ScoreInterval]:
     scores = {}
     for name, score in content.items() if isinstance(content, dict) else ():
-        if isinstance(score, dict) and _finite(score.get("value")):
-            low, high = (score[end] if _finite(score.get(end)) else score["value"] for end in ("low", "high"))
+        if isinstance(score, dict) and is_number(score.get("value")):
+            low, high = (score[end] if is_number(score.get(end)) else score["value"] for end in ("low", "high"))
             scores[name] = ScoreInterval(score["value"], low, high)
     return scores
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _curve(path: Path) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple((line["step"], line["loss"]) for line in read_metrics(path) if _finite(line.get("loss")))
-    except (OSError, ValueError, KeyError):  # missing or damaged: the run is shown without a curve
+def _curve(folder: Path, name: str) -> tuple[tuple[int, float], ...]:
+    """(step, loss) of each line; none if there is no such file. Raises InputError."""
+    if not (folder / name).exists():
         return ()
+    file = own_file(folder, name)
+    try:
+        lines = [(line["step"], line["loss"]) for line in read_metrics(file) if "loss" in line]
+        return tuple((int(step), loss) for step, loss in lines if is_number(loss))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: {error!r:.200}") from error
 
 
-def _pictures(samples: Path, settings: dict[str, Any]) -> Iterable[Picture]:
+def _pictures(run: Path, settings: dict[str, Any]) -> Iterable[Picture]:
+    """The validation images in the folder of the run, without links that lead out of it."""
     stage = "stage.train." if settings.get("stage") == "pipeline" else "stage."
-    prompts = settings.get(f"{stage}prompts") or []
-    for folder in (samples / "base", *sorted(samples.glob("step-*"))):
-        step = -1 if folder.name == "base" else int(folder.name.removeprefix("step-"))
+    prompts = settings.get(f"{stage}prompts")
+    prompts = prompts if isinstance(prompts, list) else []
+    for folder in (run / "samples" / "base", *sorted((run / "samples").glob("step-*"))):
+        match = STEP_NAME.fullmatch(folder.name)
+        if not (match or folder.name == "base") or not is_inside(folder, run):
+            continue
+        step = int(match[1]) if match else -1
         for file in sorted(folder.glob("p*-s*.png"), key=lambda f: natural_key(f.name)):
-            match = IMAGE_NAME.fullmatch(file.name)
-            if match:
-                number, seed = map(int, match.groups())
-                text = prompts[number] if number < len(prompts) else f"p{number}"
+            name = IMAGE_NAME.fullmatch(file.name)
+            if name and (not file.is_symlink() or is_inside(file, run)):
+                number, seed = map(int, name.groups())
+                text = str(prompts[number]) if number < len(prompts) else f"p{number}"
                 yield Picture(file, step, text.replace("{trigger}", str(settings.get("trigger", ""))), seed)
 
 
@@ -180,19 +202,23 @@ def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
     for key in keys:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
         if len(values) > 1 and shown_on_page(key):
-            values_by_key[key] = sorted(values) if all(_finite(v) for v in values) else values
+            values_by_key[key] = sorted(values) if all(is_number(v) for v in values) else values
     return values_by_key
 
 
-def _training_images(runs: list[TrainedRun]) -> tuple[Path, ...]:
-    """A few images of the dataset that the runs trained on, if it still exists."""
+def _training_images(runs: list[TrainedRun], shown: Sequence[Path] | None) -> tuple[Path, ...]:
+    """A few images of the dataset that the runs trained on, if it still exists, and lies in a folder of `shown`."""
     settings = next((run.settings for run in runs if run.settings), {})
     root = settings.get("dataset.root")
     root = root[0] if isinstance(root, list) and root else root
     root = root.get("root") if isinstance(root, dict) else root
     try:
-        files = list(pictures(locate_folder("dataset.root", root if isinstance(root, str) else None)).values())
-    except InputError:
+        folder = locate_folder("dataset.root", root if isinstance(root, str) else None)
+        if shown is not None and not any(is_inside(folder, allowed) for allowed in shown):
+            say(f"training images are not shown: add dataset.root={root} if you know that folder")
+            return ()
+        files = list(pictures(folder).values())
+    except (InputError, OSError, ValueError):
         return ()
     last = TRAINING_IMAGES - 1
     evenly_spaced = [round(i * (len(files) - 1) / last) for i in range(TRAINING_IMAGES)] if files else []

@@ -2,9 +2,9 @@
 
 Imports no torch."""
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def composed(overrides: list[str]) -> DictConfig:
 
 def without_hydra(composition: DictConfig) -> DictConfig:
     """A copy of `composition` without Hydra's part. Raises SettingError for a key that no file in conf/ has."""
-    cfg, choices = pickle.loads(pickle.dumps(composition)), composition.hydra.runtime.choices  # deepcopy is slow
+    cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
     with open_dict(cfg):
         del cfg["hydra"]
     if all(choices.get(group) for group in OPTIONS):

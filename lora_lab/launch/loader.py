@@ -3,6 +3,7 @@
 Two points that choose the same options differ in values alone. Hydra sets those last, on what it composed of the
 options, so that part, nine tenths of the time, can be shared. A test compares the result with Hydra's own."""
 
+import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +19,40 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 
+class Original:
+    """A composition of which copies are made in a fifth of the time that OmegaConf's own take."""
+
+    def __init__(self, composition: DictConfig) -> None:
+        self.classes: list[type] = []  # not pickled, because Hydra imports its plugins twice
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer)
+        pickler.persistent_id = self._number
+        pickler.dump(composition)
+        self.content = buffer.getvalue()
+
+    def copy(self) -> DictConfig:
+        """A new copy."""
+        unpickler = pickle.Unpickler(io.BytesIO(self.content))
+        unpickler.persistent_load = self.classes.__getitem__
+        return unpickler.load()
+
+    def _number(self, value: object) -> int | None:
+        if not isinstance(value, type):
+            return None
+        if value not in self.classes:
+            self.classes.append(value)
+        return self.classes.index(value)
+
+
 class SweepLoader(ConfigLoaderImpl):
     """ConfigLoaderImpl, with the compositions of earlier calls."""
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
-        self.pickles: dict[tuple[str, ...], bytes] = {}  # options and Hydra's own keys -> their composition
+        self.compositions: dict[tuple[str, ...], Original] = {}  # options and Hydra's own keys -> their composition
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"pickles": {}}  # a launcher sends the loader to other processes with every job
+        return vars(self) | {"compositions": {}}  # a launcher sends the loader to other processes with every job
 
     def load_configuration(
         self,
@@ -41,10 +67,10 @@ class SweepLoader(ConfigLoaderImpl):
         if run_mode == RunMode.MULTIRUN or not all(map(self._can_be_shared, parsed)):
             return super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         key = (str(config_name), str(Path.cwd()), *(o.input_line for o in parsed if not self._is_value(o)))
-        if key not in self.pickles:
+        if key not in self.compositions:
             composition = super().load_configuration(config_name, list(key[2:]), run_mode, from_shell)
-            self.pickles[key] = pickle.dumps(composition)  # OmegaConf's own copy takes five times as long
-        return self._with_values(pickle.loads(self.pickles[key]), parsed)
+            self.compositions[key] = Original(composition)
+        return self._with_values(self.compositions[key].copy(), parsed)
 
     def _can_be_shared(self, override: Override) -> bool:
         """Whether it is one value, or one option by its name, of the files of this program."""

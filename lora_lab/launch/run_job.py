@@ -3,6 +3,7 @@
 Imports nothing heavy. A process learns only from files how the jobs of other processes ended."""
 
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_lab.board.page import rewrite_page
 from lora_lab.console import labelled_output, log, quiet_libraries, say, warn
 from lora_lab.errors import InputError, RunError
-from lora_lab.launch import config
+from lora_lab.launch import config, workers
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.command_line import searches, write_missing_points
 from lora_lab.launch.explain import explain
@@ -35,6 +36,7 @@ from lora_lab.runs import (
     STOP_FILE,
     claimed,
     create_folder,
+    display_path,
     fitting,
     read_result,
     refuse_unwritable,
@@ -75,6 +77,8 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
             run_stage(settings, folder)
             (folder / "failed.json").unlink(missing_ok=True)
             return score_of(read_result(folder))
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(_with_resume(str(interrupt) or "stopped", folder)) from None
         except Exception as error:  # raised, Hydra would print it in its own words
             exit_codes.append(report(error))
             if exit_codes == [2]:
@@ -92,6 +96,12 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
         job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
         callbacks.on_run_end(config=composition, config_name="config", job_return=job_return)
     return max(exit_codes, default=0)
+
+
+def _with_resume(reason: str, folder: Path) -> str:
+    """`reason` for which a run stopped, and the command that continues it."""
+    command = shlex.join(["python", "-m", "lora_lab", f"resume={display_path(folder)}"])
+    return reason if "resume=" in reason else f"{reason}; resume with: {command}"
 
 
 def _create_folder(composition: DictConfig) -> Path:
@@ -128,6 +138,7 @@ class SweepTask:
         hydra = HydraConfig.get()
         sweep = Path(hydra.sweep.dir)
         if self.in_worker:
+            workers.end_with_parent()
             prepare_process()
             os.chdir(hydra.runtime.cwd)  # Ray starts its workers in a folder of their own
         try:

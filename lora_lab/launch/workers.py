@@ -4,6 +4,8 @@ Imports nothing heavy: a process must be given its GPU before it imports torch."
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -19,7 +21,8 @@ from lora_lab.runs import stop_jobs_on_signal
 
 T = TypeVar("T")
 POLL_SECONDS = 1.0  # between two checks of processes whose end is not signalled, because their children still run
-GRACE_SECONDS = 5.0  # to close a tracker after the second Ctrl-C
+GRACE_SECONDS = 5.0  # to close a tracker after the second Ctrl-C, or to end a step without the command
+WATCH = "end_with_parent"  # name of a thread
 
 Task = Callable[[], None]  # a partial of a module's function, which can be pickled
 
@@ -47,6 +50,22 @@ def run_in_process(function: Callable[..., T], *arguments: object) -> T:
     """What `function` returns in a new process: a process that asks a GPU for its free memory keeps some of it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it dies, however that happens: with a checkpoint, if it trains."""
+    if any(thread.name == WATCH for thread in threading.enumerate()):
+        return  # joblib's workers do one job after the other
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)  # for the end of a step
+        os._exit(1)
+
+    threading.Thread(target=watch, name=WATCH, daemon=True).start()
 
 
 def run_tasks(
@@ -91,6 +110,7 @@ def _visible(place: str | None) -> AbstractContextManager[None]:
 
 def _run_task(task: Task) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_with_parent()
     with suppress(KeyboardInterrupt):  # the files of the jobs show how far they came
         task()
 

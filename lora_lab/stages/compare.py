@@ -1,5 +1,6 @@
 """stage=compare: write the page that compares the runs of a sweep, or of any folders."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class CompareResult:
     reason: str
     ranking: list[str]  # folders, the best first
     ties: list[str]  # folders of the runs that are as good as the winner
+    damaged: dict[str, list[str]]  # folders of runs with files that could not be read, and why
 
 
 def compare(config: Config, folder: Path) -> CompareResult:
@@ -35,7 +37,7 @@ def compare(config: Config, folder: Path) -> CompareResult:
     target = sources[0] if is_sweep else folder
     for source in sources:
         write_missing_points(source)
-    sweep = read_sweep(sources)
+    sweep = read_sweep(sources, datasets=_typed_datasets(config))
     if not sweep.runs:
         raise InputError(f"no training runs in {', '.join(map(str, sources))}: name a sweep's folder, or run folders")
     ranked = verdict(sweep)
@@ -43,7 +45,8 @@ def compare(config: Config, folder: Path) -> CompareResult:
     page = write_page(sweep, ranked, target)
     run_folders = [str(run.folder) for run in sweep.runs]
     ranking = [run_folders[i] for i in ranked.ranking]
-    say(ranked.sentence["en"])
+    for sentence in [*(line for run in sweep.runs for line in run.damage), ranked.sentence["en"]]:
+        say(sentence)
     say(f"compare the runs: {page}")
     states = ("done", "failed", "unfinished", "missing")
     return CompareResult(
@@ -56,4 +59,14 @@ def compare(config: Config, folder: Path) -> CompareResult:
         reason=ranked.sentence["en"],
         ranking=ranking,
         ties=[run_folders[i] for i in ranked.ties],
+        damaged={str(run.folder): list(run.damage) for run in sweep.runs if run.damage},
     )
+
+
+def _typed_datasets(config: Config) -> list[Path]:
+    """The dataset folders of this command line, whose images may be shown."""
+    found = []
+    for folder in config.dataset.folders:
+        with suppress(InputError):
+            found.append(locate_folder("dataset.root", folder.root))
+    return found

@@ -153,6 +153,8 @@ def _start_run(mode: str, show: Callable[[str], None], **arguments: Any) -> "wan
     """Start a W&B run, online if `mode` allows it and the server answers, else offline; None if both fail.
 
     Never prompts. Raises InputError for `mode="online"` without an API key."""
+    # W&B's reports about itself hold the end of the process for a minute where a server answers byte by byte.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     try:

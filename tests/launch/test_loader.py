@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import dataclass
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from lora_lab.launch import config
 from lora_lab.launch.command_line import write_missing_points
+from lora_lab.launch.loader import Original
 
 SAME_OPTIONS = (  # as a sweep composes them: the second of each line after the first, on its composition
     (["stage=train", "rank=2"], ["stage=train", "rank=4", "rank=8", "lr=1e-5"]),
@@ -67,6 +69,17 @@ def test_a_job_in_another_process_composes_what_hydra_composes(loaders):
     loader, hydra = loaders
     sent = pickle.loads(pickle.dumps(loader))
     assert composition(sent, ["stage=train", "rank=3"]) == composition(hydra, ["stage=train", "rank=3"])
+
+
+def test_a_copy_has_the_classes_of_plugins_that_hydra_imports_twice():
+    @dataclass
+    class Launcher:
+        n_jobs: int = 2
+
+    original = Original(OmegaConf.create({"launcher": OmegaConf.structured(Launcher), "list": [1, 2]}))
+    one, other = original.copy(), original.copy()
+    one.launcher.n_jobs = 3
+    assert OmegaConf.get_type(other.launcher) is Launcher and other == {"launcher": {"n_jobs": 2}, "list": [1, 2]}
 
 
 def test_the_jobs_of_a_glob_are_known_without_points_json(tmp_path):

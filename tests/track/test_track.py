@@ -3,9 +3,12 @@
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +175,27 @@ def test_an_unreachable_server_delays_the_run_but_does_not_stop_it(tmp_path, pla
     path = str(tmp_path / "here" / done.out.strip().rpartition("wandb sync ")[2])
     assert inspect(path, "--summary")["summary"]["train/loss"] == 0.5
     assert done.seconds < 20 and done.err == ""
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_byte_by_byte_holds_neither_the_start_nor_the_end(tmp_path):
+    def answer(connection):
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"a" * 600:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.2)
+
+    def serve(server):
+        with suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        more = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "WANDB_API_KEY": "a" * 40}
+        done = run(tmp_path, "track.wandb.INIT_SECONDS = 1" + USE, **more)
+    assert done.out.startswith("tracking offline (no connection: ") and done.seconds < 40
 
 
 def test_online_mode_without_a_usable_key_is_refused_before_anything_is_written(tmp_path):
