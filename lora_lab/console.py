@@ -16,7 +16,7 @@ log = logging.getLogger("lora_lab")
 LONGEST = 2000  # characters of a line
 # What moves the cursor, breaks a line or reorders text, and the halves of characters that file names in another
 # encoding than UTF-8 are read as. Texts of datasets, LoRA files and records may have them.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, longest: int = LONGEST) -> str:

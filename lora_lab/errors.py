@@ -13,14 +13,3 @@ class RunError(Exception):
 
 class DiskFullError(RunError):
     """A file could not be written for want of space: one sentence that names it."""
-
-
-def excerpt(text: object, longest: int = 80) -> str:
-    """What a message shows of a text from a file, or of a path: at most `longest` characters and a mark where a longer
-    one is cut in the middle, none of which a terminal obeys. The name at the end of a path stays."""
-    whole = str(text)
-    ends = whole if len(whole) <= longest else whole[:longest] + whole[-longest:]
-    visible = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in ends)
-    if len(visible) <= longest:
-        return visible
-    return f"{visible[: longest - longest // 2]}…{visible[-(longest // 2) :]}"

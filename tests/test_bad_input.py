@@ -227,7 +227,6 @@ def test_masks_are_checked_before_a_model_loads(composed, here, unloadable, stag
         (["model.base=demo:tiny-sdlx"], ["model.base=demo:tiny-sdlx", "tiny-sdxl"]),
         (["dataset.root=demo:tofuu"], ["dataset.root=demo:tofuu", "tofu"]),
         ([f"dataset.root={'x' * 256}"], ["dataset.root=x", "File name too long", "correct the name"]),
-        (["resume=nowhere"], ["resume=nowhere", "no checkpoint"]),
         (["device=tpu"], ["device=tpu"]),
         (["loss.zero_terminal_snr=true"], ["loss.zero_terminal_snr", "predicts epsilon"]),
     ],

@@ -104,9 +104,9 @@ def write_captions(
     """Write the captions into a dataset folder, in natural order; returns the paths of the files.
 
     `form` is one of FORMS; None is the form that the folder has, or jsonl. Afterwards read_captions() returns these
-    captions, and nothing is lost: a changed file is first copied to a backup (metadata.1.jsonl.bak) unless it is one
-    of `own`, with what this program has written there; a file of another form with other captions is renamed to one.
-    metadata.jsonl keeps its fields other than name and text.
+    captions, and nothing is lost: a file is first copied to a backup (metadata.1.jsonl.bak) unless lines are only added
+    or it is one of `own`, with what this program has written there; a file of another form with other captions is
+    renamed to one. metadata.jsonl keeps its fields other than name and text.
     Raises InputError for a wrong name or text, an unknown form, links, and text files that two images would share."""
     root = Path(root)
     rows = ((f"caption of {name}", ImageNames({}).find(name, "captions"), text) for name, text in captions.items())
@@ -120,7 +120,7 @@ def write_captions(
     refuse_links(root, contents)
     for path, content in contents.items():
         old = path.read_bytes() if path.is_file() else None
-        if old is not None and old not in (content, (own or {}).get(path)):
+        if old is not None and old != (own or {}).get(path) and not _only_adds(old, content):
             with _free_backup(path).open("xb") as backup:
                 backup.write(old)
         if old != content:
@@ -132,6 +132,12 @@ def write_captions(
             for path in set(source.files) - set(contents):
                 path.replace(_free_backup(path))
     return list(contents)
+
+
+def _only_adds(old: bytes, new: bytes) -> bool:
+    """Whether the new content has every line of the old one; the last line of JSON gets a comma."""
+    lines = {line.removesuffix(b",") for line in new.splitlines()}
+    return all(line.removesuffix(b",") in lines for line in old.splitlines())
 
 
 def refuse_links(root: Path, paths: Iterable[Path] | None = None) -> None:

@@ -60,7 +60,7 @@ class ImageNames:
         folders = path.parts[-2::-1]
         shared = {name: _shared(folders, PurePosixPath(name).parts[-2::-1]) for name in names}
         found = [name for name in names if shared[name] == max(shared.values())]
-        say_once(f"{where.rpartition(', ')[0] or where}: paths of another computer are read by their file names")
+        say_once("pictures that captions name by paths of another computer are found by their file names")
         return _only(found, value, where)
 
 

@@ -66,7 +66,7 @@ def _places(root: Path, images: ImageNames) -> Iterator[Place]:
 def _other_places(root: Path, images: ImageNames) -> Iterator[Place]:
     for path in _tables(root):
         name = path.name.lower()
-        if name in ("meta_cap.json", "meta_lat.json") or (name.startswith("metadata") and path.suffix == ".jsonl"):
+        if name in ("meta_cap.json", "meta_lat.json") or (name.startswith("metadata") and name.endswith(".jsonl")):
             yield None, path.name, [path], _table_rows([path], root, images)
     inside = [path for folder in _folders(root) for path in _tables(folder) if path.stem.lower() == "metadata"]
     yield None, "the metadata files one folder down", inside, _table_rows(inside, root, images)
@@ -95,6 +95,7 @@ def _table_rows(files: Iterable[Path], root: Path, images: ImageNames) -> Iterat
 
 
 def refuse_outward(files: Iterable[Path], root: Path) -> None:
+    """Raise InputError if one of the files is a link out of the folder `root`."""
     for file in files:
         if leads_out(file, root):
             raise InputError(
@@ -104,6 +105,7 @@ def refuse_outward(files: Iterable[Path], root: Path) -> None:
 
 
 def require_equal(first: Source, other: Source, root: Path) -> None:
+    """Raise InputError, naming the first image, if the captions of two places differ."""
     if other.captions != first.captions:
         name = min((first.captions.items() ^ other.captions.items()), key=lambda row: natural_key(row[0]))[0]
         raise InputError(
@@ -120,19 +122,19 @@ def refuse_overlooked(root: Path, images: ImageNames, captions: Mapping[str, Tex
         return
     folders = dict.fromkeys([root, *_folders(root), *(path.parent for path in images.paths.values())])
     for file in (path for folder in folders for path in _tables(folder) if path not in read):
+        if leads_out(file, root):
+            continue
         try:
             found = checked(_table_rows([file], root, images), root)
         except InputError:
             continue  # not captions, whatever it is
-        if name := next(iter(found.keys() & uncaptioned.keys()), None):
+        if name := next((name for name in uncaptioned if name in found), None):
             raise _overlooked(file, name, root)
     keys = [f'"{key}"'.encode() for key in (*TEXT_FIELDS, TAGS)]
     for name, path in uncaptioned.items():
-        for file in (
-            path.with_suffix(".json"),
-            *(path.with_name(path.name + s) for s in (".txt", ".caption", ".json")),
-        ):
-            if file.is_file() and (file.suffix != ".json" or any(key in file.read_bytes() for key in keys)):
+        beside = [path.with_suffix(".json"), *(path.with_name(path.name + s) for s in (".txt", ".caption", ".json"))]
+        for file in (file for file in beside if file.is_file() and not leads_out(file, root)):
+            if file.suffix != ".json" or any(key in file.read_bytes() for key in keys):
                 raise _overlooked(file, name, root)
 
 

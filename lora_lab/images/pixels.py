@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lora_lab.errors import InputError
-from lora_lab.images.scan import readable_formats
+from lora_lab.images.scan import readable_formats, why_not_read
 
 LARGEST = 100_000_000  # pixels; 300 MB decoded, of which SDXL would see a hundredth
 LONGEST = 100  # times the other side; scaled to cover a bucket, an image has up to half as many pixels as LARGEST
@@ -105,7 +105,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): make it a file that you may read") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture despite its name: remove it from the folder") from error
+        reason = why_not_read(path.suffix.lower()) or "not a picture despite its name: remove it from the folder"
+        raise InputError(f"{path} is {reason}") from error
     except BROKEN as error:
         raise InputError(f"{path} is cut off or damaged: copy it again or remove it from the folder") from error
 

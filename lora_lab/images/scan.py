@@ -59,6 +59,13 @@ def readable_formats() -> dict[str, str]:
     return {suffix: name for suffix, name in FORMATS.items() if name != "HEIF" or heif}
 
 
+def why_not_read(suffix: str) -> str | None:
+    """What a file of this suffix, in lower case, is and what to do; None for images that are read, and no images."""
+    if suffix in FORMATS and suffix not in readable_formats():
+        return 'a HEIC image: pip install "lora_lab[heif]", or convert it to PNG'
+    return "an image in a format that is not read: convert it to PNG" if suffix in NOT_READ else None
+
+
 def pictures(root: Path, follow_links: bool = False) -> dict[str, Path]:
     """Name -> path of every image under `root`, in natural order; {} also where `root` is not a folder.
 
@@ -103,10 +110,8 @@ def scan(root: Path, follow_links: bool = False) -> Contents:
             if name in images:
                 same_name.append(name)
             images.setdefault(name, path)
-        elif suffix in FORMATS:
-            left_out[printable(name)] = 'a HEIC image: pip install "lora_lab[heif]", or convert it to PNG'
-        elif suffix in NOT_READ:
-            left_out[printable(name)] = "an image in a format that is not read: convert it to PNG"
+        elif unread := why_not_read(suffix):
+            left_out[printable(name)] = unread
         else:
             others[name] = path
     return Contents(images, others, left_out, list(dict.fromkeys(same_name)))

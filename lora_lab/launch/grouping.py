@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 
 from lora_lab.adapters.inject import DROPOUTS
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.settings.schema import Config, OptimizerTraits, Train, shared_by_pack
+from lora_lab.training.checkpoint import checkpoints
 from lora_lab.training.memory import CONTEXT, expected_mib
 from lora_lab.training.pack import split_evenly
 from lora_lab.training.resolve import group_snapshots, snapshot_key, training_size
@@ -59,7 +61,7 @@ def groups(configs: Sequence[Config], most: int | None, workers: int = 1) -> lis
     reasons = [alone(config) for config in configs]
     for i, config in enumerate(configs):
         found.setdefault(f"alone {i}" if reasons[i] else repr(shared_by_pack(config)), []).append(i)
-    kinds = [_snapshots(configs, indices) for indices in found.values()]
+    kinds = [snapshot_groups(configs, indices) for indices in found.values()]
     made = []
     for share in _shares(kinds, configs, workers):
         size = most or fitting([configs[course[0]] for course in share], workers)
@@ -71,10 +73,12 @@ def groups(configs: Sequence[Config], most: int | None, workers: int = 1) -> lis
     return sorted(made, key=lambda group: -group.steps) if workers > 1 else made
 
 
-def _snapshots(configs: Sequence[Config], indices: Sequence[int]) -> list[list[int]]:
+def snapshot_groups(configs: Sequence[Config], indices: Sequence[int]) -> list[list[int]]:
     """`indices` by LoRA: jobs that differ in steps alone are one training with snapshots."""
-    keys, steps = [snapshot_key(configs[i]) for i in indices], [configs[i].steps for i in indices]
-    return [[indices[k] for k in group] for group in group_snapshots(keys, steps)]
+    chosen = [configs[i] for i in indices]
+    newest = [next(reversed(checkpoints(Path(c.resume))), None) if c.resume else None for c in chosen]
+    grouped = group_snapshots([snapshot_key(c) for c in chosen], newest, [c.steps for c in chosen])
+    return [[indices[k] for k in group] for group in grouped]
 
 
 def _shares(kinds: Sequence[Sequence[list[int]]], configs: Sequence[Config], workers: int) -> list[list[list[int]]]:

@@ -190,7 +190,7 @@ def train_pack(trainings: Sequence[ResolvedTraining], on_end: PackEnded) -> None
     while queue:
         indices = queue.pop(0)
         pack = [remaining[i] for i in indices]
-        snapshots = group_snapshots([one.snapshot_key for one in pack], [one.steps for one in pack])
+        snapshots = group_snapshots(*zip(*((t.snapshot_key, t.resume_from, t.steps) for t in pack), strict=True))
         loras = [[indices[k] for k in group] for group in snapshots]  # of each LoRA the runs that follow it
         if len(loras) > max_size:
             queue[:0] = [list(chain.from_iterable(part)) for part in split_evenly(loras, max_size)]

@@ -41,7 +41,7 @@ from lora_lab.settings.schema import (
     training_fingerprint,
 )
 from lora_lab.settings.setting import instantiate_target
-from lora_lab.training.checkpoint import checkpoints, newest_checkpoint, step_of, validate_fingerprint
+from lora_lab.training.checkpoint import newest_checkpoint, step_of, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures, text_warnings
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
@@ -126,7 +126,7 @@ class ResolvedTraining:
     resume_from: Path | None  # a checkpoint
     fingerprint: dict[str, object]  # settings and file hashes that a resumed run must share
     hashes: dict[str, str]
-    snapshot_key: str | None  # trainings of one key differ in `steps` alone, so one can be the other's snapshot
+    snapshot_key: str | None  # trainings of one key and one start differ in `steps` alone: see group_snapshots
     record: dict[str, Any]  # the whole configuration as plain data, for trackers
 
     def is_due(self, every: int, step: int) -> bool:
@@ -235,20 +235,20 @@ def training_size(config: Config, traits: OptimizerTraits) -> TrainingSize:
 
 
 def snapshot_key(config: Config) -> str | None:
-    """Equal for trainings that start from one step and differ in `steps` alone; None where the schedule depends on
+    """Equal for trainings that differ in `steps` alone, and in where they start; None where the schedule depends on
     `steps`."""
     schedule = config.schedule
     if schedule.name not in ("constant", "constant_with_warmup") or 0 < schedule.warmup < 1:
         return None
-    start = [path.name for path in checkpoints(Path(config.resume))[-1:]] if config.resume else []
-    return repr(asdict(config) | {"steps": 0, "name": "", "publish": None, "tracker": None, "resume": start})
+    return repr(asdict(config) | {"steps": 0, "name": "", "publish": None, "tracker": None, "resume": None})
 
 
-def group_snapshots(keys: Sequence[str | None], steps: Sequence[int]) -> list[list[int]]:
-    """The indices of trainings by `snapshot_key`: of each group the longest training first, then its snapshots."""
+def group_snapshots(keys: Sequence[str | None], starts: Sequence[Path | None], steps: Sequence[int]) -> list[list[int]]:
+    """The indices of trainings by `snapshot_key` and the name of the checkpoint that they start from: of each group the
+    longest training first, then its snapshots."""
     groups: dict[object, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(i if key is None else key, []).append(i)
+    for i, (key, start) in enumerate(zip(keys, starts, strict=True)):
+        groups.setdefault(i if key is None else (key, start and start.name), []).append(i)
     return [sorted(indices, key=lambda i: -steps[i]) for indices in groups.values()]
 
 

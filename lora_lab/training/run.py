@@ -287,9 +287,10 @@ def check_disk(runs: Sequence[TrainingRun]) -> None:
 def open_run(resolved: ResolvedTraining, training: LoRATraining, context: BaseContext) -> Iterator[TrainingRun]:
     """The run of `training` as `resolved` describes it; its tracker and files are open within the context."""
     settings, step, folder = resolved.settings, training.step, resolved.folder
-    if resolved.resumed:
-        remove_temporary_files(folder, folder / "lora", *folder.glob("samples/*"))
-        remove_incomplete(folder / "checkpoints")
+    # Of a part that was killed; before its first checkpoint the run starts anew, so `resumed` does not tell.
+    written = (folder, folder / "lora", folder / "drawn", *folder.glob("samples/*"), *folder.glob("class/*"))
+    remove_temporary_files(*written)
+    remove_incomplete(folder / "checkpoints")
     with ExitStack() as resources:
         # Shown by the tracker, where it tells the jobs of a sweep apart.
         title = f"{resolved.name} rank {resolved.rank} lr {resolved.lr:g} steps {resolved.steps}"

@@ -2,6 +2,7 @@ import io
 import os
 import socket
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -231,6 +232,16 @@ def test_what_browsers_and_phones_write_is_read(tmp_path, suffix):
     picture.save(path, SUFFIXES[suffix])
     top, *_, bottom = corners(open_picture(path))
     assert top[0] > 150 > top[2] and bottom[2] > 150 > bottom[0]
+
+
+def test_a_photo_in_a_format_that_is_not_read_says_what_to_do(tmp_path, monkeypatch):
+    register_heif_opener()
+    Image.new("RGB", (32, 32)).save(tmp_path / "me.HEIC", "HEIF")
+    Image.new("RGB", (32, 32)).save(tmp_path / "me.tga")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    for name, words in {"me.HEIC": "a HEIC image: pip install", "me.tga": "not read: convert it to PNG"}.items():
+        with pytest.raises(InputError, match=rf"{name} is .*{words}"):
+            open_picture(tmp_path / name)
 
 
 def test_a_file_is_opened_in_the_formats_of_images_only(tmp_path, monkeypatch):

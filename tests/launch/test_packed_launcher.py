@@ -14,12 +14,11 @@ from tiny_runs import interrupt_at
 
 from lora_lab.demo import TOFU
 from lora_lab.launch.config import compose
-from lora_lab.launch.grouping import alone, groups
+from lora_lab.launch.grouping import alone, groups, snapshot_groups
 from lora_lab.settings.schema import Config
 from lora_lab.training import pack as pack_runner
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.pack import PackedStep
-from lora_lab.training.resolve import group_snapshots, snapshot_key
 
 SWEEP = (
     "-m", "stage=train", "dataset=folder", "dataset.root=six", "refiner=off", "tracker=off", "model.judge=null",
@@ -168,7 +167,7 @@ def test_only_a_job_that_cannot_be_packed_has_a_reason_to_train_alone(plain):
 
 
 def snapshots(configs) -> list[list[int]]:
-    return group_snapshots([snapshot_key(config) for config in configs], [config.steps for config in configs])
+    return snapshot_groups(configs, range(len(configs)))
 
 
 def test_shorter_jobs_are_snapshots_if_their_schedule_does_not_depend_on_the_steps():

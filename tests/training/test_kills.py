@@ -18,9 +18,11 @@ SETTINGS = (
     "stage.prompts=['A {trigger}']", "stage.checkpoint_every=2", "stage.keep_checkpoints=1", "stage.validate_every=2",
     "stage.validation_loss_every=2", "stage.validation_timesteps=[500]",
 )  # fmt: skip
+PACKED = ("-m", *SETTINGS, "hydra/launcher=packed", "hydra.sweep.dir=sweep")
 COMMANDS = {
     "run": ([*SETTINGS, "hydra.run.dir=run"], ["run"]),
-    "sweep": (["-m", *SETTINGS, "hydra/launcher=packed", "rank=2,4", "hydra.sweep.dir=sweep"], ["sweep/0", "sweep/1"]),
+    "sweep": ([*PACKED, "rank=2,4"], ["sweep/0", "sweep/1"]),
+    "sweep of several steps": ([*PACKED, "rank=2,4", "steps=3,4"], [f"sweep/{job}" for job in range(4)]),
 }
 
 
@@ -41,14 +43,17 @@ def test_a_run_that_is_killed_and_resumed_leaves_what_an_uninterrupted_one_leave
     expected = {run: left_by(shell.work / run) for run in runs}
     assert any("samples/step-000002/p0-s1.png" in files for files in expected.values())
     operations = range(len(whole.operations))
-    between = [i for i in operations if "step-000002" in whole.operations[i] or "000002." in whole.operations[i]]
-    chance = random.Random(seed)
-    for kill_at in [*chance.sample(between, 3), *chance.sample(operations, 3)]:  # at the images after a checkpoint, too
-        for folder in (kind, "models"):
-            shutil.rmtree(shell.work / folder, ignore_errors=True)
+    chance, folder = random.Random(seed), kind.split()[0]
+    # While the images after a checkpoint are drawn, and those of one job's end while others are not there yet.
+    delicate = [
+        [i for i in operations if name in whole.operations[i]] for name in ("samples/step-000002", "0004/p0-s0")
+    ]
+    for kill_at in [*map(chance.choice, delicate), *chance.sample(operations, 2)]:
+        shutil.rmtree(shell.work / folder)
+        shutil.rmtree(shell.work / "models", ignore_errors=True)
         killed, where = shell.run(*argv, kill_at=kill_at), f"before {kill_at}: {whole.operations[kill_at]}"
         assert killed.exit_code == -signal.SIGKILL, where
-        resumed = shell.run(f"resume={kind}")
+        resumed = shell.run(f"resume={folder}")
         assert resumed.exit_code == 0, (where, resumed.output)
         for run in runs:
             left = left_by(shell.work / run)
