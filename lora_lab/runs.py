@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -422,8 +423,9 @@ def leave_terminal(number: int) -> None:
     """After a hang-up, let output go nowhere: the terminal is gone, and writing to it would raise an error."""
     if number not in (signal.SIGINT, signal.SIGTERM):
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in filter(os.isatty, (1, 2)):
-            os.dup2(nowhere, descriptor)
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # of a terminal that is gone isatty is false
+                os.dup2(nowhere, descriptor)
 
 
 def score_of(result: dict[str, Any] | None) -> float | None:
