@@ -154,6 +154,7 @@ def test_a_wrong_setting_of_an_added_captioner_is_refused_in_one_sentence(work, 
     assert not (work / "tofu" / "metadata.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_captioner_that_loses_an_image_is_an_error(work):
     add_option(work, "captioner", "forgetful", FORGETFUL, "_target_: forgetful.Forgetful\n")
     failed = lora_lab(work, "stage=caption", "captioner=forgetful")
@@ -175,6 +176,7 @@ def test_a_refiner_of_the_users_own_rewrites_captions_with_their_hints(work):
     }
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_the_users_own_trains_the_lora(work):
     write_captions(work / "tofu", dict.fromkeys(NAMES, "A HANA_TOFU, smiling"))
     option = "_target_: sign.SignSGD\n_partial_: true\nelementwise: true\nlr: ${lr}\n"

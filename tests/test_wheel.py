@@ -80,6 +80,7 @@ def test_the_installed_package_reads_its_own_configuration(installed, tmp_path):
     assert recipe.returncode == 0 and "steps: 6" in recipe.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_packed_launcher(wheel, installed, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         plugin = [name for name in archive.namelist() if name.startswith("hydra_plugins/")]
@@ -115,6 +116,7 @@ for launcher in Plugins.instance().discover(Launcher):
     assert "basic_launcher" in found.stdout
 
 
+@pytest.mark.slow
 def test_the_installed_package_checks_its_own_demo(installed, tmp_path):
     checked = lora_lab(installed, tmp_path, "stage=check")
     assert checked.returncode == 0, checked.stderr

@@ -177,9 +177,12 @@ def test_stage_compare_refuses_what_it_cannot_compare(sweep, composed):
         run_stage(composed("stage=compare", "stage.folder=empty"), Path("out"))
     with pytest.raises(InputError, match=r"multirun/day/tme: there is no such file or folder, did you mean"):
         check_inputs(composed("stage=compare", "stage.folder=multirun/day/tme"))
-    for wrong in ("[]", "3", "[3]", "null"):
+    for wrong in ("[]", "null"):
         with pytest.raises(Exception, match="name a sweep's folder"):
             composed("stage=compare", f"stage.folder={wrong}")
+    for number in ("3", "[3]"):  # the name of a folder
+        with pytest.raises(InputError, match=r"stage\.folder=3: there is no such file or folder"):
+            check_inputs(composed("stage=compare", f"stage.folder={number}"))
 
 
 def test_the_page_may_be_moved(sweep):

@@ -91,7 +91,7 @@ def test_another_kind_of_model_is_refused():
     ("override", "sentence"),
     [
         ("captioner.base=no/such/folder", r"captioner\.base=no/such/folder: no such file or folder"),
-        ("captioner.beams=0", r"captioner\.beams=0: should be greater than 0"),
+        ("captioner.beams=0", r"captioner\.beams=0: beams must be at least 1"),
         ("captioner.max_tokens=many", r"captioner\.max_tokens=many: should be a valid integer"),
         ("captioner.batch_size=0.5", r"captioner\.batch_size=0\.5: "),
     ],

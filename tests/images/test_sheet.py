@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from lora_lab.images.sheet import PAGE, PANEL, contact_sheet
@@ -37,6 +38,7 @@ def ink_box(sheet):
     return xs.min(), ys.min(), xs.max(), ys.max()
 
 
+@pytest.mark.slow
 def test_text_stays_in_its_cell_however_long_it_is():
     for text in ("A HANA_TOFU with a purple background, " * 40, "x" * 5000, "두부" * 400, "a\n" * 100):
         sheet = contact_sheet([[None, text, None]], ["", "", ""], cell=128)

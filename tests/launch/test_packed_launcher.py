@@ -73,6 +73,7 @@ def test_every_job_of_a_pack_writes_what_it_writes_alone(run, capsys):
     assert (Path("packed") / "index.html").is_file() and not Path("models").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_job_of_a_packed_sweep_leaves_the_others_running(run, capsys):
     how = ("steps=2", "stage.validation_loss_every=0", "hydra/launcher=packed", "hydra.sweep.dir=packed")
     assert run(*SWEEP, "lr=1e-3,1e20", *how) == 1

@@ -31,6 +31,7 @@ def test_a_run_that_is_ended_at_its_start_says_how_to_go_on(work, number):
     assert (code, err.strip()) == (1, f"lora_lab: {reason}; {RESUME}")
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(work):
     words = ("-m", "lora_lab", "stage=check", "dataset=folder", "dataset.root=tofu", "hydra.run.dir=run")
     run = subprocess.Popen(["nohup", sys.executable, *words], cwd=work, start_new_session=True)

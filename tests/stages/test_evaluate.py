@@ -101,6 +101,7 @@ def content(folder):
     return lines.replace(str(Path(folder).absolute()), ""), {f.relative_to(folder): f.read_bytes() for f in files}
 
 
+@pytest.mark.slow
 def test_interrupted_scoring_keeps_what_it_has_and_goes_on_there(scored, made_lora, monkeypatch, capsys):
     folder, before = scored
     monkeypatch.chdir(folder)

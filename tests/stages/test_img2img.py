@@ -150,6 +150,7 @@ def interrupt(run, folder, lost):
     return {path: path.stat().st_ino for path in folder.glob("*-s*.png")}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_files_and_draws_only_what_is_missing(tmp_path, many):
     whole = draw(tmp_path / "whole", *many)
     rows = [json.loads(line) for line in (tmp_path / "whole/prompts.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from lora_lab.errors import InputError
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
+@pytest.mark.slow
 def test_a_second_run_encodes_only_what_changed_and_learns_the_same(own_pictures, three_steps, capsys):
     data = ("steps=3", f"dataset.root={own_pictures}", "cache=cache")
     train("first", *data)

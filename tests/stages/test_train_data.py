@@ -73,6 +73,7 @@ def test_random_crops_are_encoded_as_they_are_told(tmp_path):
     assert [len(cuts) for cuts in resolved(*crop).images.crops] == [4, 4, 1], "dataset.crops is 4 by default"
 
 
+@pytest.mark.slow
 def test_random_crops_change_what_is_learnt_where_there_is_room_for_them(tmp_path, capsys):
     root = f"dataset.root={wide_pictures(tmp_path / 'wide')}"
     train("centre", root, "steps=3")

@@ -188,6 +188,7 @@ def test_an_option_changes_what_another_run_learns(run, change, measure, low, hi
     assert low <= measure("changed", "plain") <= high, why
 
 
+@pytest.mark.slow
 def test_prefix_and_suffix_are_learnt_as_if_they_stood_in_the_captions(own_pictures, three_steps):
     train("options", "steps=3", "dataset.caption_prefix='a drawing of'", "dataset.caption_suffix=', flat'")
     lines = [json.loads(line) for line in (own_pictures / "metadata.jsonl").read_text().splitlines()]

@@ -112,6 +112,7 @@ def test_a_second_run_into_the_same_folder_is_refused():
     assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_scores_stand_in_the_result_with_every_picture_they_are_read_from(capsys):
     few = "score.prompts=['A {trigger} with a red background']", "score.other_prompts=['A {class_noun}']"
     result = train("run", "steps=2", "lr=0.05", "model.judge=demo:tiny-clip", *few)

@@ -137,6 +137,7 @@ def test_only_the_newest_checkpoints_are_kept():
     assert [c.name for c in checkpoints(Path("run"))] == ["step-000004", "step-000005", "step-000006"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_rendered_renders_and_measures_on_resume_what_was_due():
     """The checkpoint of a step is written before its validation images and loss."""
     settings = ("steps=4", "stage.checkpoint_every=2", "stage.validate_every=2", "stage.validation_loss_every=2")

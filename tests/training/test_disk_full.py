@@ -85,6 +85,7 @@ def unlimited(tmp_path_factory):
 @pytest.mark.parametrize(
     "place", [next(iter(PLACES)), *(pytest.param(p, marks=pytest.mark.slow) for p in [*PLACES][1:])]
 )
+@pytest.mark.slow
 def test_wherever_the_space_ends_one_sentence_names_the_file_and_the_resumed_run_is_the_same(
     place, work, unlimited, monkeypatch
 ):
