@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_lab.captions.files import read_captions, write_captions
-from lora_lab.captions.sources import HISTORY
+from lora_lab.captions.files import HISTORY, read_captions, write_captions
 from lora_lab.console import say
 from lora_lab.errors import InputError
 

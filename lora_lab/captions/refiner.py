@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_lab.captions.files import read_caption_file
-from lora_lab.captions.sources import refuse_outward
+from lora_lab.captions.files import read_caption_file, refuse_outward
 from lora_lab.errors import InputError, RunError
 from lora_lab.images.dataset import list_names
 from lora_lab.settings.setting import bind_target, call_target

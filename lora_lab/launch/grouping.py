@@ -10,7 +10,7 @@ import torch
 from lora_lab.adapters.inject import DROPOUTS
 from lora_lab.base.load import pick_device, pick_dtype
 from lora_lab.settings.schema import Config, OptimizerTraits, Train, shared_by_pack
-from lora_lab.training.checkpoint import checkpoints
+from lora_lab.training.lora_training import checkpoints
 from lora_lab.training.memory import CONTEXT, expected_mib
 from lora_lab.training.pack import split_evenly
 from lora_lab.training.resolve import group_snapshots, snapshot_key, training_size

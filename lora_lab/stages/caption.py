@@ -15,9 +15,8 @@ from lora_lab.captions.captioner import (
     load_captioner,
     run_captioner,
 )
-from lora_lab.captions.files import read_captions, refuse_links
+from lora_lab.captions.files import PROPOSED, read_captions, refuse_links
 from lora_lab.captions.history import CaptionUpdate, machine_made
-from lora_lab.captions.sources import PROPOSED
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import say_unused

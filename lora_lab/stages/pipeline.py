@@ -29,7 +29,7 @@ from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import refuse_used, stage_function, write_atomically
 from lora_lab.settings.schema import Caption, Check, Config, Refine, Stage
-from lora_lab.training.checkpoint import checkpoints
+from lora_lab.training.lora_training import checkpoints
 
 if TYPE_CHECKING:
     from lora_lab.stages.img2img import GeneratedImage

@@ -32,9 +32,8 @@ from lora_lab.runs import remove_temporary_files, write_atomically
 from lora_lab.sampling.generate import ImageSpec, image_specs, render_base, render_with_lora, save_image
 from lora_lab.track.base import Track
 from lora_lab.training.base_context import BaseContext
-from lora_lab.training.checkpoint import remove_older, save_checkpoint
 from lora_lab.training.data import Example, TrainingData
-from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.lora_training import LoRATraining, remove_older, save_checkpoint
 from lora_lab.training.loss import Batch, per_sample_loss
 from lora_lab.training.metrics import MetricsFile
 from lora_lab.training.randomness import generator

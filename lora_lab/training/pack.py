@@ -21,9 +21,8 @@ from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.console import say
 from lora_lab.settings.schema import Memory
 from lora_lab.training.base_context import BaseContext, free_gpu_memory, prepare_base
-from lora_lab.training.checkpoint import checkpoints, damage, newest_checkpoint, step_of
 from lora_lab.training.engine import Losses, StepBatches, captured, compile_blocks
-from lora_lab.training.lora_training import FlatParams, LoRATraining
+from lora_lab.training.lora_training import FlatParams, LoRATraining, checkpoints, damage, newest_checkpoint, step_of
 from lora_lab.training.loss import Batch, per_sample_loss
 from lora_lab.training.memory import out_of_memory_error
 from lora_lab.training.resolve import ResolvedTraining, group_snapshots

@@ -41,8 +41,8 @@ from lora_lab.settings.schema import (
     training_fingerprint,
 )
 from lora_lab.settings.setting import bind_target, call_target
-from lora_lab.training.checkpoint import newest_checkpoint, step_of, validate_fingerprint
 from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures, text_warnings
+from lora_lab.training.lora_training import newest_checkpoint, step_of, validate_fingerprint
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
 from lora_lab.training.text_encoders import validate_text

@@ -19,10 +19,9 @@ from lora_lab.images.dataset import cut_away_line, frames_line, unused_line
 from lora_lab.runs import free_space, remove_temporary_files
 from lora_lab.track import tracking
 from lora_lab.training.base_context import BaseContext
-from lora_lab.training.checkpoint import checkpoints, remove_incomplete
 from lora_lab.training.data import count_buckets
 from lora_lab.training.engine import Losses
-from lora_lab.training.lora_training import LoRATraining, Update
+from lora_lab.training.lora_training import LoRATraining, Update, checkpoints, remove_incomplete
 from lora_lab.training.memory import describe_memory
 from lora_lab.training.metrics import StepMetrics, last_validation_loss, mean_loss, metrics_files
 from lora_lab.training.observers import FinalScores, Observer, RunArtifacts, ValidationImages, ValidationLoss

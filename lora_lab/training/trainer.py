@@ -19,9 +19,8 @@ from lora_lab.console import bar, say
 from lora_lab.errors import DiskFullError, InputError, RunError
 from lora_lab.runs import stop_on_signal
 from lora_lab.training.base_context import BaseContext, gc_paused, prepare_base
-from lora_lab.training.checkpoint import load_checkpoint
 from lora_lab.training.engine import Losses, StepEngine, build_single_step
-from lora_lab.training.lora_training import FlatParams, LoRATraining, Update, learning_rate_schedule
+from lora_lab.training.lora_training import FlatParams, LoRATraining, Update, learning_rate_schedule, load_checkpoint
 from lora_lab.training.loss import Objective, objective
 from lora_lab.training.memory import out_of_memory_error
 from lora_lab.training.randomness import seed_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.captions.encoding import decode_files
+from lora_lab.captions.forms import decode_files
 from lora_lab.errors import InputError
 
 ENGLISH = "A HANA_TOFU with a purple background, smiling"

@@ -2,8 +2,8 @@
 
 import json
 
+from lora_lab.captions.files import HISTORY as NAME
 from lora_lab.captions.history import machine_made, record
-from lora_lab.captions.sources import HISTORY as NAME
 
 
 def change(root, by, name, was, text):

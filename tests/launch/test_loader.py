@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from lora_lab.launch import config
 from lora_lab.launch.command_line import write_missing_points
-from lora_lab.launch.loader import Original
+from lora_lab.launch.config import Original
 
 SAME_OPTIONS = (  # as a sweep composes them: the second of each line after the first, on its composition
     (["stage=train", "rank=2"], ["stage=train", "rank=4", "rank=8", "lr=1e-5"]),

@@ -15,8 +15,8 @@ from tiny_runs import FAST, assert_same, checkpointed, encoded, lora, metrics, t
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
-from lora_lab.training.checkpoint import checkpoints
 from lora_lab.training.data import TrainingData
+from lora_lab.training.lora_training import checkpoints
 from lora_lab.training.loss import Batch, Objective, objective, per_sample_loss, predict
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

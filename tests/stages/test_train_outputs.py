@@ -19,7 +19,7 @@ from lora_lab.demo import BASE
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
-from lora_lab.training.checkpoint import checkpoints
+from lora_lab.training.lora_training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

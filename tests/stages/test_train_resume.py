@@ -9,7 +9,7 @@ import torch
 from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train, validation, without_checksums
 
 from lora_lab.errors import InputError
-from lora_lab.training.checkpoint import checkpoints
+from lora_lab.training.lora_training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

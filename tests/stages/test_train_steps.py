@@ -12,8 +12,7 @@ from lora_lab.demo import TOFU
 from lora_lab.errors import RunError
 from lora_lab.launch.config import compose
 from lora_lab.training import engine
-from lora_lab.training.checkpoint import checkpoints
-from lora_lab.training.lora_training import LoRATraining
+from lora_lab.training.lora_training import LoRATraining, checkpoints
 from lora_lab.training.loss import objective, per_sample_loss
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

@@ -12,8 +12,8 @@ from tiny_runs import assert_same, inside, lora, metrics, train, without_checksu
 
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
-from lora_lab.training import checkpoint as module
-from lora_lab.training.checkpoint import checkpoints, newest_checkpoint
+from lora_lab.training import lora_training as module
+from lora_lab.training.lora_training import checkpoints, newest_checkpoint
 
 PARTS = ("learnt.safetensors", "state.pt", "training.json")
 SETTINGS = ("stage.checkpoint_every=1", "stage.keep_checkpoints=3", "stage.validate_every=0")
