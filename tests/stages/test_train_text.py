@@ -321,7 +321,7 @@ def test_img2img_draws_with_the_embeddings_and_misses_them(trained):
     save_file({key: -value for key, value in emb.items()}, str(embeddings_path(file)))
     assert not np.array_equal(drawn("wrong"), right)
     save_file({key: value[:1] for key, value in emb.items()}, str(embeddings_path(file)))
-    with pytest.raises(InputError, match="does not hold the embeddings of the 2 new tokens"):
+    with pytest.raises(InputError, match="does not hold the embeddings of 2 new tokens"):
         drawn("short")
     embeddings_path(file).unlink()
     with pytest.raises(InputError, match=r"trigger HANA_TOFU is 2 new tokens, .*HANA_TOFU_emb.safetensors: put"):

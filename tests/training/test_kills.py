@@ -38,12 +38,14 @@ def shell(tmp_path_factory):
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_run_that_is_killed_and_resumed_leaves_what_an_uninterrupted_one_leaves(kind, seed, shell):
     argv, runs = COMMANDS[kind]
+    folder = kind.split()[0]
+    shutil.rmtree(shell.work / folder, ignore_errors=True)  # of another kind
     whole = shell.run(*argv)
     assert whole.exit_code == 0, whole.output
     expected = {run: left_by(shell.work / run) for run in runs}
     assert any("samples/step-000002/p0-s1.png" in files for files in expected.values())
     operations = range(len(whole.operations))
-    chance, folder = random.Random(seed), kind.split()[0]
+    chance = random.Random(seed)
     # While the images after a checkpoint are drawn, and those of one job's end while others are not there yet.
     delicate = [
         [i for i in operations if name in whole.operations[i]] for name in ("samples/step-000002", "0004/p0-s0")
