@@ -368,6 +368,7 @@ def test_what_no_caption_file_can_have_is_refused_and_cut(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "json", "txt"])
+@pytest.mark.slow
 def test_a_caption_of_a_megabyte_is_read_and_written_like_any_other(tmp_path, form):
     lay_out(tmp_path, ["1.png"])
     for text in ("a cat, " * 150_000 + "end", "cat" * 300_000, "\x1b[31mred\x07 " * 80_000 + "end"):

@@ -106,6 +106,7 @@ def make_folders():
 
 
 @pytest.mark.parametrize("words", WORDS, ids=range(len(WORDS)))
+@pytest.mark.slow
 def test_a_resumed_sweep_is_the_unbroken_one(type_in, monkeypatch, words):
     make_folders()
     trained, stop_after = {}, None

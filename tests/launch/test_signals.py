@@ -25,6 +25,7 @@ def work(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.slow
 def test_a_run_that_is_ended_at_its_start_says_how_to_go_on(work, number):
     code, _, err = interrupt(start(work, *TRAIN), number, work / "run" / ".hydra" / "overrides.yaml")
     reason = "stopped" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"

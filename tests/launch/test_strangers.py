@@ -158,6 +158,7 @@ def refused(here, type_in, *words):
 
 
 @pytest.mark.parametrize(("number", "target", "arguments"), [(i, *call) for i, call in enumerate(CALLS)])
+@pytest.mark.slow
 def test_nothing_that_a_stranger_names_is_called(here, type_in, number, target, arguments):
     way = ("run", "sweep", "recipe")[number % 3]
     call = written({"_target_": target, **arguments}, here)

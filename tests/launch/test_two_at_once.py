@@ -22,6 +22,7 @@ def captions(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_runs_that_start_in_the_same_second_get_different_folders(captions):
     folder = "hydra.run.dir=out/${now:%Y}"  # the second lasts a year
     runs = [start(captions, *CONVERT, folder) for _ in range(3)]
@@ -41,6 +42,7 @@ def test_a_folder_in_use_is_refused_by_the_name_of_its_process(captions, type_in
     assert type_in(*CONVERT, *words)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_system_ends_the_claim_of_a_process_that_was_killed(tmp_path):
     code = "import sys, time; from pathlib import Path; from lora_lab.runs import claimed\n" \
            "with claimed(Path(sys.argv[1])): print('claimed', flush=True); time.sleep(60)"  # fmt: skip

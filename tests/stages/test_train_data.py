@@ -97,6 +97,7 @@ def test_folders_are_shown_as_often_as_they_say(tmp_path, capsys):
     assert "9 images in" in printed and "one (4 times), " in printed and "9 steps of 2 (1.0 epochs)" in printed
 
 
+@pytest.mark.slow
 def test_one_of_several_captions_is_read_at_a_time(own_pictures, three_steps):
     lines = [json.loads(line) for line in (own_pictures / "metadata.jsonl").read_text().splitlines()]
     for line in lines:

@@ -176,6 +176,7 @@ def rows(table: list[tuple], slow: bool) -> list:
 @pytest.mark.parametrize(
     ("change", "measure", "low", "high", "why"), [*rows(CHANGES, slow=False), *rows(SLOW_CHANGES, slow=True)]
 )
+@pytest.mark.slow
 def test_an_option_changes_what_is_learnt(change, measure, low, high, why, three_steps_run):
     train("changed", "steps=3", change)
     assert low <= measure("changed", three_steps_run) <= high, why
@@ -219,6 +220,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved():
     assert average.norm() < last.norm()  # it began at zero, and the average comes after
 
 
+@pytest.mark.slow
 def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_both(three_steps):
     train("run", "steps=3", "stage.ema_decay=0.99", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
     steps = [checkpointed(c) for c in checkpoints(Path("run"))]
@@ -273,6 +275,7 @@ def test_training_starts_from_a_lora_file_and_goes_on_only_with_that(uninterrupt
     assert_same(lora("cut"), whole)
 
 
+@pytest.mark.slow
 def test_a_file_that_training_cannot_start_from_is_refused(uninterrupted):
     with pytest.raises(InputError, match=r"stage\.start_from=nothing: no such file"):
         train("run", "steps=1", "stage.start_from=nothing")

@@ -58,6 +58,7 @@ def test_without_weight_a_prior_is_measured_and_changes_neither_draws_nor_what_i
     assert losses("with")[0] == losses("without")[0] and losses("with", "prior_loss")[1] == measured[1]
 
 
+@pytest.mark.slow
 def test_a_folder_of_class_pictures_is_learnt_and_named_where_its_loss_is_no_number(
     others, three_steps, monkeypatch, capsys
 ):

@@ -37,6 +37,7 @@ def test_the_loss_of_known_noise_falls(uninterrupted):
     assert after < before * 0.97
 
 
+@pytest.mark.slow
 def test_two_half_batches_accumulated_equal_one_whole(tmp_path):
     """Sample i of a step draws the same noise in one batch or two; with one picture the order does not matter."""
     one = tmp_path / "one"

@@ -125,6 +125,7 @@ def test_a_checkpoint_without_checksums_is_read_before_it_is_taken(copied, capsy
         shutil.copytree(kept, newest)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_checkpoint_goes_on_to_the_same_end(place, monkeypatch):
     """The damaged one is replaced when its step comes, and none is removed in its favour before."""
     monkeypatch.chdir(place)
@@ -136,6 +137,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_to_the_same_end(place, monkeypa
     assert [c.name for c in checkpoints(Path("more"))] == ["step-000003"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_step_that_has_a_whole_one_is_not_written_again(place, monkeypatch):
     """While it was replaced there would be none."""
     monkeypatch.chdir(place)
