@@ -112,6 +112,7 @@ def lora_lab(work: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_captioner_of_the_users_own_writes_captions(work):
     option = "_target_: colour.ColourCaptioner\nname: colours\nnoun: tofu\n"
     add_option(work, "captioner", "colour", CAPTIONER, option)

@@ -29,6 +29,7 @@ QUOTES = ["it’s a girl, she’s smiling", "a “nice” hat – red"]
         ("cp1250", POLISH), ("cp1251", RUSSIAN),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_every_encoding_is_read_as_what_it_is_and_told(encoding, sentences, tmp_path, capsys):
     texts = [f"{ENGLISH}, {sentence}\n" for sentence in sentences]
     for number, together in enumerate((texts, ["".join(texts)], [f"{ENGLISH}, {sentences[0]}\n"] * 6)):

@@ -133,6 +133,7 @@ def test_a_resumed_sweep_is_the_unbroken_one(type_in, monkeypatch, words):
 
 
 @pytest.mark.parametrize("words", WORDS, ids=range(len(WORDS)))
+@pytest.mark.slow
 def test_a_resumed_run_is_the_first_one(type_in, monkeypatch, words):
     make_folders()
     swept = ("range", "glob", "2,4", "'4',", "choice", "TRUE", "hydra")

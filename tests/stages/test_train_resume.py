@@ -50,6 +50,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(how, monkeypatch):
     assert [line["step"] for line in metrics("cut")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted):
     train("run", "steps=10", "stage.checkpoint_every=5")
     half = Path("run/checkpoints/.step-000015")  # what a kill in the middle of writing leaves

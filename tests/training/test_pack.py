@@ -60,6 +60,7 @@ def weights_after_training(trainings, data, engine) -> list[torch.Tensor]:
         for name, its in POINTS.items()
     ],
 )
+@pytest.mark.slow
 def test_a_lora_in_a_pack_is_the_lora_alone(points, prepared, tmp_path):
     root, _, data, base = prepared
     resolved = [resolve_training(compose(*FAST, root, *COMMON, *point.split()), tmp_path) for point in points]
