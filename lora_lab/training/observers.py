@@ -28,7 +28,7 @@ from lora_lab.base.load import DTYPES, base_class
 from lora_lab.console import say
 from lora_lab.errors import RunError
 from lora_lab.evaluation.scores import ScoredImages, numbers, rows, table, write_lines
-from lora_lab.runs import remove_temporary_files, write_atomically
+from lora_lab.runs import display_path, remove_temporary_files, write_atomically
 from lora_lab.sampling.generate import ImageSpec, image_specs, render_base, render_with_lora, save_image
 from lora_lab.track.base import Track
 from lora_lab.training.base_context import BaseContext
@@ -127,7 +127,8 @@ class RunArtifacts(Observer):
         largest = max(state[key].abs().max().item() for key in wrong)
         raise RunError(
             f"the LoRA after step {step} is too large for stage.save_dtype={save_dtype} ({largest:.1e} in {wrong[0]}): "
-            f"use a lower lr, or save its checkpoint with resume={resolved.folder} stage.save_dtype=bf16"
+            f"use a lower lr, or save its checkpoint with resume={display_path(resolved.folder)} "
+            "stage.save_dtype=bf16"
         )
 
 
