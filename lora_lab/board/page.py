@@ -29,10 +29,11 @@ from lora_lab.board.read import (
     read_sweep,
     running_mean,
 )
-from lora_lab.board.record import is_inside, is_number
+from lora_lab.board.record import is_number
 from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import open_picture
+from lora_lab.images.scan import leads_out
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import display_path, write_atomically, write_text
 from lora_lab.settings.schema import Tracker
@@ -244,7 +245,7 @@ def _add_picture(source: Path, folder: Path, name: str) -> bool:
 
 def _training_thumbnails(folder: Path) -> list[str]:
     """The files of an earlier page."""
-    return sorted(file.name for file in folder.glob("*.webp") if is_inside(file, folder.parent))
+    return sorted(file.name for file in folder.glob("*.webp") if not leads_out(file, folder.parent))
 
 
 def _create(folder: Path) -> None:

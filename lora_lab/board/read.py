@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.base.locate import locate_folder
-from lora_lab.board.record import is_inside, is_number, json_values, own_file, read_json, read_object, recorded_settings
+from lora_lab.board.record import is_number, json_values, own_file, read_json, read_object, recorded_settings
 from lora_lab.console import say
 from lora_lab.errors import InputError
-from lora_lab.images.scan import natural_key, pictures
+from lora_lab.images.scan import leads_out, natural_key, pictures
 from lora_lab.runs import SWEEP_RECORD, write_atomically
 from lora_lab.settings.schema import shown_on_page
 
@@ -184,12 +184,12 @@ def _pictures(run: Path, settings: dict[str, Any]) -> Iterable[Picture]:
     prompts = prompts if isinstance(prompts, list) else []
     for folder in (run / "samples" / "base", *sorted((run / "samples").glob("step-*"))):
         match = STEP_NAME.fullmatch(folder.name)
-        if not (match or folder.name == "base") or not is_inside(folder, run):
+        if not (match or folder.name == "base") or leads_out(folder, run):
             continue
         step = int(match[1]) if match else -1
         for file in sorted(folder.glob("p*-s*.png"), key=lambda f: natural_key(f.name)):
             name = IMAGE_NAME.fullmatch(file.name)
-            if name and (not file.is_symlink() or is_inside(file, run)):
+            if name and (not file.is_symlink() or not leads_out(file, run)):
                 number, seed = map(int, name.groups())
                 text = str(prompts[number]) if number < len(prompts) else f"p{number}"
                 yield Picture(file, step, text.replace("{trigger}", str(settings.get("trigger", ""))), seed)
@@ -214,7 +214,7 @@ def _training_images(runs: list[TrainedRun], shown: Sequence[Path] | None) -> tu
     root = root.get("root") if isinstance(root, dict) else root
     try:
         folder = locate_folder("dataset.root", root if isinstance(root, str) else None)
-        if shown is not None and not any(is_inside(folder, allowed) for allowed in shown):
+        if shown is not None and all(leads_out(folder, allowed) for allowed in shown):
             say(f"training images are not shown: add dataset.root={root} if you know that folder")
             return ()
         files = list(pictures(folder).values())

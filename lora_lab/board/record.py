@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lora_lab.errors import InputError
+from lora_lab.images.scan import leads_out
 
 LARGEST, DEEPEST = 2**20, 50  # bytes and levels of a YAML file: a record has 30 kB and five levels
 LONGEST = 10_000  # characters of a value with references
@@ -94,14 +95,9 @@ def own_file(folder: Path, *parts: str) -> Path:
     file = folder.joinpath(*parts)
     if not file.is_file():
         raise InputError(f"{file} is missing")
-    if not is_inside(file, folder):
+    if leads_out(file, folder):
         raise InputError(f"{file} is a link to a file outside its folder, and was not read")
     return file
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path` lies in `folder` once its links are followed."""
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def is_number(value: object) -> bool:
