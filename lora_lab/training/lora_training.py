@@ -31,6 +31,10 @@ from lora_lab.settings.schema import Schedule, Train, compare_fingerprints
 from lora_lab.training.loss import Objective
 from lora_lab.training.text_encoders import TrainableTextEncoders
 
+# Of a checkpoint: its files, and the key of the record that has their checksums.
+WEIGHTS, STATE, RECORD = "learnt.safetensors", "state.pt", "training.json"
+CHECKSUMS = "sha256"
+
 
 class FlatParams:
     """Parameters laid end to end, N numbers in all.
@@ -292,10 +296,6 @@ def learning_rate_schedule(
 
 def _zero_from(factor: Callable[[int], float], last_step: int) -> Callable[[int], float]:
     return lambda step: factor(step) if step < last_step else 0.0
-
-
-WEIGHTS, STATE, RECORD = "learnt.safetensors", "state.pt", "training.json"
-CHECKSUMS = "sha256"  # key of the record
 
 
 def checkpoints(folder: Path) -> list[Path]:
