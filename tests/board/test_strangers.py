@@ -149,6 +149,7 @@ def test_references_to_references_take_no_time(type_in, tmp_path):
     chain = {f"a{i}": f"${{a{i + 1}}}" * 9 for i in range(40)} | {f"b{i}": [f"${{b{i + 1}}}"] * 9 for i in range(40)}
     change_config(run, **chain, trigger="${a0}", steps="${b0}", name="${name}")
     compare(type_in)
+    assert len(page_data(tmp_path / "page")["runs"]) == 1
 
 
 @pytest.mark.slow

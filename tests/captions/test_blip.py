@@ -102,7 +102,9 @@ def test_a_wrong_setting_is_named_without_loading_the_model(override, sentence):
 
 
 def test_a_number_is_accepted_as_the_prompt():
-    check_captioner(settings("captioner.prompt=2026"))
+    numbered = settings("captioner.prompt=2026")
+    check_captioner(numbered)
+    assert numbered["prompt"] == "2026"
 
 
 @pytest.mark.parametrize(
