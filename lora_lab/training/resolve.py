@@ -23,7 +23,14 @@ from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
 from lora_lab.images.pixels import Fitted
-from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used, write_manifest
+from lora_lab.runs import (
+    display_path,
+    hash_files,
+    hash_text,
+    refuse_unwritable,
+    refuse_used,
+    write_manifest,
+)
 from lora_lab.sampling.generate import RenderSettings, render_settings
 from lora_lab.settings.schema import (
     Config,
@@ -315,7 +322,7 @@ def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | N
         return None
     newest = newest_checkpoint(folder)
     if newest is None:
-        say(f"{folder} has no checkpoint yet: the training starts from its beginning")
+        say(f"{display_path(folder)} has no checkpoint yet: the training starts from its beginning")
     elif step_of(newest) > steps:
         raise InputError(f"resume={resume}: {newest.name} is beyond steps={steps}, set more steps")
     return newest
