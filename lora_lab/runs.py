@@ -262,6 +262,12 @@ def refuse_used(folder: Path, file: str) -> None:
         raise InputError(f"{name} has a run already: set hydra.run.dir= to another folder, or resume={name}")
 
 
+def refuse_missing(folder: Path, resume: str | None) -> None:
+    """Raise InputError if `resume` is set and `folder` is missing or empty: a new run would start in silence."""
+    if resume and not (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"resume={resume}: {display_path(folder)} has no run, name its folder or leave out resume=")
+
+
 def create_folder(folder: Path, named: bool, key: str) -> Path:
     """Create `folder` and return it, or one with a number behind its name if two runs start in the same second.
 

@@ -39,6 +39,7 @@ from lora_lab.runs import (
     display_path,
     fitting,
     read_result,
+    refuse_missing,
     refuse_unwritable,
     resume_command,
     score_of,
@@ -284,6 +285,7 @@ def _is_record(file: Path) -> bool:
 def run_stage(config: Config, folder: Path) -> object:
     """Do what `config.stage` says in `folder`, and leave its result there as result.json."""
     quiet_libraries()
+    refuse_missing(folder, config.resume)
     refuse_unwritable(folder)
     result = stage_function(type(config.stage))(config, folder)
     write_result(folder, result)

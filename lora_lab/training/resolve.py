@@ -27,6 +27,7 @@ from lora_lab.runs import (
     display_path,
     hash_files,
     hash_text,
+    refuse_missing,
     refuse_unwritable,
     refuse_used,
     write_manifest,
@@ -146,6 +147,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
 
     `reuse_from` is a training of the same base and the same images, which are not read again then."""
     start_time = time.perf_counter()
+    refuse_missing(folder, config.resume)
     base = locate_model("model.base", config.model.base)
     validate_prediction(config.model, config.loss)
     device = pick_device(config.device)
