@@ -21,11 +21,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.board.record import read_yaml
 from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
-from lora_lab.launch.recipes import PARAMS, keep_spelling, parses, read_yaml, refuse_foreign, with_quotes
+from lora_lab.launch.recipes import PARAMS, keep_spelling, parses, refuse_foreign, with_quotes
 from lora_lab.launch.sweep_folder import POINTS
 from lora_lab.runs import SWEEP_RECORD, write_json
 from lora_lab.settings import schema
