@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -89,7 +90,9 @@ def disk_full_named(path: Path) -> Iterator[None]:
         number = _disk_full_number(error)
         if number is None or isinstance(error, DiskFullError):
             raise
-        raise DiskFullError(f"{path}: {os.strerror(number)} ({free_space(path)}): free some space") from error
+        raise DiskFullError(
+            f"{display_path(path)}: {os.strerror(number)} ({free_space(path)}): free some space"
+        ) from error
 
 
 def _disk_full_number(error: BaseException | None) -> int | None:
@@ -185,6 +188,11 @@ def display_path(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def resume_command(folder: Path) -> str:
+    """The command that continues the run or the sweep in `folder`, as a shell reads it."""
+    return shlex.join(["python", "-m", "lora_lab", f"resume={display_path(folder)}"])
+
+
 def hash_text(text: str) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -244,13 +252,20 @@ def refuse_unwritable(folder: Path, hint: str = "set hydra.run.dir= to another f
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written to ({error.strerror}), {hint}") from error
+        raise InputError(f"{display_path(folder)}: cannot be written to ({error.strerror}), {hint}") from error
 
 
 def refuse_used(folder: Path, file: str) -> None:
     """Raise InputError if `folder` has `file`, which every run leaves: a second run would overwrite the first."""
     if (folder / file).exists():
-        raise InputError(f"{folder} has a run already: set hydra.run.dir= to another folder, or resume={folder}")
+        name = display_path(folder)
+        raise InputError(f"{name} has a run already: set hydra.run.dir= to another folder, or resume={name}")
+
+
+def refuse_missing(folder: Path, resume: str | None) -> None:
+    """Raise InputError if `resume` is set and `folder` is missing or empty: a new run would start in silence."""
+    if resume and not (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"resume={resume}: {display_path(folder)} has no run, name its folder or leave out resume=")
 
 
 def create_folder(folder: Path, named: bool, key: str) -> Path:
@@ -299,7 +314,8 @@ def _acquire(folder: Path, wait_seconds: float) -> FileLock:
         holder = json.loads((folder / HOLDER).read_text(encoding="utf-8")) if (folder / HOLDER).is_file() else {}
         process = "process {pid} on {host}".format(**holder) if holder else "another process"
         raise InputError(
-            f"{folder} is in use by {process}, which still runs: wait for it or end it, or use another folder"
+            f"{display_path(folder)} is in use by {process}, which still runs: wait for it or end it, or use another "
+            "folder"
         ) from None
     return lock
 

@@ -1,9 +1,10 @@
 """Short runs on the bundled tiny base and six of its pictures, and what they leave, for tests of stage=train."""
 
 import json
+import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.load import load_base
 from lora_lab.base.sdxl import SDXL
+from lora_lab.errors import InputError, RunError
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
 from lora_lab.training.data import TrainingData, encode_dataset
@@ -46,7 +48,30 @@ def inside(root: Path, pictures: Path) -> Iterator[Path]:
 
 
 def train(folder: str, *overrides: str):
-    return run_stage(compose(*FAST, *overrides), Path(folder).absolute())
+    with names_relative_to_here(overrides):
+        return run_stage(compose(*FAST, *overrides), Path(folder).absolute())
+
+
+@contextmanager
+def names_relative_to_here(typed: Sequence[str]) -> Iterator[None]:
+    """Within the context no line and no error names what lies in the working folder by its absolute path, but for words
+    that were typed so."""
+    lines, handler, log = [], logging.Handler(), logging.getLogger("lora_lab")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except (InputError, RunError, KeyboardInterrupt) as error:
+        lines.append(str(error))
+        raise
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        for word in typed:
+            lines = [line.replace(word, "") for line in lines]
+        assert not [line for line in lines if f"{Path.cwd()}/" in line]
 
 
 def lora(folder: str) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ cannot be read is an InputError, one sentence that names the file and the reason
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lora_lab.errors import InputError
 from lora_lab.images.scan import leads_out
 
 LARGEST, DEEPEST = 2**20, 50  # bytes and levels of a YAML file: a record has 30 kB and five levels
+MOST_VALUES, LETTERS = 50_000, 20  # values of a YAML file; so many letters of a long text count as one more
 LONGEST = 10_000  # characters of a value with references
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # ${trigger}; ${oc.env:HOME} is a resolver's, and stays text
 OPENING = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
@@ -49,24 +50,55 @@ def _recorded_settings(*files: tuple[Path, int]) -> tuple[dict[str, Any], list[s
     return _resolved(settings) | options, [str(override) for override in overrides]
 
 
-def read_yaml(file: Path) -> Any:
-    """The content of a YAML file of moderate size and depth, without aliases, by which few lines stand for billions.
+def read_yaml(file: Path, loader: type = LOADER, change: Callable[[yaml.Node], None] | None = None) -> Any:
+    """The content of a YAML file that is small also with its aliases (*name) written out.
 
-    Raises InputError."""
+    `loader` is a safe one of yaml's; `change` may tag the nodes of the content. Raises InputError."""
     try:
         if file.stat().st_size > LARGEST:
-            raise InputError(f"{file} is larger than {LARGEST // 2**20} MiB, and was not read")
-        text, depth = file.read_text(encoding="utf-8"), 0
-        for event in yaml.parse(text, LOADER):
-            depth += isinstance(event, OPENING) - isinstance(event, CLOSING)
-            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-                what = "aliases (*name)" if depth <= DEEPEST else f"over {DEEPEST} levels"
-                raise InputError(f"{file} has {what}, which no record has, and was not read")
-        return yaml.load(text, LOADER)
+            raise ValueError(f"it is larger than {LARGEST // 2**20} MiB")
+        text = file.read_text(encoding="utf-8")
+        _refuse_bomb(yaml.parse(text, loader))
+        content = loader(text)
+        root = content.get_single_node()
+        if root is None:
+            return None
+        if change:
+            change(root)
+        return content.construct_document(root)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{file} is damaged: {' '.join(str(error).split()):.200}") from error
+        raise InputError(f"{file} cannot be read: {' '.join(str(error).split()):.200}") from error
+
+
+def _refuse_bomb(events: Iterator[yaml.Event]) -> None:
+    """Raise ValueError for YAML of over DEEPEST levels or MOST_VALUES values, every alias (*name) counted as what it
+    stands for. Nothing is made of it, so that it takes neither memory nor time."""
+    anchors: dict[str, tuple[int, int]] = {}  # values and levels of what an alias stands for
+    collections: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # those around: anchor, values and levels so far
+    for event in events:
+        if isinstance(event, OPENING):
+            collections.append((event.anchor, 1, 0))
+            anchors[event.anchor] = (MOST_VALUES + 1, 0)  # of itself inside itself
+            continue
+        if isinstance(event, CLOSING):
+            anchor, values, levels = collections.pop()
+            levels += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, values, levels = event.anchor, 1 + len(event.value) // LETTERS, 0
+        elif isinstance(event, yaml.AliasEvent):  # one of nothing is an error of the loader
+            anchor, (values, levels) = None, anchors.get(event.anchor, (1, 0))
+        else:
+            continue
+        if anchor:
+            anchors[anchor] = (values, levels)
+        outer, values_so_far, levels_so_far = collections[-1]
+        collections[-1] = (outer, values_so_far + values, max(levels_so_far, levels))
+        if values_so_far + values > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+        if len(collections) - 1 + levels > DEEPEST:
+            raise ValueError(f"it has over {DEEPEST} levels")
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:

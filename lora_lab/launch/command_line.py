@@ -21,18 +21,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.board.record import read_yaml
 from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
-from lora_lab.launch.recipes import PARAMS, keep_spelling, parses, read_yaml, refuse_foreign, with_quotes
+from lora_lab.launch.recipes import PARAMS, keep_spelling, parses, refuse_foreign, with_quotes
 from lora_lab.launch.sweep_folder import POINTS
 from lora_lab.runs import SWEEP_RECORD, write_json
 from lora_lab.settings import schema
 from lora_lab.settings.setting import at_home
 
 RECORD = ".hydra"  # Hydra's folder in that of a run
-CHOICES = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 def without_mode(overrides: Sequence[str]) -> list[str]:
@@ -40,40 +40,43 @@ def without_mode(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if name_of(override) != "hydra.mode"]
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """`overrides` by Hydra's grammar. Raises HydraException for one that the grammar does not allow."""
-    return OverridesParser.create().parse_overrides(list(overrides))
+def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """`overrides` by Hydra's grammar; with a `loader` a glob() can be expanded.
+
+    Raises HydraException for one that the grammar does not allow."""
+    return OverridesParser.create(loader).parse_overrides(list(overrides))
 
 
 def representative_points(parsed: Sequence[Override]) -> list[list[str]]:
     """Points that together have every swept value: about as many as there are values, not their product.
 
-    Of a range and of an interval only both ends are taken. Each point is its list of overrides."""
+    Of a range and of an interval only both ends are taken. Each point is its list of overrides. Raises InputError for a
+    sweep over no value."""
     fixed, sweeps = [], []
     for override in parsed:
         if not override.is_sweep_override():
             fixed.append(override.input_line)
             continue
-        if override.value_type in CHOICES:
+        if override.value_type == ValueType.INTERVAL_SWEEP:
+            values = [override.value().start, override.value().end]
+        else:
             values = list(override.sweep_string_iterator())
+            if not values:
+                raise InputError(f"{override.input_line}: there is no such option or value, so no job would run")
             if override.value_type == ValueType.RANGE_SWEEP:
                 values = [values[0], values[-1]]
-        elif override.value_type == ValueType.INTERVAL_SWEEP:
-            values = [override.value().start, override.value().end]
-        else:  # a glob, which is expanded by Hydra
-            continue
         sweeps.append([f"{override.key_or_group}={value}" for value in values])
     first = [values[0] for values in sweeps]
     others = [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(sweeps) for value in values[1:]]
     return [[*fixed, *point] for point in [first, *others]]
 
 
-def with_params(parsed: Sequence[Override], hydra: DictConfig) -> list[Override]:
+def with_params(parsed: Sequence[Override], hydra: DictConfig, loader: ConfigLoader | None = None) -> list[Override]:
     """The overrides of `hydra.sweeper.params` (set by a recipe, for example), then `parsed`, which replace them.
 
     Raises InputError for what the chosen sweeper does not support."""
     params = (hydra.sweeper.get("params") or {}).items()
-    params = parse([f"{key}={values}" for key, values in params])
+    params = parse([f"{key}={values}" for key, values in params], loader)
     replaced = {override.key_or_group for override in parsed}
     overrides = [*(override for override in params if override.key_or_group not in replaced), *parsed]
     optuna = searches(hydra)
@@ -124,7 +127,7 @@ def all_points(hydra: Mapping[str, Any], loader: ConfigLoader) -> list[list[str]
         return []
     params = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
     values = {}  # as in Hydra's BasicSweeper: of a key that is set twice the last value counts
-    for override in OverridesParser.create(loader).parse_overrides([*params, *hydra["overrides"]["task"]]):
+    for override in parse([*params, *hydra["overrides"]["task"]], loader):
         is_swept, key = override.is_sweep_override(), override.get_key_element()
         values[key] = list(override.sweep_string_iterator()) if is_swept else [override.get_value_element_as_str()]
     return [[f"{key}={v}" for key, v in zip(values, point, strict=True)] for point in product(*values.values())]
@@ -247,8 +250,8 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
     composition = config.with_hydra([*without_mode(overrides), "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
     _refuse_other_places(composition.hydra)
     refuse_none_at_once(composition.hydra)
-    points = representative_points(with_params(parsed, composition.hydra))
     with config.hydra_loader() as loader:
+        points = representative_points(with_params(parse(overrides, loader), composition.hydra, loader))
         runs = [config.resolve(loader.load_configuration("config", without_mode(p), RunMode.RUN)) for p in points]
     if searches(composition.hydra):
         refuse_unscored(runs)

@@ -24,7 +24,7 @@ from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config, workers
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.run_job import JOB_SECONDS, fail, job_settings, prepare_process, resume_in
-from lora_lab.runs import STOP_FILE, claimed, read_result, refuse_unwritable, score_of, write_result
+from lora_lab.runs import STOP_FILE, claimed, display_path, read_result, refuse_unwritable, score_of, write_result
 from lora_lab.settings import schema
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _prepare_job(cfg: DictConfig) -> Point | float | None:
     folder, number, overrides = Path(hydra.runtime.output_dir), hydra.job.num, config.plain(hydra.overrides.task)
     try:
         if result := sweeps.finished_result(folder, number, overrides):
-            say(f"{folder} is done")
+            say(f"{display_path(folder)} is done")
             return score_of(result)
         settings = job_settings(config.typed(cfg), Path(hydra.sweep.dir))
         refuse_unwritable(folder)

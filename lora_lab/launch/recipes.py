@@ -28,8 +28,9 @@ from omegaconf import OmegaConf
 
 # OmegaConf has no public way to its rules for what is a number in YAML (1e-4 is one).
 from omegaconf._utils import get_yaml_loader
-from yaml import MappingNode, Node, ScalarNode, YAMLError
+from yaml import MappingNode, Node, ScalarNode
 
+from lora_lab.board.record import read_yaml
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import text_keys
 
@@ -102,9 +103,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # conf/ and experiments/ lie inside the package in a wheel, beside it in a checkout.
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = HOME / "conf"
-
-LARGEST_FILE = 2**20  # bytes
-MOST_VALUES = 50_000  # of a file, every alias (*NAME) counted as what it stands for
 
 # Hydra's own keys that a recipe or a record may set. Not among a launcher's: what a shell, pickle or eval would read.
 LAUNCHERS = ("basic", "packed", "joblib", "submitit_local", "submitit_slurm", "ray")
@@ -183,36 +181,6 @@ class RecipeSearchPath(SearchPathPlugin):
         search_path.append("lora_lab", f"{RecipeSource.scheme()}://{Path.cwd()}")
 
 
-def read_yaml(file: Path, texts: frozenset[str] = frozenset()) -> Any:
-    """The content of a YAML file as plain data; what stands at the dotted keys `texts` is text as it is spelled.
-
-    Raises InputError for a file that cannot be read, or that is too large once its aliases are written out."""
-    try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        loader = get_yaml_loader()(file.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        if _size(root, {}) > MOST_VALUES:
-            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
-        _spell(root, "", texts)
-        return loader.construct_document(root)
-    except (YAMLError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _size(node: Node, sizes: dict[int, int]) -> int:
-    """How many values `node` stands for; more than MOST_VALUES for one that holds itself."""
-    if isinstance(node, ScalarNode):
-        return 1
-    if id(node) not in sizes:
-        sizes[id(node)] = MOST_VALUES + 1
-        inner = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else node.value
-        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in inner)
-    return sizes[id(node)]
-
-
 def _spell(node: Node, key: str, texts: frozenset[str]) -> None:
     """Tag as texts what `node`, the value of the dotted `key`, has at the keys `texts`."""
     if isinstance(node, MappingNode):
@@ -229,7 +197,7 @@ def _spell(node: Node, key: str, texts: frozenset[str]) -> None:
 
 def read_recipe(file: Path) -> dict[str, Any]:
     """The content of a recipe. Raises InputError if it cannot be read, or sets what is not for a recipe."""
-    recipe = read_yaml(file, frozenset(text_keys()))
+    recipe = read_yaml(file, get_yaml_loader(), lambda root: _spell(root, "", frozenset(text_keys())))
     if not isinstance(recipe, dict):
         raise InputError(f"{file} cannot be read: it is not a list of KEY: VALUE")
     origin = f"in experiment/{file.stem}.yaml"

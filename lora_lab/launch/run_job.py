@@ -4,7 +4,6 @@ Imports nothing heavy. A process learns only from files how the jobs of other pr
 
 import logging
 import os
-import shlex
 import shutil
 import sys
 import traceback
@@ -40,7 +39,9 @@ from lora_lab.runs import (
     display_path,
     fitting,
     read_result,
+    refuse_missing,
     refuse_unwritable,
+    resume_command,
     score_of,
     stage_function,
     stop_file_of,
@@ -108,8 +109,7 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
 
 def _with_resume(reason: str, folder: Path) -> str:
     """`reason` for which a run stopped, and the command that continues it."""
-    command = shlex.join(["python", "-m", "lora_lab", f"resume={display_path(folder)}"])
-    return reason if "resume=" in reason else f"{reason}; resume with: {command}"
+    return reason if "resume=" in reason else f"{reason}; resume with: {resume_command(folder)}"
 
 
 def _create_folder(composition: DictConfig) -> "FolderBefore":
@@ -167,11 +167,12 @@ class SweepTask:
         try:
             recorded = sweeps.recorded_overrides(folder, number)
             if result := sweeps.finished_result(folder, number, overrides):
-                say(f"{folder} is done")
+                say(f"{display_path(folder)} is done")
                 return score_of(result)
             if recorded and searches(hydra):
                 if recorded != sorted(overrides):
-                    raise InputError(f"{folder} has another trial: the search cannot be repeated, start a new one")
+                    name = display_path(folder)
+                    raise InputError(f"{name} has another trial: the search cannot be repeated, start a new one")
                 if (folder / "failed.json").is_file():  # the sampler chose the next points knowing that it failed
                     return None
         except Exception as error:  # the folder belongs to another job, so failed.json would be about that one
@@ -189,7 +190,7 @@ class SweepTask:
             fail(folder, overrides, error)
             return None
         if self.in_worker:
-            say(f"done{'' if score is None else f', score {score:.3f}'}: {folder}")
+            say(f"done{'' if score is None else f', score {score:.3f}'}: {display_path(folder)}")
         return score
 
 
@@ -284,6 +285,7 @@ def _is_record(file: Path) -> bool:
 def run_stage(config: Config, folder: Path) -> object:
     """Do what `config.stage` says in `folder`, and leave its result there as result.json."""
     quiet_libraries()
+    refuse_missing(folder, config.resume)
     refuse_unwritable(folder)
     result = stage_function(type(config.stage))(config, folder)
     write_result(folder, result)

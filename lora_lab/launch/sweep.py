@@ -1,6 +1,5 @@
 """Run the jobs of a sweep with Hydra's sweeper and launcher, and report how they ended."""
 
-import shlex
 import sys
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from lora_lab.runs import (
     claimed,
     create_folder,
     display_path,
+    resume_command,
     stop_jobs_on_signal,
     write_atomically,
 )
@@ -149,4 +149,4 @@ def _show_page(sweep: Path, runs: list[schema.Config]) -> None:
 
 
 def _how_to_resume(sweep: Path) -> str:
-    return f"resume with: python -m lora_lab {shlex.quote(f'resume={display_path(sweep)}')}"
+    return f"resume with: {resume_command(sweep)}"

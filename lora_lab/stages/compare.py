@@ -10,7 +10,7 @@ from lora_lab.board.read import read_sweep
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.launch.command_line import write_missing_points
-from lora_lab.runs import refuse_unwritable
+from lora_lab.runs import display_path, refuse_unwritable
 from lora_lab.settings.schema import Config
 
 
@@ -47,7 +47,7 @@ def compare(config: Config, folder: Path) -> CompareResult:
     ranking = [run_folders[i] for i in ranked.ranking]
     for sentence in [*(line for run in sweep.runs for line in run.damage), ranked.sentence["en"]]:
         say(sentence)
-    say(f"compare the runs: {page}")
+    say(f"compare the runs: {display_path(page)}")
     states = ("done", "failed", "unfinished", "missing")
     return CompareResult(
         stage="compare",

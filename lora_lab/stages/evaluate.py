@@ -5,6 +5,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 
 from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora
@@ -31,7 +32,14 @@ from lora_lab.evaluation.scores import (
 )
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import distinct_names, hash_files, refuse_used, write_atomically, write_manifest
+from lora_lab.runs import (
+    display_path,
+    distinct_names,
+    hash_files,
+    refuse_used,
+    write_atomically,
+    write_manifest,
+)
 from lora_lab.sampling.generate import RenderSettings, load_base_for_sampling, render_settings
 from lora_lab.settings.schema import Config, Loss, values_of
 
@@ -75,22 +83,8 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.precision, device)
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
-    training = _training_pictures(config)
-    held_out = held_out_pictures(config.model, config.score)
-    references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
-    texts = prompts_by_key(score_prompts=config.score.prompts, score_other_prompts=config.score.other_prompts)
-    for line in prompt_warnings(texts, config.trigger, token_counter(config.model.base), of_character=False):
-        say(line)
-    prompts = ScorePrompts.of(config.score, config.trigger, config.class_noun)
-    say(
-        f"{len(loras)} LoRA of {config.trigger}, {len(prompts.specs)} pictures each, compared with {references}, "
-        f"{config.model.base} on {device}"
-    )
     hashes = {"base": hash_model(base)}
-    write_manifest(folder, device, hashes)
-    scorer = Scorer.load(
-        prompts, config.model, config.captioner, config.refiner, config.trigger, training, held_out, device
-    )
+    scorer = _load_scorer(config, len(loras), hashes, device, folder)
     encoder = load_base_for_sampling(config.model, config.memory, loss, device)
     render = render_settings(config.model, loss, config.memory, config.sampler, config.cache, hashes["base"], dtype)
     for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
@@ -98,7 +92,7 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
             pass
     scored = _score_all(config, loras, scorer, render, encoder, folder)
     lines, sheet = folder / "scores.jsonl", _sheet(scored, folder / "sheet.png")
-    say(f"\n{table(scored)}\n\npictures side by side in {sheet}, one by one in {lines}")
+    say(f"\n{table(scored)}\n\npictures side by side in {display_path(sheet)}, one by one in {display_path(lines)}")
     return EvaluateResult(
         stage="evaluate",
         trigger=config.trigger,
@@ -109,6 +103,27 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
         ],
         lines=str(lines),
         sheet=str(sheet),
+    )
+
+
+def _load_scorer(config: Config, loras: int, hashes: dict[str, str], device: torch.device, folder: Path) -> Scorer:
+    """Say what is compared with what, after the last check of the inputs, and embed the images.
+
+    They are in memory only here. Raises InputError for images that cannot be opened."""
+    training = _training_pictures(config)
+    held_out = held_out_pictures(config.model, config.score)
+    references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
+    texts = prompts_by_key(score_prompts=config.score.prompts, score_other_prompts=config.score.other_prompts)
+    for line in prompt_warnings(texts, config.trigger, token_counter(config.model.base), of_character=False):
+        say(line)
+    prompts = ScorePrompts.of(config.score, config.trigger, config.class_noun)
+    say(
+        f"{loras} LoRA of {config.trigger}, {len(prompts.specs)} pictures each, compared with {references}, "
+        f"{config.model.base} on {device}"
+    )
+    write_manifest(folder, device, hashes)
+    return Scorer.load(
+        prompts, config.model, config.captioner, config.refiner, config.trigger, training, held_out, device
     )
 
 
@@ -174,7 +189,7 @@ def _score_all(
             scored.append(replace(images, pictures=thumbnails))  # of many LoRA files, whole images fill the memory
             write_lines(folder, scored)
     except (Exception, KeyboardInterrupt):
-        say(f"{len(scored) - 1} of {len(loras)} LoRA are scored, the others will be with resume={folder}")
+        say(f"{len(scored) - 1} of {len(loras)} LoRA are scored, the others will be with resume={display_path(folder)}")
         raise
     return scored
 

@@ -27,6 +27,7 @@ from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_pic
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import (
+    display_path,
     distinct_names,
     hash_files,
     refuse_used,
@@ -115,7 +116,8 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     images = [job.image for job in jobs]
     sheet = _sheet(images, photo_requests, stage.seeds)
     write_atomically(folder / "sheet.png", sheet.save)
-    say(f"{len(images)} drawn in {folder}, side by side in {folder / 'sheet.png'}")
+    place = display_path(folder)
+    say(f"{len(images)} drawn in {place}, side by side in {place / 'sheet.png'}")
     return Img2imgResult("img2img", lora and str(lora), stage.strength, images, str(folder / "sheet.png"))
 
 

@@ -27,7 +27,7 @@ from lora_lab.evaluation.metrics import Scores
 from lora_lab.images.dataset import copy_pictures, say_unused
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.sheet import contact_sheet
-from lora_lab.runs import refuse_used, stage_function, write_atomically
+from lora_lab.runs import display_path, refuse_used, stage_function, write_atomically
 from lora_lab.settings.schema import Caption, Check, Config, Refine, Stage
 from lora_lab.training.lora_training import checkpoints
 
@@ -149,11 +149,11 @@ def summary(result: PipelineResult, model_name: str, folder: Path) -> str:
     """The last lines of the run: the result, the overview, and the command for the user's own photo."""
     score = f" (score {result.scores['score'].value:.2f})" if result.scores else ""
     base = "" if model_name == "tiny" else f"model={model_name} "
-    lora = result.name if result.model else folder
+    lora = result.name if result.model else display_path(folder)
     return "\n".join(
         [
-            f"\n{result.trigger} was learnt in {result.steps} steps{score}: {result.lora}",
-            f"look at {result.overview}: photo, caption, without the LoRA, with it",
+            f"\n{result.trigger} was learnt in {result.steps} steps{score}: {display_path(Path(result.lora))}",
+            f"look at {display_path(Path(result.overview))}: photo, caption, without the LoRA, with it",
             f"next, your own photo: python -m lora_lab stage=img2img {base}lora={lora} stage.photo=me.jpg",
         ]
     )

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lora_lab.adapters.files import START
 from lora_lab.console import say
 from lora_lab.errors import InputError, RunError
-from lora_lab.runs import disk_full_named, hash_content, hash_text, sync
+from lora_lab.runs import disk_full_named, display_path, hash_content, hash_text, sync
 from lora_lab.settings.schema import Schedule, Train, compare_fingerprints
 from lora_lab.training.loss import Objective
 from lora_lab.training.text_encoders import TrainableTextEncoders
@@ -319,12 +319,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
         reason = damage(checkpoint)
         if reason is None:
             for damaged, why in damages.items():
-                say(f"{damaged} is damaged ({why}): {checkpoint.name} is taken in its place")
+                say(f"{display_path(damaged)} is damaged ({why}): {checkpoint.name} is taken in its place")
             return checkpoint
         damages[checkpoint] = reason
     if damages:
         reasons = "; ".join(f"{damaged.name}: {why}" for damaged, why in damages.items())
-        raise InputError(f"resume: no checkpoint in {folder / 'checkpoints'} is whole ({reasons}): start a new run")
+        place = display_path(folder / "checkpoints")
+        raise InputError(f"resume: no checkpoint in {place} is whole ({reasons}): start a new run")
     return None
 
 
@@ -437,13 +438,14 @@ def remove_incomplete(folder: Path) -> None:
 def validate_fingerprint(checkpoint: Path, fingerprint: dict[str, object]) -> None:
     """Raise InputError if `checkpoint` was trained with other settings or files than the run that wants to resume from
     it, or has an older format."""
+    name = display_path(checkpoint)
     if not (checkpoint / WEIGHTS).is_file():
-        raise InputError(f"resume: {checkpoint} is from an older version of lora_lab: start a new run")
+        raise InputError(f"resume: {name} is from an older version of lora_lab: start a new run")
     record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
     comparison = compare_fingerprints(record["recipe"], fingerprint)
     if comparison.changed:
-        raise InputError(f"resume: {checkpoint} was trained with {comparison.changes}: start a new run for that")
-    older = f"resume: {checkpoint} is from an older version of lora_lab and"
+        raise InputError(f"resume: {name} was trained with {comparison.changes}: start a new run for that")
+    older = f"resume: {name} is from an older version of lora_lab and"
     if comparison.unrecorded:
         say(f"{older} could not be compared in {', '.join(comparison.unrecorded)}")
     if CHECKSUMS not in record:
@@ -455,8 +457,8 @@ def load_checkpoint(checkpoint: Path, training: LoRATraining) -> None:
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     if state["names"] != training.parameter_names:
         raise InputError(
-            f"resume: the trainable parameters in {checkpoint} have other names, from another version of diffusers or "
-            "peft: install that version, or start a new run"
+            f"resume: the trainable parameters in {display_path(checkpoint)} have other names, from another version of "
+            "diffusers or peft: install that version, or start a new run"
         )
     if START in training.network.peft_config:  # another machine may have computed other singular vectors
         set_peft_model_state_dict(training.network, state[START], START)

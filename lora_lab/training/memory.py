@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_lab.base.protocol import MemoryProfile
 from lora_lab.errors import RunError
+from lora_lab.runs import display_path
 from lora_lab.settings.schema import Memory
 
 BYTES_PER_WEIGHT = {"base": 2, "fp8": 1, "int8": 1, "nf4": 0.5625, "fp8_products": 2}
@@ -74,5 +75,5 @@ def memory_hint(memory: Memory, batch_size: int) -> str:
 
 def out_of_memory_error(memory: Memory, batch_size: int, folder: Path) -> RunError:
     """The error for a run in `folder` that ran out of GPU memory: what to set, and how to resume."""
-    resume = f", and resume with resume={folder}" if any((folder / "checkpoints").glob("step-*")) else ""
+    resume = f", and resume with resume={display_path(folder)}" if any((folder / "checkpoints").glob("step-*")) else ""
     return RunError(f"out of GPU memory: {memory_hint(memory, batch_size)}{resume}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_lab.board.read import loss_plot, read_metrics
 from lora_lab.console import say
 from lora_lab.errors import DiskFullError, RunError
-from lora_lab.runs import disk_full_named, write_text
+from lora_lab.runs import disk_full_named, display_path, write_text
 from lora_lab.track.base import Track
 from lora_lab.training.lora_training import LoRATraining, Update
 from lora_lab.training.resolve import METRICS, VALIDATION
@@ -169,7 +169,8 @@ def open_metrics_file(path: Path, last_step: int) -> MetricsFile:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     steps = [_step_of(line) for line in lines]
     if damaged := [i for i, step in enumerate(steps[:-1], 1) if step is None]:  # the last may be half of one
-        say(f"{path} is damaged in line {', '.join(map(str, damaged))}, which the plot of the loss will lack")
+        numbers = ", ".join(map(str, damaged))
+        say(f"{display_path(path)} is damaged in line {numbers}, which the plot of the loss will lack")
     kept = {step: line for step, line in zip(steps, lines, strict=True) if step is not None and step <= last_step}
     write_text(path, "".join(line + "\n" for line in kept.values()))
     return MetricsFile(path, set(kept), path.open("a", encoding="utf-8", buffering=1))

@@ -17,7 +17,7 @@ from lora_lab.errors import InputError
 from lora_lab.images.dataset import Sample, read_dataset
 from lora_lab.images.pixels import Fitted
 from lora_lab.images.scan import find_pictures
-from lora_lab.runs import hash_files, hash_text, save_picture
+from lora_lab.runs import display_path, hash_files, hash_text, save_picture
 from lora_lab.sampling.generate import RenderSettings, Request, generate
 from lora_lab.settings.schema import Model, Prior
 from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures, to_device
@@ -98,7 +98,8 @@ def draw_missing(samples: Sequence[Sample], prior: Prior, render: RenderSettings
         return
     size = (render.side, render.side)
     requests = [Request(s.captions[0], seed_of("class picture", prior.seed, s.name), size) for s in missing]
-    say(f"drawing {len(missing)} class pictures into {missing[0].path.parent}; an interrupted run leaves them there")
+    place = display_path(missing[0].path.parent)
+    say(f"drawing {len(missing)} class pictures into {place}; an interrupted run leaves them there")
     encoder = replace(encoder, tokenizers=None)  # text encoders are not trained yet
     for sample, request in zip(missing, requests, strict=True):  # one at a time, also with offloading
         (image,) = generate(encoder.base, [request], render.sampler, encoder)

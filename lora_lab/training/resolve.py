@@ -23,7 +23,15 @@ from lora_lab.errors import InputError
 from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
 from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
 from lora_lab.images.pixels import Fitted
-from lora_lab.runs import hash_files, hash_text, refuse_unwritable, refuse_used, write_manifest
+from lora_lab.runs import (
+    display_path,
+    hash_files,
+    hash_text,
+    refuse_missing,
+    refuse_unwritable,
+    refuse_used,
+    write_manifest,
+)
 from lora_lab.sampling.generate import RenderSettings, render_settings
 from lora_lab.settings.schema import (
     Config,
@@ -139,6 +147,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
 
     `reuse_from` is a training of the same base and the same images, which are not read again then."""
     start_time = time.perf_counter()
+    refuse_missing(folder, config.resume)
     base = locate_model("model.base", config.model.base)
     validate_prediction(config.model, config.loss)
     device = pick_device(config.device)
@@ -315,7 +324,7 @@ def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | N
         return None
     newest = newest_checkpoint(folder)
     if newest is None:
-        say(f"{folder} has no checkpoint yet: the training starts from its beginning")
+        say(f"{display_path(folder)} has no checkpoint yet: the training starts from its beginning")
     elif step_of(newest) > steps:
         raise InputError(f"resume={resume}: {newest.name} is beyond steps={steps}, set more steps")
     return newest

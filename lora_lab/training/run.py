@@ -16,7 +16,7 @@ from lora_lab.console import say
 from lora_lab.errors import DiskFullError, InputError, RunError
 from lora_lab.evaluation.metrics import Scores
 from lora_lab.images.dataset import cut_away_line, frames_line, unused_line
-from lora_lab.runs import free_space, remove_temporary_files
+from lora_lab.runs import display_path, free_space, remove_temporary_files, resume_command
 from lora_lab.track import tracking
 from lora_lab.training.base_context import BaseContext
 from lora_lab.training.data import count_buckets
@@ -71,7 +71,7 @@ def _base_lines(training: ResolvedTraining) -> dict[str, str]:
         "training": f"{training.steps} steps of {training.batch_size * settings.gradient_accumulation} "
         f"({epochs:.1f} epochs), rank {training.rank}, lr {training.lr:g}",
         "validation": f"{images} images {interval}at the end",
-        "writes": f"{training.folder}{installed}",
+        "writes": f"{display_path(training.folder)}{installed}",
     }
 
 
@@ -94,7 +94,7 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
         "crops": training.dataset.random_crop and f"{sum(map(len, images.crops))} of {len(images.fitted)} images",
         "captions": training.dataset.shuffle_captions and f"{len(orders)} orders",
         "text": training.text.learns and describe_text(training.text, training.trigger, training.lr, training.steps),
-        "resumes": training.resume_from and f"from {training.resume_from}",
+        "resumes": training.resume_from and f"from {display_path(training.resume_from)}",
     }
     return {name: line for name, line in lines.items() if line}
 
@@ -223,10 +223,8 @@ class TrainingRun:
 
     def disk_full_error(self, error: DiskFullError) -> RunError:
         """`error` of this run, with the space that the rest needs and how to go on."""
-        return RunError(
-            f"{error}, the rest of this run takes about {self.disk_bytes()[1] / 2**20:.0f} MiB; then resume with: "
-            f"python -m lora_lab resume={self.resolved.folder}"
-        )
+        size, command = self.disk_bytes()[1] / 2**20, resume_command(self.resolved.folder)
+        return RunError(f"{error}, the rest of this run takes about {size:.0f} MiB; then resume with: {command}")
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the steps done so far. Raises RunError if a number of theirs is not finite."""
@@ -268,16 +266,16 @@ def check_disk(runs: Sequence[TrainingRun]) -> None:
     """Print where the disk of `runs` may not hold all that they write. Raises InputError where it surely cannot."""
     folder, sizes = runs[0].resolved.folder, [run.disk_bytes() for run in runs]
     certain, expected = (sum(size) for size in zip(*sizes, strict=True))
-    free = shutil.disk_usage(folder).free
+    free, name = shutil.disk_usage(folder).free, display_path(folder)
     if certain > free:
         other = "" if runs[0].resolved.resumed else ", or choose another disk with hydra.run.dir= or hydra.sweep.dir="
         raise InputError(
-            f"{folder}: needs at least {certain / 2**20:.1f} MiB on its disk, where {free_space(folder)}: free some "
+            f"{name}: needs at least {certain / 2**20:.1f} MiB on its disk, where {free_space(folder)}: free some "
             f"space{other}"
         )
     if expected > free:
         say(
-            f"{folder}: takes about {expected / 2**20:.0f} MiB, and {free_space(folder)}: free some space, or use "
+            f"{name}: takes about {expected / 2**20:.0f} MiB, and {free_space(folder)}: free some space, or use "
             "stage.keep_checkpoints=1 or a larger stage.validate_every"
         )
 

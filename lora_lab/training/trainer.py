@@ -17,7 +17,7 @@ from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.load import base_class
 from lora_lab.console import bar, say
 from lora_lab.errors import DiskFullError, InputError, RunError
-from lora_lab.runs import stop_on_signal
+from lora_lab.runs import resume_command, stop_on_signal
 from lora_lab.training.base_context import BaseContext, gc_paused, prepare_base
 from lora_lab.training.engine import Losses, StepEngine, build_single_step
 from lora_lab.training.lora_training import FlatParams, LoRATraining, Update, learning_rate_schedule, load_checkpoint
@@ -45,7 +45,7 @@ def train(resolved: ResolvedTraining) -> TrainResult:
                 raise run.disk_full_error(error) from error
             if run.unfinished:
                 raise KeyboardInterrupt(
-                    f"stopped after step {run.step}; resume with: python -m lora_lab resume={resolved.folder}"
+                    f"stopped after step {run.step}; resume with: {resume_command(resolved.folder)}"
                 )
             return run.result
     except torch.OutOfMemoryError as error:

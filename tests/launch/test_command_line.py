@@ -229,6 +229,27 @@ def test_an_error_in_a_recipe_names_the_recipe(type_in, tmp_path, recipe, parts)
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("experiment=a_whole,b_wrong", "in experiment/b_wrong.yaml: rank=0: rank must be at least 1"),
+        ("experiment=choice(a_whole,b_wrong)", "in experiment/b_wrong.yaml: rank=0: rank must be at least 1"),
+        ("experiment=glob(?_*)", "in experiment/b_wrong.yaml: rank=0: rank must be at least 1"),
+        ("schedule=glob(zz*) rank=4,8", "schedule=glob(zz*): there is no such option"),
+        ("optimizer=glob(*) optimizer.rho=0.1", "optimizer.rho: no such key"),
+        ("lr=glob(1*)", "lr=glob(1*): there is no such option or value"),
+        ("rank=range(-1,3)", "rank=-1: rank must be at least 1"),
+        ("rank=range(5,1)", "rank=range(5,1): there is no such option or value"),
+    ],
+)
+def test_every_value_of_a_sweep_is_checked_before_its_first_job(type_in, tmp_path, words, sentence):
+    (tmp_path / "experiments").mkdir()
+    for name, rank in (("a_whole", 2), ("b_wrong", 0)):
+        (tmp_path / "experiments" / f"{name}.yaml").write_text(f"rank: {rank}")
+    refused(type_in("-m", "stage=train", *words.split()), sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["experiments"]
+
+
 def test_a_broken_recipe_affects_no_other_command(type_in, tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "broken.yaml").write_text("rank: [")

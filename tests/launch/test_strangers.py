@@ -6,7 +6,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lora_lab.board.record import read_yaml, recorded_settings
 from lora_lab.errors import InputError
 from lora_lab.launch import config, recipes
 from lora_lab.launch.command_line import expand_resume
@@ -233,7 +235,27 @@ def test_a_target_is_allowed_where_it_is_defined(here, composed):
 BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['1'] * 9)}]\n" for i in range(12))
 
 
-@pytest.mark.parametrize("bomb", [BOMB, "a: &a [*a]", "a: " + "[" * 5000, f"a: {'x' * 2**21}"], ids=range(4))
+BOMBS = {
+    "doubling": BOMB,
+    "merging": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{f'*a{i - 1},' * 9}]}}\n" for i in range(1, 12)),
+    "of itself": "a: &a [*a]",
+    "deep": "a: " + "[" * 5000,
+    "deep by dashes": "- " * 100_000 + "x",
+    "deep by aliases": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 60)),
+    "long": f"a: {'x' * 2**21}",
+    "long by aliases": f"a: &a {'x' * 2**18}\nb: [*a, *a, *a, *a, *a]",
+    "many": f"a: [{'1,' * 60_000}]",
+    "of nothing": "a: *nothing",
+}
+FAIR = (
+    "a: &a [1, 2]\nb: [*a, *a]",
+    "a: &a {x: 1}\nb: {<<: *a, y: 2}",
+    "a: " + "[" * 40 + "]" * 40,
+    f"a: {'x' * 2**18}",
+)
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_yaml_bomb_is_refused_where_it_is_named_and_hangs_nothing_else(here, type_in, bomb):
     (here / "experiments" / "bomb.yaml").write_text(bomb)
     for words in (["--version"], ["--help"], ["--cfg", "job"]):
@@ -242,6 +264,16 @@ def test_a_yaml_bomb_is_refused_where_it_is_named_and_hangs_nothing_else(here, t
     resume = record(here, "run", [])
     (here / "theirs" / ".hydra" / "overrides.yaml").write_text(bomb)
     assert "overrides.yaml cannot be read" in refused(here, type_in, resume)
+    for name in ("config", "hydra"):
+        (here / "theirs" / ".hydra" / f"{name}.yaml").write_text(bomb)
+    with pytest.raises(InputError, match=r"config\.yaml cannot be read"):
+        recorded_settings(here / "theirs")
+
+
+@pytest.mark.parametrize("text", FAIR, ids=range(len(FAIR)))
+def test_yaml_with_a_few_aliases_levels_and_letters_is_read(tmp_path, text):
+    (tmp_path / "fair.yaml").write_text(text)
+    assert read_yaml(tmp_path / "fair.yaml") == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("damage", ["", "a", "- 1", "{}", "[[a]]", "\x00"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import inside
 
-from lora_lab.errors import InputError
-from lora_lab.evaluation.scores import Scorer
+from lora_lab.errors import InputError, RunError
+from lora_lab.evaluation.scores import Scorer, pictures_in
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
 
@@ -101,6 +102,23 @@ def content(folder):
     return lines.replace(str(Path(folder).absolute()), ""), {f.relative_to(folder): f.read_bytes() for f in files}
 
 
+def test_training_images_are_freed_once_they_are_embedded(elsewhere, made_lora, monkeypatch):
+    opened = []
+
+    def and_watch(*arguments):
+        pictures = pictures_in(*arguments)
+        opened.extend(map(weakref.ref, pictures))
+        return pictures
+
+    def alive_when_the_base_is_loaded(*arguments):
+        raise RunError(f"{sum(picture() is not None for picture in opened)} of {len(opened)}")
+
+    monkeypatch.setattr("lora_lab.stages.evaluate.pictures_in", and_watch)
+    monkeypatch.setattr("lora_lab.stages.evaluate.load_base_for_sampling", alive_when_the_base_is_loaded)
+    with pytest.raises(RunError, match=r"^0 of 6$"):
+        evaluate("run", f"lora={made_lora}")
+
+
 @pytest.mark.slow
 def test_interrupted_scoring_keeps_what_it_has_and_goes_on_there(scored, made_lora, monkeypatch, capsys):
     folder, before = scored
@@ -118,9 +136,7 @@ def test_interrupted_scoring_keeps_what_it_has_and_goes_on_there(scored, made_lo
     loras = f"lora=[{made_lora},weak.safetensors]"
     with pytest.raises(KeyboardInterrupt):
         evaluate("killed", loras)
-    assert (
-        f"1 of 2 LoRA are scored, the others will be with resume={Path('killed').absolute()}" in capsys.readouterr().out
-    )
+    assert "1 of 2 LoRA are scored, the others will be with resume=killed\n" in capsys.readouterr().out
     whole, so_far = (Path(run, "scores.jsonl").read_text().splitlines() for run in ("run", "killed"))
     assert len(so_far) == len(whole) * 2 // 3 and not Path("killed/result.json").exists()
     result = evaluate("killed", loras, "resume=killed")

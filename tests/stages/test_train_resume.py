@@ -6,10 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import NOISE, assert_same, cut_out, interrupt_at, lora, metrics, train, validation, without_checksums
+from tiny_runs import (
+    FAST,
+    NOISE,
+    assert_same,
+    cut_out,
+    interrupt_at,
+    lora,
+    metrics,
+    train,
+    validation,
+    without_checksums,
+)
 
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
+from lora_lab.launch.run_job import run_stage
 from lora_lab.training.lora_training import checkpoints
+from lora_lab.training.resolve import resolve_training
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -74,6 +88,18 @@ def test_a_checkpoint_that_this_version_cannot_read_is_refused():
     state.with_name("learnt.safetensors").rename(state.with_name("adapter.safetensors"))
     with pytest.raises(InputError, match="step-000002 is from an older version of lora_lab"):
         train("run", "steps=4", f"resume={Path('run').absolute()}")
+
+
+def test_a_folder_without_a_run_is_not_resumed():
+    Path("empty").mkdir()
+    for folder in (Path("missing"), Path("empty")):
+        for stage in ("train", "evaluate", "img2img", "pipeline"):
+            photo = ["stage.photo=me.jpg"] if stage == "img2img" else []
+            with pytest.raises(InputError, match=f"^resume={folder}: {folder} has no run"):
+                run_stage(compose(f"stage={stage}", f"resume={folder}", *photo), folder.absolute())
+        with pytest.raises(InputError, match=f"^resume={folder}: {folder} has no run"):
+            resolve_training(compose(*FAST, f"resume={folder}"), folder.absolute())
+        assert not folder.exists() or not [*folder.iterdir()]
 
 
 def test_a_resumed_run_refuses_to_become_another_one():
