@@ -120,6 +120,9 @@ class ToyBase:
     def encode_photo(self, photo):
         return lambda generator: self.encode_image(photo, "")[None]
 
+    def features(self, latents):
+        return latents
+
     def decode(self, latents):
         return interpolate(latents, scale_factor=self.pixels_per_latent)
 

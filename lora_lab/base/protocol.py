@@ -150,6 +150,10 @@ class BaseModel(Protocol):
     def encode_photo(self, photo: Image.Image) -> Callable[[torch.Generator], Tensor]:
         """For img2img: a function that draws latents (1, C, h, w) of the photo, in `dtype`."""
 
+    def features(self, latents: Tensor) -> Tensor:
+        """What the network sees in latents (B, C, h, w) of images: vectors (B, D, h', w') of its middle, float32, which
+        are alike for parts that look alike. They do not depend on the other images, nor on a text."""
+
     def decode(self, latents: Tensor) -> Tensor:
         """The image (1, 3, H, W) of latents (1, C, h, w), values from -1 to 1."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from lora_lab.settings.setting import call_target
 
 # How kohya's scripts, and every program that reads their files, name the components.
 LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+FEATURE_NOISE = 10  # a tenth of the schedule: features of the tiny base hardly differ between .05 and .2
 
 
 class SDXL:
@@ -222,6 +224,27 @@ class SDXL:
         pixels = self.pipe.image_processor.preprocess(photo).to(autoencoder.device, autoencoder.dtype)
         posterior = autoencoder.encode(pixels).latent_dist
         return lambda generator: posterior.sample(generator).to(dtype) * autoencoder.config.scaling_factor
+
+    @torch.no_grad()
+    def features(self, latents: Tensor) -> Tensor:
+        """The middle block's output (B, 1280, h / 4, w / 4), float32, for latents (B, 4, h, w) with a tenth of the
+        schedule's noise, always the same, and an empty text (Tang et al. 2023, arXiv 2306.03881)."""
+        unet, device, seen = self.network, latents.device, []
+        noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+        schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        timesteps = torch.tensor([schedule.config.num_train_timesteps // FEATURE_NOISE], device=device)
+        noisy = schedule.add_noise(latents, noise.expand_as(latents), timesteps)
+        size = tuple(side * self.pixels_per_latent for side in latents.shape[2:])
+        conditioning = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in self.text_forms().items()}
+        conditioning |= self.size_conditioning(size, (0, 0), size)
+        batch = {name: value.to(device).expand(len(latents), *value.shape) for name, value in conditioning.items()}
+        handle = unet.mid_block.register_forward_hook(lambda _, __, output: seen.append(output.float()))
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                self.predict(unet, noisy, timesteps, batch)
+        finally:
+            handle.remove()
+        return seen[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """The image (1, 3, 8 h, 8 w), values from -1 to 1, of latents (1, 4, h, w).

@@ -1,4 +1,5 @@
-"""The models that evaluation looks at images with: CLIP, DINOv2 and the captioner, each loaded for one call only."""
+"""The models that evaluation looks at images with: CLIP, DINOv2 and the captioner, each loaded for one call only, and
+the base model's own network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +8,19 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import avg_pool2d, normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
+from lora_lab.base.encode import Encoder, on_device
 from lora_lab.base.locate import loading_failure, locate_model
 from lora_lab.captions.captioner import load_captioner, run_captioner
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
+from lora_lab.images.pixels import fit
 from lora_lab.settings.schema import Model
 
 BATCH = 16  # images per forward pass
+MAX_PARTS = 256  # of an image: as many as DINOv2 has; the time of comparing grows with the square
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,14 @@ class ImageEmbeddings:
     """One model's embeddings of N images: float32, on the CPU."""
 
     whole: Tensor  # (N, D), unit vectors
-    parts: Tensor  # (N, P, E), one vector per patch: local detail that the whole loses
+    parts: Tensor  # (N, T, E), one vector per patch: local detail that the whole loses
 
 
 @dataclass(frozen=True)
 class Embeddings:
     """The embeddings of N images and T texts."""
 
-    clip: ImageEmbeddings
+    clip: Tensor  # (N, D), unit vectors
     dino: ImageEmbeddings | None  # None without model.dino
     texts: Tensor  # (T, D), CLIP's unit vectors
 
@@ -56,22 +60,20 @@ def embed(model: Model, images: Sequence[Image.Image], texts: Sequence[str], dev
 
 def _clip(
     location: str, images: Sequence[Image.Image], texts: Sequence[str], device: torch.device
-) -> tuple[ImageEmbeddings, Tensor]:
+) -> tuple[Tensor, Tensor]:
     clip, processor = _load("model.judge", location, "clip", CLIPModel, CLIPProcessor, device)
 
-    def embed_images(batch: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    def embed_images(batch: Sequence[Image.Image]) -> tuple[Tensor]:
         pixels = processor(images=list(batch), return_tensors="pt").pixel_values.to(device, clip.dtype)
-        output = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
-        # Patches of the last layer but one: in the last layer they only serve the whole (Liu et al. 2023, LLaVA).
-        return clip.visual_projection(output.pooler_output), output.hidden_states[-2][:, 1:]
+        return (clip.get_image_features(pixels).pooler_output,)
 
     def embed_texts(batch: Sequence[str]) -> tuple[Tensor]:
         ids = processor(text=list(batch), padding=True, truncation=True, return_tensors="pt").to(device)
         return (clip.get_text_features(ids.input_ids, ids.attention_mask).pooler_output,)
 
-    whole, parts = _batched(embed_images, images)
+    (whole,) = _batched(embed_images, images)
     (text_embeddings,) = _batched(embed_texts, texts) if texts else (torch.empty(0),)
-    return ImageEmbeddings(normalize(whole, dim=-1), parts), normalize(text_embeddings, dim=-1)
+    return normalize(whole, dim=-1), normalize(text_embeddings, dim=-1)
 
 
 def _dino(location: str, images: Sequence[Image.Image], device: torch.device) -> ImageEmbeddings:
@@ -85,6 +87,25 @@ def _dino(location: str, images: Sequence[Image.Image], device: torch.device) ->
 
     whole, parts = _batched(embed_images, images)
     return ImageEmbeddings(normalize(whole, dim=-1), parts)
+
+
+@torch.no_grad()
+def base_parts(images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
+    """The vectors (N, T, D) of the parts of RGB images, cut to a square of `side` pixels, in the base's own network;
+    float32, on the CPU. An adapter in the network is to be disabled by the caller.
+
+    Neighbours are averaged to at most MAX_PARTS parts. Raises RunError for non-finite values."""
+    base, device, features = encoder.base, encoder.device, []
+    with on_device(base.autoencoder, device, encoder.offload):
+        latents = [base.encode_image(fit(image, (side, side)).picture, "an image to be scored") for image in images]
+    base.network.eval()  # the next training step sets its own mode
+    with on_device(base.network, device, encoder.offload):
+        for start in range(0, len(latents), BATCH):
+            output = base.features(torch.stack(latents[start : start + BATCH]).to(device))
+            while output.shape[2] * output.shape[3] > MAX_PARTS:
+                output = avg_pool2d(output, 2)
+            features.append(output.flatten(2).transpose(1, 2).cpu())
+    return torch.cat(features)
 
 
 def caption_images(captioner: Mapping[str, Any], images: Sequence[Image.Image], device: torch.device) -> list[str]:

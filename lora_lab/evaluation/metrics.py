@@ -26,10 +26,8 @@ Scores = dict[str, Estimate | None]
 
 @dataclass(frozen=True)
 class Scale:
-    """The metrics of the base (0 of a scale) and of the references (1): before is the base without a LoRA."""
+    """The metrics of the images that the base draws of the same prompts without a LoRA: 1 of the scale."""
 
-    parts_before: float  # of the base's images of the same prompts, as all that end in _before
-    parts_alike: float  # of the references among each other
     contrast_before: float
     attributes_before: float  # nan where the scores need no captions
     contrast_others_before: float
@@ -42,28 +40,46 @@ def subject(pictures: Tensor, references: Tensor) -> Tensor:
     return (pictures @ references.T).mean(dim=1)
 
 
-def parts(pictures: Tensor, references: Tensor) -> Tensor:
-    """How much of the most similar reference each image contains (N,): for every part of a reference its best cosine to
-    a part of the image, averaged over parts; for the best reference (late interaction: Khattab and Zaharia 2020, on
-    patches Yao et al. 2021).
+@dataclass(frozen=True)
+class DistinctiveParts:
+    """The parts of M references, T vectors (D,) each, weighted by what tells the character from other images: how much
+    better other references than the base's images match the part.
 
-    pictures (N, T, D) and references (M, T, D) are vectors of parts, of any length. Each channel is standardised by its
-    mean and deviation over the references, since some channels are large in every image (Sun et al. 2024)."""
-    return _part_similarity(pictures, references).amax(dim=1)
+    Matching each part with its best counterpart is late interaction (Khattab and Zaharia 2020, on patches Yao et al.
+    2021). Each channel is standardised over references and base images, since some channels are large in every image
+    (Sun et al. 2024)."""
+
+    mean: Tensor  # (D,)
+    deviation: Tensor  # (D,)
+    references: Tensor  # (M, T, D), standardised unit vectors
+    before: Tensor  # (M, T), the mean cosine of each part's best counterparts in the base's images
+    weights: Tensor  # (M, T), so scaled that a reference has found 1 of the others, on average
+
+    @classmethod
+    def of(cls, references: Tensor, before: Tensor) -> "DistinctiveParts":
+        """For references (M, T, D) and images of the base (K, T, D), vectors of parts of any length."""
+        deviation, mean = torch.std_mean(torch.cat([references, before]), dim=(0, 1), correction=0)
+        references, before = (normalize((x - mean) / (deviation + 1e-5), dim=-1) for x in (references, before))
+        among = _best_cosines(references, references)
+        own = torch.eye(len(references), dtype=torch.bool, device=references.device)
+        alike = among.masked_fill(own[:, None], torch.nan).nanmean(dim=2) if len(references) > 1 else among[..., 0]
+        base = _best_cosines(references, before).mean(dim=2)
+        gain = (alike - base).clamp(min=0)
+        return cls(mean, deviation, references, base, gain / gain.square().sum().clamp(min=1e-9))
+
+    def found(self, images: Tensor) -> Tensor:
+        """How much of the character each of images (N, T, D) contains (N,): 0 as the base's images on average, 1 as
+        the references among each other, below 0 for what resembles nothing that either shows."""
+        images = normalize((images - self.mean) / (self.deviation + 1e-5), dim=-1)
+        gained = _best_cosines(self.references, images) - self.before[..., None]
+        return (gained * self.weights[..., None]).sum(dim=(0, 1))
 
 
-def alike(references: Tensor) -> float:
-    """The mean over references (M, T, D) of how much of another reference each contains, as `parts` measures it; 1 for
-    a single one."""
-    similarity = _part_similarity(references, references).fill_diagonal_(-1)
-    return 1.0 if len(references) < 2 else similarity.amax(dim=1).mean().item()
+def _best_cosines(references: Tensor, images: Tensor) -> Tensor:
+    """For every part of references (M, T, D) the cosine of its best counterpart in each of images (N, T, D): (M, T, N).
 
-
-def _part_similarity(pictures: Tensor, references: Tensor) -> Tensor:
-    """How much of each reference each image contains (N, M)."""
-    deviation, mean = torch.std_mean(references, dim=(0, 1), correction=0)
-    pictures, references = (normalize((x - mean) / (deviation + 1e-5), dim=-1) for x in (pictures, references))
-    return torch.stack([(pictures @ reference.T).amax(dim=1).mean(dim=1) for reference in references], dim=1)
+    All are unit vectors."""
+    return torch.stack([(reference @ images.mT).amax(dim=2).mT for reference in references])
 
 
 def prompt(pictures: Tensor, texts: Tensor, indices: Sequence[int]) -> Tensor:
@@ -125,20 +141,19 @@ def attributes(prompt: str, caption: str, patterns: Sequence[re.Pattern]) -> lis
     return named
 
 
-def combined(gained: Tensor, contrast: Tensor, attributes: Tensor, contrast_others: Tensor, scale: Scale) -> Tensor:
+def combined(parts: Tensor, contrast: Tensor, attributes: Tensor, contrast_others: Tensor, scale: Scale) -> Tensor:
     """The score, of numbers of any one shape, and of that shape: sqrt(learnt * followed), between 0 and 1.
 
-    learnt: what `parts` gained over the base, as a fraction of what the references gain over it among each other.
+    learnt: `parts` (DistinctiveParts.found), between 0 and 1.
     followed: the mean of contrast, attributes and contrast_others, each as a fraction of the base's; attributes are
     left out where they are nan.
     So it is 0 for a LoRA that learnt nothing and for one that follows no prompt."""
-    learnt = _fraction(gained, scale.parts_alike - scale.parts_before)
     fractions = [
         _fraction(contrast, scale.contrast_before),
         _fraction(attributes, scale.attributes_before),
         _fraction(contrast_others, scale.contrast_others_before),
     ]
-    return (learnt * torch.stack(fractions).nanmean(dim=0)).sqrt()
+    return (parts.clamp(0, 1) * torch.stack(fractions).nanmean(dim=0)).sqrt()
 
 
 def estimates(

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.captioner import check_captioner
 from lora_lab.captions.refiner import Refiner, load_refiner, run_refiner
 from lora_lab.errors import InputError
 from lora_lab.evaluation import metrics
-from lora_lab.evaluation.embedders import Embeddings, ImageEmbeddings, caption_images, embed, locate_embedders
+from lora_lab.evaluation.embedders import Embeddings, base_parts, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Estimate, Scale, Scores
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
@@ -95,26 +96,22 @@ class ReferenceEmbeddings:
     """One model's embeddings of the character's images."""
 
     training: Tensor  # (M, D)
-    references: ImageEmbeddings  # what rendered images are compared with
+    references: Tensor  # (R, D), what rendered images are compared with
 
     @classmethod
-    def of(cls, embeddings: ImageEmbeddings, held_out: int) -> "ReferenceEmbeddings":
-        """`embeddings` are of the training images, then of held-out ones, which are the references if there are any."""
-        count = len(embeddings.whole) - held_out
-        compared = slice(count, None) if held_out else slice(count)
-        references = ImageEmbeddings(embeddings.whole[compared], _subset(embeddings.parts[compared]))
-        return cls(embeddings.whole[:count], references)
-
-
-def _subset(references: Tensor) -> Tensor:
-    return references[:: -(-len(references) // MAX_REFERENCES)]
+    def of(cls, whole: Tensor, held_out: int) -> "ReferenceEmbeddings":
+        """`whole` (M + held_out, D) is of the training images, then of held-out ones, which are the references if there
+        are any."""
+        count = len(whole) - held_out
+        return cls(whole[:count], whole[count:] if held_out else whole)
 
 
 @dataclass(frozen=True)
 class Baseline:
     """What the base scores without a LoRA, which LoRAs are measured by."""
 
-    parts: Tensor  # (N,) metrics.parts of each image with the trigger
+    character: metrics.DistinctiveParts  # of the references, against the base's images of the same prompts
+    parts: Tensor  # (N,) found in each image with the trigger
     others: Tensor  # (M, D) embeddings of the images without the trigger
     scale: Scale
 
@@ -132,6 +129,7 @@ class Scorer:
     texts: Tensor  # (T, D) CLIP's embeddings of the prompts' texts
     clip: ReferenceEmbeddings
     dino: ReferenceEmbeddings | None
+    references: Sequence[Image.Image]  # until score_base
     baseline: Baseline | None = field(default=None, init=False)
 
     @classmethod
@@ -151,6 +149,7 @@ class Scorer:
         To be called before the base is loaded: an embedder that cannot be loaded then costs seconds, not a training.
         Raises InputError for such an embedder, and for wrong settings of the refiner."""
         embeddings = embed(model, [*training, *held_out], prompts.texts, device)
+        references = held_out or training
         return cls(
             prompts=prompts,
             model=model,
@@ -160,7 +159,8 @@ class Scorer:
             device=device,
             texts=embeddings.texts,
             clip=ReferenceEmbeddings.of(embeddings.clip, len(held_out)),
-            dino=embeddings.dino and ReferenceEmbeddings.of(embeddings.dino, len(held_out)),
+            dino=embeddings.dino and ReferenceEmbeddings.of(embeddings.dino.whole, len(held_out)),
+            references=references[:: -(-len(references) // MAX_REFERENCES)],
         )
 
     def score_base(self, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
@@ -168,19 +168,19 @@ class Scorer:
         pictures, files = render_base(self.prompts.specs, render, folder, encoder)
         embeddings = embed(self.model, pictures, [], self.device)
         captions = self._captions(pictures[: len(self.prompts.character)])
-        references = self._references.references
-        character, others = self._split(embeddings.dino or embeddings.clip)
-        parts = metrics.parts(character.parts, references.parts)
+        count = len(self.references)
+        parts = self._parts([*self.references, *pictures[: len(self.prompts.character)]], render.side, encoder)
+        self.references = ()
+        character = metrics.DistinctiveParts.of(parts[:count], parts[count:])
         contrast, contrast_others = self._contrasts(embeddings)
         scale = Scale(
-            parts_before=parts.mean().item(),
-            parts_alike=metrics.alike(references.parts),
             contrast_before=contrast.mean().item(),
             attributes_before=self._attributes(captions).nanmean().item(),
             contrast_others_before=contrast_others.mean().item(),
         )
-        self.baseline = Baseline(parts, others.whole, scale)
-        return self._scored(None, pictures, files, embeddings, captions)
+        found = character.found(parts[count:]).cpu()
+        self.baseline = Baseline(character, found, self._others(self._whole(embeddings)), scale)
+        return self._scored(None, pictures, files, embeddings, captions, found)
 
     def score(self, lora: Path, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
         """Render with the LoRA file into `folder` and score that, after score_base.
@@ -191,17 +191,31 @@ class Scorer:
         files = [folder / f"{spec.name}.png" for spec in specs]
         embeddings = embed(self.model, pictures, [], self.device)
         captions = self._captions(pictures[: len(self.prompts.character)])
-        return self._scored(lora, pictures, files, embeddings, captions)
+        parts = self._parts(pictures[: len(self.prompts.character)], render.side, encoder)
+        return self._scored(lora, pictures, files, embeddings, captions, self.baseline.character.found(parts).cpu())
+
+    def _parts(self, images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
+        """The vectors (N, T, D) of the images' parts, on the device: by DINOv2, else by the base's own network."""
+        if self.dino:
+            return embed(self.model, images, [], self.device).dino.parts.to(self.device)
+        with lora_attached(encoder.base, None):
+            return base_parts(images, side, encoder).to(self.device)
 
     @property
     def _references(self) -> ReferenceEmbeddings:
         """DINOv2 tells subjects of a class better apart than CLIP, which represents what captions say."""
         return self.dino or self.clip
 
-    def _split(self, embeddings: ImageEmbeddings) -> tuple[ImageEmbeddings, ImageEmbeddings]:
-        """Those of images with the trigger, and those of images without."""
-        n, whole, parts = len(self.prompts.character), embeddings.whole, embeddings.parts
-        return ImageEmbeddings(whole[:n], parts[:n]), ImageEmbeddings(whole[n:], parts[n:])
+    def _whole(self, embeddings: Embeddings) -> Tensor:
+        return embeddings.dino.whole if embeddings.dino else embeddings.clip
+
+    def _character(self, whole: Tensor) -> Tensor:
+        """Those of images with the trigger."""
+        return whole[: len(self.prompts.character)]
+
+    def _others(self, whole: Tensor) -> Tensor:
+        """Those of images without the trigger."""
+        return whole[len(self.prompts.character) :]
 
     def _scored(
         self,
@@ -210,9 +224,10 @@ class Scorer:
         files: list[Path],
         embeddings: Embeddings,
         captions: list[str | None],
+        parts: Tensor,
     ) -> ScoredImages:
         prompts, baseline = self.prompts, self.baseline
-        of_character, of_others, of_seeds = self._measure(embeddings, captions)
+        of_character, of_others, of_seeds = self._measure(embeddings, captions, parts)
         lines = [
             {"lora": lora and str(lora), "prompt": spec.prompt, "seed": spec.seed, "picture": str(file)}
             for spec, file in zip(prompts.specs, files, strict=True)
@@ -223,36 +238,33 @@ class Scorer:
             line["caption"] = captions[i] if i < count else None
             line["scores"] = {name: _rounded(numbers[index].item()) for name, numbers in values.items()}
         # Image by image: how much a prompt's background resembles the references' adds no uncertainty about the LoRA.
-        gained = {"gained": of_character["parts"] - baseline.parts}
+        gained = {"gained": parts - baseline.parts}
         estimates = metrics.estimates([of_character | of_seeds | gained, of_others], self._combined)
         scores = {name: estimates[name] for name in ("score", *of_character, *of_others, *of_seeds)}
         return ScoredImages(lora.stem if lora else "without a LoRA", scores, lines, pictures)
 
     def _measure(
-        self, embeddings: Embeddings, captions: list[str | None]
+        self, embeddings: Embeddings, captions: list[str | None], parts: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """The metrics of images with the trigger, of images without, and of the seeds with the trigger: each (N,)."""
-        references, prompts = self._references, self.prompts
-        (character, others), (clip, _) = self._split(embeddings.dino or embeddings.clip), self._split(embeddings.clip)
+        references, prompts, whole = self._references, self.prompts, self._whole(embeddings)
+        character, clip = self._character(whole), self._character(embeddings.clip)
         contrast, contrast_others = self._contrasts(embeddings)
-        of_character = {
-            "parts": metrics.parts(character.parts, references.references.parts),
-            "subject": metrics.subject(character.whole, references.references.whole),
-        }
+        of_character = {"parts": parts, "subject": metrics.subject(character, references.references)}
         if self.dino:
-            of_character["subject_clip"] = metrics.subject(clip.whole, self.clip.references.whole)
+            of_character["subject_clip"] = metrics.subject(clip, self.clip.references)
         of_character |= {
-            "prompt": metrics.prompt(clip.whole, self.texts, prompts.character_texts),
+            "prompt": metrics.prompt(clip, self.texts, prompts.character_texts),
             "contrast": contrast,
             "attributes": self._attributes(captions),
         }
         of_others = {
             "contrast_others": contrast_others,
-            "leakage": metrics.leakage(others.whole, self.baseline.others),
+            "leakage": metrics.leakage(self._others(whole), self.baseline.others),
         }
         of_seeds = {
-            "diversity": metrics.diversity(character.whole, prompts.character_texts),
-            "memorised": metrics.memorised(character.whole, references.training),
+            "diversity": metrics.diversity(character, prompts.character_texts),
+            "memorised": metrics.memorised(character, references.training),
         }
         return of_character, of_others, of_seeds
 
@@ -277,11 +289,10 @@ class Scorer:
 
     def _contrasts(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
         """metrics.contrast of images with the trigger (N,), and of images without (M,)."""
-        character, others = self._split(embeddings.clip)
-        texts, prompts = self.texts, self.prompts
+        texts, prompts, clip = self.texts, self.prompts, embeddings.clip
         return (
-            metrics.contrast(character.whole, texts, prompts.character_texts),
-            metrics.contrast(others.whole, texts, prompts.other_texts),
+            metrics.contrast(self._character(clip), texts, prompts.character_texts),
+            metrics.contrast(self._others(clip), texts, prompts.other_texts),
         )
 
 

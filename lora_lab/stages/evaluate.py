@@ -109,7 +109,7 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
 def _load_scorer(config: Config, loras: int, hashes: dict[str, str], device: torch.device, folder: Path) -> Scorer:
     """Say what is compared with what, after the last check of the inputs, and embed the images.
 
-    They are in memory only here. Raises InputError for images that cannot be opened."""
+    All but the references are in memory only here. Raises InputError for images that cannot be opened."""
     training = _training_pictures(config)
     held_out = held_out_pictures(config.model, config.score)
     references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"

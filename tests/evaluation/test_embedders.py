@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
+from lora_lab.base.encode import Cache, Encoder
+from lora_lab.base.load import load_base
 from lora_lab.demo import HERE, TOFU
 from lora_lab.errors import InputError
 from lora_lab.evaluation import metrics
-from lora_lab.evaluation.embedders import caption_images, embed
+from lora_lab.evaluation.embedders import base_parts, caption_images, embed
 from lora_lab.launch.config import compose
 
 CPU = torch.device("cpu")
@@ -52,14 +54,14 @@ def pictures():
 
 def test_embeddings_are_unit_vectors_of_every_image_and_text(large, pictures):
     seen = embed(large, pictures, ["a tofu", "a tofu with a hat " * 40], CPU)
-    assert seen.clip.whole.shape == (18, 24) and seen.dino.whole.shape == (18, 32) and seen.texts.shape == (2, 24)
-    assert seen.clip.parts.shape == seen.dino.parts.shape == (18, 16 * 16, 32)
-    for vectors in (seen.clip.whole, seen.dino.whole, seen.texts):
+    assert seen.clip.shape == (18, 24) and seen.dino.whole.shape == (18, 32) and seen.texts.shape == (2, 24)
+    assert seen.dino.parts.shape == (18, 16 * 16, 32)
+    for vectors in (seen.clip, seen.dino.whole, seen.texts):
         assert vectors.dtype == torch.float32 and torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)))
     alone = embed(large, pictures[17:], [], CPU)
-    for view, among in ((alone.clip, seen.clip), (alone.dino, seen.dino)):
-        assert torch.allclose(view.whole[0], among.whole[17], atol=1e-5), "a picture does not depend on its company"
-        assert torch.allclose(view.parts[0], among.parts[17], atol=1e-4)
+    for view, among in ((alone.clip, seen.clip), (alone.dino.whole, seen.dino.whole)):
+        assert torch.allclose(view[0], among[17], atol=1e-5), "a picture does not depend on its company"
+    assert torch.allclose(alone.dino.parts[0], seen.dino.parts[17], atol=1e-4)
 
 
 def test_embeddings_of_clip_are_those_of_its_forward_pass(pictures):
@@ -68,25 +70,35 @@ def test_embeddings_of_clip_are_those_of_its_forward_pass(pictures):
     photo = Image.open(HERE / "photos" / "1.png").convert("RGB")
     seen = embed(compose().model, [pictures[3], pictures[4], photo], texts, CPU)
     assert seen.dino is None
-    tofu, another, face = seen.clip.whole
+    tofu, another, face = seen.clip
     own, other = seen.texts @ tofu
     assert own > other + 0.2 and tofu @ another > tofu @ face
 
 
-def test_patches_of_clip_are_in_the_order_of_the_image(pictures):
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(load_base(compose().model, CPU), CPU, Cache(None), offload=False)
+
+
+def test_parts_of_the_base_are_in_the_order_of_the_image_and_do_not_depend_on_the_others(pictures, encoder):
     """Painted over at the upper left, the parts there change most."""
     over = pictures[4].copy()
     over.paste("black", (0, 0, 48, 48))
-    seen = embed(compose().model, [pictures[4], over], [], CPU).clip.parts
+    seen = base_parts([pictures[4], over], 128, encoder)
+    assert seen.shape == (2, 8 * 8, 128) and seen.dtype == torch.float32
     changed = (seen[0] - seen[1]).norm(dim=1).view(8, 8)
     assert changed[:3, :3].mean() > 2 * changed[4:, 4:].mean()
+    assert torch.allclose(base_parts([over], 128, encoder)[0], seen[1], atol=1e-4)
+    assert base_parts([over], 512, encoder).shape == (1, 16 * 16, 128), "neighbours are averaged"
 
 
-def test_patches_of_the_character_are_most_similar_in_its_images(pictures):
+def test_parts_of_the_character_are_found_in_its_images_and_not_in_photos_or_noise(pictures, encoder):
     photos = [Image.open(file).convert("RGB") for file in sorted((HERE / "photos").glob("*.png"))]
-    seen = embed(compose().model, [*pictures[:8:2], *photos], [], CPU).clip.parts
-    found = metrics.parts(seen[3:], seen[:3])
-    assert found[0] > found[1:].max() + 0.2
+    noise = Image.effect_noise((128, 128), 120).convert("RGB")
+    parts = base_parts([*pictures[:10], *photos, noise], 128, encoder)
+    character = metrics.DistinctiveParts.of(parts[:8], parts[10:14])
+    tofus, others, scribble = character.found(parts[8:]).split([2, 8, 1])
+    assert tofus.min() > 0.7 and others.abs().max() < 0.3 and scribble < 0.1
 
 
 def test_the_captioner_captions_a_generated_image(pictures):

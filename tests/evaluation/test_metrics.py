@@ -25,31 +25,50 @@ def test_subject_is_the_mean_cosine_to_the_references():
 
 
 def parts_of(*pictures):
-    """Pictures of two parts each, as numbers of four channels that are alike in mean and spread over all of them."""
+    """Pictures of three parts each."""
     return torch.stack([torch.stack(parts) for parts in pictures])
 
 
-A, B, C, D = torch.eye(4)
-REFERENCES = parts_of((A, B), (C, D))
+# A face that every drawing has, a flower that only the character has, hats that come and go.
+FACE, FLOWER, HAT, CAP = torch.eye(4)
+REFERENCES = parts_of((FACE, FLOWER, HAT), (FLOWER, FACE, CAP), (FACE, CAP, FLOWER))
+BASE = parts_of((FACE, HAT, CAP), (CAP, FACE, FACE))
 
 
-def test_parts_ignore_positions_and_take_the_best_reference():
-    got = metrics.parts(parts_of((B, A), (A, A), (A, C), (D, C)), REFERENCES)
-    # Of the four, by their means, any two are at an angle whose cosine is -1/3.
-    assert got.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1], abs=1e-4)
+def found(*pictures, references=REFERENCES, base=BASE):
+    return metrics.DistinctiveParts.of(references, base).found(parts_of(*pictures)).tolist()
 
 
-def test_channels_that_are_large_everywhere_are_standardised():
-    offset = 1000 * torch.ones(4) * torch.tensor([1, 0, 0, 0])
-    pictures = parts_of((B, A), (A, A))
-    plain, shifted = metrics.parts(pictures, REFERENCES), metrics.parts(pictures + offset, REFERENCES + offset)
-    assert torch.allclose(plain, shifted, atol=1e-3)
+def test_what_all_references_have_and_the_base_lacks_is_the_character():
+    weights = metrics.DistinctiveParts.of(REFERENCES, BASE).weights
+    assert weights[0, 1] > 0 and weights[0, 0] == weights[1, 1] == 0, "the flower, and not the face"
+    with_flower, without = found((FACE, FLOWER, CAP), (FACE, HAT, CAP))
+    assert with_flower > 0.9 and without < 0.1
 
 
-def test_alike_excludes_the_similarity_of_a_reference_to_itself():
-    assert metrics.alike(REFERENCES) == pytest.approx(-1 / 3, abs=1e-4)
-    assert metrics.alike(parts_of((A, B), (B, A), (C, D))) == pytest.approx((1 + 1 - 1 / 3) / 3, abs=0.15)
-    assert metrics.alike(REFERENCES[:1]) == 1
+def test_the_base_has_found_0_and_the_references_1_of_each_other():
+    pictures = torch.randn((6, 4, 8), generator=torch.Generator().manual_seed(0)) + 3
+    character = metrics.DistinctiveParts.of(pictures[:4], pictures[4:])
+    assert character.found(pictures[4:]).mean() == pytest.approx(0, abs=1e-5)
+    others = []
+    for i in range(4):  # each among the others, by a formula of its own
+        rest = [k for k in range(4) if k != i]
+        cosines = metrics._best_cosines(character.references[rest], character.references[i : i + 1])[..., 0]
+        others.append(((cosines - character.before[rest]) * character.weights[rest]).sum())
+    assert sum(others).item() / 3 == pytest.approx(1, abs=0.35)
+
+
+def test_positions_do_not_matter_and_channels_that_are_large_everywhere_are_standardised():
+    plain = found((FACE, FLOWER, HAT))
+    assert found((HAT, FACE, FLOWER)) == pytest.approx(plain)
+    offset = 1000 * FACE + 1000 * HAT
+    shifted = found((FACE + offset, FLOWER + offset, HAT + offset), references=REFERENCES + offset, base=BASE + offset)
+    assert shifted == pytest.approx(plain, abs=1e-3)
+
+
+def test_a_single_reference_is_found_in_itself_and_references_like_the_base_in_nothing():
+    assert found((FACE, FLOWER, HAT), references=REFERENCES[:1])[0] == pytest.approx(1)
+    assert found((FACE, FLOWER, HAT), references=BASE) == [0]
 
 
 def test_prompt_compares_with_the_text_of_the_image():
@@ -118,18 +137,18 @@ def test_every_prompt_has_attributes_and_a_perfect_caption_names_them_all(option
         assert any(pattern.search(prompt.casefold()) for prompt in score.prompts) or option == "avatars", pattern
 
 
-SCALE = Scale(parts_before=0.2, parts_alike=0.8, contrast_before=0.4, attributes_before=0.9, contrast_others_before=0.5)
+SCALE = Scale(contrast_before=0.4, attributes_before=0.9, contrast_others_before=0.5)
 NO_ATTRIBUTES = replace(SCALE, attributes_before=math.nan)
 
 
-def combined(gained, contrast, attributes, others, scale=SCALE):
-    return metrics.combined(*map(torch.tensor, (gained, contrast, attributes, others)), scale).item()
+def combined(parts, contrast, attributes, others, scale=SCALE):
+    return metrics.combined(*map(torch.tensor, (parts, contrast, attributes, others)), scale).item()
 
 
 def test_the_score_is_1_for_perfect_likeness_and_prompts():
-    assert combined(0.6, 0.4, 0.9, 0.5) == pytest.approx(1)
-    assert combined(0.6, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
-    assert combined(0.7, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
+    assert combined(1.0, 0.4, 0.9, 0.5) == pytest.approx(1)
+    assert combined(1.0, 0.4, math.nan, 0.5, NO_ATTRIBUTES) == pytest.approx(1)
+    assert combined(1.1, 0.7, 1.0, 0.6) == pytest.approx(1), "better than all that can be is no better"
 
 
 @pytest.mark.parametrize("nothing", [(0.0, 0.4, 0.9, 0.5), (-0.1, 0.4, 0.9, 0.5), (0.6, 0.0, 0.0, -0.1)])
@@ -138,8 +157,8 @@ def test_the_score_is_0_if_nothing_was_learnt_or_followed(nothing):
 
 
 def test_the_score_has_the_documented_weights():
-    assert combined(0.3, 0.4, 0.45, 0.25) == pytest.approx((0.5 * (1 + 0.5 + 0.5) / 3) ** 0.5)
-    assert combined(0.3, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5 * (1 + 0.5) / 2) ** 0.5)
+    assert combined(0.5, 0.4, 0.45, 0.25) == pytest.approx((0.5 * (1 + 0.5 + 0.5) / 3) ** 0.5)
+    assert combined(0.5, 0.4, math.nan, 0.25, NO_ATTRIBUTES) == pytest.approx((0.5 * (1 + 0.5) / 2) ** 0.5)
 
 
 def test_each_component_alone_raises_the_score():

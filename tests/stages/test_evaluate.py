@@ -102,7 +102,7 @@ def content(folder):
     return lines.replace(str(Path(folder).absolute()), ""), {f.relative_to(folder): f.read_bytes() for f in files}
 
 
-def test_training_images_are_freed_once_they_are_embedded(elsewhere, made_lora, monkeypatch):
+def test_training_images_are_freed_before_the_first_lora_is_rendered(elsewhere, made_lora, monkeypatch):
     opened = []
 
     def and_watch(*arguments):
@@ -110,11 +110,11 @@ def test_training_images_are_freed_once_they_are_embedded(elsewhere, made_lora, 
         opened.extend(map(weakref.ref, pictures))
         return pictures
 
-    def alive_when_the_base_is_loaded(*arguments):
+    def alive_when_a_lora_is_rendered(*arguments):
         raise RunError(f"{sum(picture() is not None for picture in opened)} of {len(opened)}")
 
     monkeypatch.setattr("lora_lab.stages.evaluate.pictures_in", and_watch)
-    monkeypatch.setattr("lora_lab.stages.evaluate.load_base_for_sampling", alive_when_the_base_is_loaded)
+    monkeypatch.setattr("lora_lab.evaluation.scores.render_with_lora", alive_when_a_lora_is_rendered)
     with pytest.raises(RunError, match=r"^0 of 6$"):
         evaluate("run", f"lora={made_lora}")
 
