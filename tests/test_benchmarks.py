@@ -43,3 +43,11 @@ def test_a_sweep_is_timed_with_both_launchers_and_trains_the_same_loras(tmp_path
     assert (packed["launcher"], packed["jobs"], basic["jobs"]) == ("packed", 2, 2)
     assert packed["seconds"] > packed["seconds_to_first_step"] > 1 and packed["losses_apart"] is None
     assert basic["losses_apart"] < 1e-4 and basic["loras_apart"] < 1e-3  # sums in another order
+
+
+@pytest.mark.slow
+def test_the_first_page_of_a_sweep_is_timed_and_has_every_image(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.page", str(tmp_path), "--runs", "2", "--images", "100", "--size", "16"]
+    lines = subprocess.run(command, cwd=HOME, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if "by the clock" in line] == ["first page", "again"]
+    assert len(list((tmp_path / "sweep/page").glob("*/*.png"))) == 200

@@ -170,8 +170,42 @@ def load_adapter_weights(base: BaseModel, file: Path) -> None:
                 tokens.vectors.copy_(vectors[key])
 
 
+class AttachedLoRA:
+    """A LoRA file on the base, within `lora_attached`: its weight can be changed between two images, or two steps.
+
+    A CUDA graph would hold a layer's scale, a number, as a constant. On a GPU the scales of the network therefore
+    become elements of one tensor with the first change, which must come before the capture; later changes reach the
+    graph."""
+
+    def __init__(self, base: BaseModel, merged: "Merged") -> None:
+        self.components = attached_components(base)  # the names of those that the file changes
+        self._layers = [layer for name in self.components for layer in _attached_layers(base.components[name])]
+        self._captured = _attached_layers(base.network)
+        self._merged = merged
+        self._scales: Tensor | None = None  # (len(self._captured),) float32, on a GPU
+
+    def set_weight(self, weight: float) -> None:
+        """Scale the LoRA as `lora_attached` with `weight` does."""
+        for layer in self._layers:
+            layer.set_scale(ATTACHED, weight)
+        device = next((parameter.device for layer in self._captured for parameter in layer.parameters()), None)
+        if device is not None and device.type == "cuda":
+            values = torch.tensor([layer.scaling[ATTACHED] for layer in self._captured])
+            self._scales = values.to(device) if self._scales is None else self._scales.copy_(values)
+            for layer, scale in zip(self._captured, self._scales, strict=True):
+                layer.scaling[ATTACHED] = scale
+        _merge(self._merged)
+
+
+def _attached_layers(component: nn.Module) -> list[BaseTunerLayer]:
+    layers = (layer for layer in component.modules() if isinstance(layer, BaseTunerLayer))
+    return [layer for layer in layers if ATTACHED in layer.scaling]
+
+
 @contextmanager
-def lora_attached(base: BaseModel, lora: Path | None, weight: float = 1.0, fuse: bool = False) -> Iterator[None]:
+def lora_attached(
+    base: BaseModel, lora: Path | None, weight: float = 1.0, fuse: bool = False
+) -> Iterator[AttachedLoRA]:
     """Within the context `base` computes with the file's LoRA at `weight`, and reads the trigger as the file's new
     tokens if it has any; adapters in training are disabled.
 
@@ -190,9 +224,8 @@ def lora_attached(base: BaseModel, lora: Path | None, weight: float = 1.0, fuse:
                 _load_lora(base, lora, weight)
                 if tokens := read_tokens(lora):
                     stack.enter_context(tokens_installed(base, *tokens))
-            if fuse:
-                stack.enter_context(_fused_weights(base.network))
-            yield
+            merged = stack.enter_context(_fused_weights(base.network)) if fuse else []
+            yield AttachedLoRA(base, merged)
     finally:
         if trainable:
             _delete_attached(components)
@@ -251,30 +284,47 @@ def load_own_keys(base: BaseModel, component: str, file: Path, adapter: str) -> 
     set_peft_model_state_dict(model, peft_state(model, state, key_of, adapter), adapter)
 
 
+# The layers that compute with merged weights, and each parameter with the base's data.
+Merged = list[tuple[BaseTunerLayer, list[tuple[nn.Parameter, Tensor]]]]
+
+
 @contextmanager
-def _fused_weights(network: nn.Module) -> Iterator[None]:
+def _fused_weights(network: nn.Module) -> Iterator[Merged]:
     """Within the context layers with an attached LoRA compute W x with W = W0 + change, in place of two more products.
 
     W is a separate tensor, rounded to the base's precision; W0 is restored unchanged. The price is these weights twice,
     1.9 GB in bfloat16 for SDXL's attention. Quantized layers keep their products: nothing can be added to them."""
-    replaced: list[tuple[BaseTunerLayer, list[tuple[nn.Parameter, Tensor]]]] = []
+    replaced: Merged = []
     try:
         with torch.no_grad():
-            for layer in network.modules():
-                if not isinstance(layer, BaseTunerLayer) or ATTACHED not in layer.scaling:
-                    continue
+            for layer in _attached_layers(network):
                 wrapped = layer.get_base_layer()
                 if type(wrapped) in (nn.Linear, nn.Conv2d) and wrapped.weight.dtype in DTYPES.values():
                     replaced.append((layer, [(parameter, parameter.data) for parameter in wrapped.parameters()]))
                     for parameter in wrapped.parameters():
-                        parameter.data = parameter.data.clone()
-                    layer.merge(adapter_names=[ATTACHED])
-        yield
+                        parameter.data = torch.empty_like(parameter.data)
+        _merge(replaced)
+        yield replaced
     finally:
         for layer, weights in replaced:
             layer.merged_adapters.clear()  # not unmerged: W - (W - W0) is not W0
             for parameter, data in weights:
                 parameter.data = data
+
+
+@torch.no_grad()
+def _merge(layers: Merged) -> None:
+    """Write W0 + change into each parameter, which keeps its address: a CUDA graph may read it."""
+    for layer, parameters in layers:
+        places = [parameter.data for parameter, _ in parameters]
+        for place, (_, weights) in zip(places, parameters, strict=True):
+            place.copy_(weights)
+        layer.merged_adapters.clear()
+        layer.merge(adapter_names=[ATTACHED])
+        for place, (parameter, _) in zip(places, parameters, strict=True):
+            if parameter.data_ptr() != place.data_ptr():  # DoRA puts a new tensor in its place
+                place.copy_(parameter.data)
+                parameter.data = place
 
 
 def _delete_attached(components: list[nn.Module]) -> None:

@@ -67,9 +67,9 @@ const path = (folder, file, suffix) => `page/${encodeURIComponent(folder)}/${enc
 
 const drawn = new Map();
 runs.forEach((run, index) =>
-  run.pictures.forEach(([step, prompt, seed, file]) => {
+  run.pictures.forEach(([step, prompt, seed, file, thumbnail]) => {
     const owner = step < 0 ? "base" : index;
-    const picture = { run: step < 0 ? null : index, step, prompt, seed, folder: run.folder, file };
+    const picture = { run: step < 0 ? null : index, step, prompt, seed, folder: run.folder, file, thumbnail };
     const key = `${owner}/${step}/${prompt}/${seed}`;
     if (!drawn.has(key)) drawn.set(key, picture);
   }),
@@ -90,7 +90,7 @@ const describe = (p) =>
   ]
     .filter(Boolean)
     .join(" · ");
-function image(picture, suffix = "webp") {
+function image(picture, suffix = picture.thumbnail) {
   return make("img", {
     loading: "lazy",
     decoding: "async",

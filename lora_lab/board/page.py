@@ -42,7 +42,7 @@ LANGUAGES = ("en", "ko")
 HERE = Path(__file__).parent
 STYLES, SCRIPTS = ("uplot.min.css", "page.css"), ("uplot.min.js", "page.js", "matrix.js", "zoom.js", "runs.js")
 GENERATOR = '<meta name="generator" content="lora_lab">'  # an index.html without it was not written here
-THUMBNAIL_SIZE = 256  # pixels, of the longer side
+THUMBNAIL_SIZE = 256  # pixels, of the longer side; an image of at most that size is its own thumbnail
 CURVE_POINTS = 200  # at most; a chart is not wide enough to show more
 SHEET_ROWS = 24  # of comparison.png, for the best runs
 LOCK = ".page.lock"  # in the sweep's folder: one process at a time writes the page
@@ -198,7 +198,7 @@ def write_page(sweep: Sweep, verdict: Verdict, to: Path) -> Path:
     names = (_add_training_image(file, assets / "training", i) for i, file in enumerate(sweep.training))
     training = [name for name in names if name] or _training_thumbnails(assets / "training")
     write_atomically(to / "comparison.png", sheet(sweep, verdict, assets).save)
-    content = html(page_data(sweep, verdict, training), sweep, verdict)
+    content = html(page_data(sweep, verdict, training, assets), sweep, verdict)
     write_text(page, content.encode("utf-8", "replace").decode())  # a JSON string may have half a character
     return page
 
@@ -207,7 +207,9 @@ def files_to_share(page: Path) -> dict[str, Path]:
     """The files of the page in the folder `page`, by their names in it, without the full-size images.
 
     Those are most of its size, and the page shows the thumbnails if they are missing."""
-    files = [page / "index.html", page / "comparison.png", *sorted((page / "page").rglob("*.webp"))]
+    assets = page / "page"
+    own = (file for file in assets.rglob("*.png") if _thumbnail(file) == file)
+    files = [page / "index.html", page / "comparison.png", *sorted([*assets.rglob("*.webp"), *own])]
     return {file.relative_to(page).as_posix(): file for file in files}
 
 
@@ -231,16 +233,26 @@ def _add_pictures(run: TrainedRun, folder: Path, pool: Executor) -> TrainedRun:
 def _add_picture(source: Path, folder: Path, name: str) -> bool:
     """Put the image, as a hard link if possible, and its thumbnail into `folder`, unless they are current.
 
+    Of a small image there is no thumbnail: to create a hundred thousand files takes longer than to draw them.
     Returns False for a file that is damaged or was deleted."""
-    small = folder / f"{name}.webp"
+    whole, small = folder / f"{name}.png", folder / f"{name}.webp"
     try:
-        if not _is_current(small, source):
+        if not _is_current(whole, source) or (small.is_file() and not _is_current(small, source)):
             picture = open_picture(source)
-            _link(source, folder / f"{name}.png")
-            _write_thumbnail(picture, source, small)  # last, because a current thumbnail means that both are current
+            if max(picture.size) > THUMBNAIL_SIZE:
+                _write_thumbnail(picture, source, small)
+            else:
+                small.unlink(missing_ok=True)  # of an older, larger image
+            _link(source, whole)  # last, because a current image means that both are current
         return True
     except (InputError, FileNotFoundError):
         return False
+
+
+def _thumbnail(whole: Path) -> Path:
+    """The file that the page shows in place of the image `whole` of a run."""
+    small = whole.with_suffix(".webp")
+    return small if small.is_file() else whole
 
 
 def _training_thumbnails(folder: Path) -> list[str]:
@@ -276,9 +288,9 @@ def _add_training_image(source: Path, folder: Path, number: int) -> str | None:
     return small.name
 
 
-def _is_current(small: Path, source: Path) -> bool:
-    """Whether the thumbnail `small` is of the present `source`: then both have the same modification time."""
-    return small.is_file() and small.stat().st_mtime_ns == source.stat().st_mtime_ns
+def _is_current(file: Path, source: Path) -> bool:
+    """Whether `file` was made of the present `source`: then both have the same modification time."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_mtime_ns == source.stat().st_mtime_ns
 
 
 def _write_thumbnail(picture: Image.Image, source: Path, path: Path) -> None:
@@ -309,8 +321,9 @@ def html(data: dict[str, Any], sweep: Sweep, verdict: Verdict) -> str:
     )
 
 
-def page_data(sweep: Sweep, verdict: Verdict, training: list[str]) -> dict[str, Any]:
-    """The data of the page's scripts, as JSON; runs and prompts are referred to by their numbers."""
+def page_data(sweep: Sweep, verdict: Verdict, training: list[str], assets: Path) -> dict[str, Any]:
+    """The data of the page's scripts, as JSON; runs and prompts are referred to by their numbers. The images lie in
+    the folder `assets`."""
     prompts = list(dict.fromkeys(p.prompt for run in sweep.runs for p in run.pictures))
     rows, columns = axes(sweep)
     best = sweep.runs[verdict.ranking[0]] if verdict.ranking else None
@@ -326,12 +339,13 @@ def page_data(sweep: Sweep, verdict: Verdict, training: list[str]) -> dict[str, 
         "axes": {"rows": rows, "columns": columns},
         "training": training,
         "words": words(),
-        "runs": [run_data(run, sweep, prompts) | {"fault": faults.get(i)} for i, run in enumerate(sweep.runs)],
+        "runs": [run_data(run, sweep, prompts, assets) | {"fault": faults.get(i)} for i, run in enumerate(sweep.runs)],
     }
 
 
-def run_data(run: TrainedRun, sweep: Sweep, prompts: list[str]) -> dict[str, Any]:
+def run_data(run: TrainedRun, sweep: Sweep, prompts: list[str], assets: Path) -> dict[str, Any]:
     """The part of `page_data` about one run."""
+    folder = assets / slug(run)
     steps = [step for step, _ in run.loss]
     trend = running_mean([loss for _, loss in run.loss], max(1, len(steps) // 50))
     stride = max(1, -(-len(steps) // CURVE_POINTS))
@@ -352,8 +366,11 @@ def run_data(run: TrainedRun, sweep: Sweep, prompts: list[str]) -> dict[str, Any
         "before": {name: _rounded(score.value, score.low, score.high) for name, score in run.scores_before.items()},
         "curve": [steps[::-stride][::-1], _rounded(*trend[::-stride][::-1])],
         "validation": [[step for step, _ in run.validation_loss], _rounded(*(loss for _, loss in run.validation_loss))],
-        # step, prompt, seed, and the file in page/FOLDER without its suffix
-        "pictures": [[p.step, prompts.index(p.prompt), p.seed, stem(p)] for p in run.pictures],
+        # step, prompt, seed, the file in page/FOLDER without its suffix, and the suffix of its thumbnail
+        "pictures": [
+            [p.step, prompts.index(p.prompt), p.seed, stem(p), _thumbnail(folder / f"{stem(p)}.png").suffix[1:]]
+            for p in run.pictures
+        ],
         "commands": commands(run),
     }
 
@@ -401,4 +418,4 @@ def sheet(sweep: Sweep, verdict: Verdict, assets: Path) -> Image.Image:
 
 
 def _small(assets: Path, run: TrainedRun, picture: Picture) -> Image.Image:
-    return Image.open(assets / slug(run) / f"{stem(picture)}.webp")
+    return Image.open(_thumbnail(assets / slug(run) / f"{stem(picture)}.png"))

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
-from lora_lab.adapters.inject import lora_attached
+from lora_lab.adapters.inject import AttachedLoRA, lora_attached
 from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
@@ -35,11 +36,15 @@ class Request:
     size: tuple[int, int]  # width, height in pixels
     photo: Image.Image | None = None
     strength: float = 1.0
+    lora_weight: float | None = None  # of the attached LoRA; None: as it was attached
+    lora_schedule: tuple[float, ...] = (1.0,)  # factors of that weight, evenly spaced from the first to the last step
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What the requests of a batch have in common: the size, and how much noise they begin with."""
-        return (self.size, None) if self.photo is None else (self.photo.size, self.strength)
+        """What the requests of a batch have in common: the size, how much noise they begin with, and the LoRA's
+        weight."""
+        size, strength = (self.size, None) if self.photo is None else (self.photo.size, self.strength)
+        return size, strength, self.lora_weight, self.lora_schedule
 
 
 def check_strength(steps: int, strength: float) -> None:
@@ -54,14 +59,18 @@ def check_strength(steps: int, strength: float) -> None:
 # Not inference_mode: components are moved in here, and tensors made under it could never again take part in a gradient.
 @torch.no_grad()
 def generate(
-    base: BaseModel, requests: list[Request], sampler: Sampler, encoder: Encoder | None = None
+    base: BaseModel,
+    requests: list[Request],
+    sampler: Sampler,
+    encoder: Encoder | None = None,
+    lora: AttachedLoRA | None = None,
 ) -> Iterator[Image.Image]:
     """Sample every request with `base` and the LoRA that adapters.inject.lora_attached has put onto it; yields the
     images in the order of the requests.
 
     `encoder` (of `base`) has the device, and says whether components are offloaded. If they are, one component at a
     time is on the device, and the latents of all images are sampled before the first is decoded. Without `encoder` all
-    of `base` is on one device.
+    of `base` is on one device. `lora` is what lora_attached gave; only requests with a lora_weight need it.
     Noise comes from a CPU generator, so a seed gives the same noise on every device; in batches of one an image does
     not depend on the other requests.
     Raises InputError for a strength that leaves no step, RunError, naming the request, for non-finite values."""
@@ -70,8 +79,8 @@ def generate(
             check_strength(sampler.steps, request.strength)
     encoder = encoder or Encoder(base, next(base.network.parameters()).device, Cache(None), offload=False)
     base.network.eval()  # the next training step sets its own mode
-    texts, photos = _encode_prompts(requests, sampler, encoder), _encode_photos(requests, encoder)
-    latents = _all_latents(requests, sampler, encoder, texts, photos)
+    texts, photos = _encode_prompts(requests, sampler, encoder, lora), _encode_photos(requests, encoder)
+    latents = _all_latents(requests, sampler, encoder, texts, photos, lora)
     sampled = bar(zip(requests, latents, strict=True), total=len(requests), desc="draw", unit="picture", leave=False)
     if encoder.offload:
         sampled = list(sampled)
@@ -94,7 +103,22 @@ class _Prompts:
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
 
 
-def _encode_prompts(requests: list[Request], sampler: Sampler, encoder: Encoder) -> _Prompts:
+def _encode_prompts(
+    requests: list[Request], sampler: Sampler, encoder: Encoder, lora: AttachedLoRA | None
+) -> dict[float | None, _Prompts]:
+    """The prompts by the LoRA's weight, since text encoders with a LoRA depend on it."""
+    weights = dict.fromkeys(request.lora_weight for request in requests)
+    if lora is None or {*lora.components} <= {encoder.base.network_name}:
+        return dict.fromkeys(weights, _encode(requests, sampler, encoder))
+    prompts = {}
+    for weight in weights:
+        if weight is not None:
+            lora.set_weight(weight)
+        prompts[weight] = _encode([request for request in requests if request.lora_weight == weight], sampler, encoder)
+    return prompts
+
+
+def _encode(requests: list[Request], sampler: Sampler, encoder: Encoder) -> _Prompts:
     base, negative = encoder.base, sampler.negative_prompt
     guided = sampler.guidance > 1
     zeros = not negative and base.zeros_for_empty_text  # as the base was trained without a caption
@@ -123,14 +147,19 @@ def _encode_photos(requests: list[Request], encoder: Encoder) -> Photos:
 
 
 def _all_latents(
-    requests: list[Request], sampler: Sampler, encoder: Encoder, prompts: _Prompts, photos: Photos
+    requests: list[Request],
+    sampler: Sampler,
+    encoder: Encoder,
+    prompts: dict[float | None, _Prompts],
+    photos: Photos,
+    lora: AttachedLoRA | None,
 ) -> Iterator[Tensor]:
     """The latents (1, C, h, w) of every request; neighbours of one form go through the network in one batch."""
     base = encoder.base
 
     def batches() -> Iterator[Tensor]:
         predict = predictor(base, encoder.graphs, sampler.capture)
-        denoiser = _Denoiser(encoder, sampler, prompts, photos, predict, base.solver(sampler.scheduler))
+        denoiser = _Denoiser(encoder, sampler, prompts, photos, predict, base.solver(sampler.scheduler), lora)
         for batch in batches_of(requests, sampler.batch_size):
             yield from denoiser.latents(batch).split(1)
 
@@ -168,10 +197,11 @@ def predictor(base: BaseModel, graphs: GraphPool, capture: bool) -> Callable[[Te
 class _Denoiser:
     encoder: Encoder
     sampler: Sampler
-    prompts: _Prompts
+    prompts: dict[float | None, _Prompts]
     photos: Photos
     predict: Callable[[Tensors], Tensor]
     solver: Solver
+    lora: AttachedLoRA | None
 
     def latents(self, batch: list[Request]) -> Tensor:
         """The latents (B, C, h, w) of requests of one form, the noise of each from its own generator."""
@@ -183,7 +213,8 @@ class _Denoiser:
         if hasattr(solver, "set_begin_index"):
             solver.set_begin_index(skipped * solver.order)
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
-        conditioning = self.prompts.conditioning(batch, device)
+        prompts, weights = self.prompts[batch[0].lora_weight], self._weights(batch[0], len(timesteps))
+        conditioning = prompts.conditioning(batch, device)
         dtype, rows = base.dtype, len(next(iter(conditioning.values())))
         latents = torch.cat([self._initial(*pair, timesteps[:1]) for pair in zip(batch, generators, strict=True)])
         size = tuple(side * base.pixels_per_latent for side in latents.shape[2:])
@@ -194,12 +225,22 @@ class _Denoiser:
         on_device = timesteps.to(device)
         for i, timestep in enumerate(timesteps):
             sample = solver.scale_model_input(torch.cat([latents] * (rows // len(batch))), timestep)
+            if i in weights:
+                self.lora.set_weight(weights[i])
             prediction = self.predict({"sample": sample, "timestep": on_device[i : i + 1], **conditioning})
-            if self.prompts.negative is not None:
+            if prompts.negative is not None:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + sampler.guidance * (positive - negative)
             latents = solver.step(prediction, timestep, latents, **options, return_dict=False)[0]
         return latents
+
+    def _weights(self, request: Request, steps: int) -> dict[int, float]:
+        """The LoRA's weight by the step at which it changes: between the factors of the schedule it is interpolated."""
+        if request.lora_weight is None:
+            return {}
+        points = np.linspace(0, 1, len(request.lora_schedule))
+        factors = np.interp(np.linspace(0, 1, steps), points, request.lora_schedule)
+        return {i: float(request.lora_weight * f) for i, f in enumerate(factors) if i == 0 or f != factors[i - 1]}
 
     def _initial(self, request: Request, generator: torch.Generator, timestep: Tensor) -> Tensor:
         """Noise, or the photo's latents with the noise of `timestep` (1,): (1, C, h, w)."""

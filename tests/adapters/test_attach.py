@@ -1,7 +1,9 @@
 """A LoRA file is attached within a context, and the base is unchanged afterwards."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -12,6 +14,8 @@ from lora_lab.adapters.files import find_lora, kohya_state, save_lora
 from lora_lab.adapters.inject import adapters_disabled, lora_attached
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
+from lora_lab.launch.config import compose
+from lora_lab.sampling.generate import Request, generate
 
 UNET = ["to_q", "to_v"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -216,3 +220,27 @@ def test_a_folder_without_a_lora_and_an_unknown_name_are_refused(at_work):
         find_lora("HANA_TOFO")
     with pytest.raises(InputError, match=r"models.lora has HANA_TOFU"):
         find_lora("zebra")
+
+
+def test_images_of_several_weights_are_those_of_the_file_attached_with_each(pipe, teacher, folder):
+    """The file also changes the text encoders, so the prompts are encoded for each weight."""
+    file, sampler = folder / "kohya.safetensors", compose("sampler.steps=3").sampler
+    request, base = Request("a star", 0, (32, 32)), SDXL(pipe)
+
+    def drawn(lora=None, *requests):
+        return [np.asarray(image) for image in generate(base, list(requests), sampler, lora=lora)]
+
+    alone = {}
+    for weight in (1.0, 0.5):
+        with lora_attached(base, file, weight):
+            (alone[weight],) = drawn(None, request)
+    with lora_attached(base, file) as lora:
+        weights = [replace(request, lora_weight=weight) for weight in (1.0, 0.5, 1.0)]
+        together = drawn(lora, *weights)
+        late, early, constant = (
+            drawn(lora, replace(weights[0], lora_schedule=factors))[0] for factors in ((0, 1), (1, 0), (1, 1, 1))
+        )
+    for image, weight in zip(together, (1.0, 0.5, 1.0), strict=True):
+        assert np.array_equal(image, alone[weight])
+    assert np.array_equal(constant, alone[1.0]) and not np.array_equal(alone[0.5], alone[1.0])
+    assert not any(np.array_equal(*pair) for pair in ((late, early), (late, constant), (early, constant)))

@@ -129,6 +129,24 @@ def test_fused_weights_give_the_same_outputs_and_are_restored(kind, tmp_path):
         assert all(p.data_ptr() == place and torch.equal(p, kept) for p, (place, kept) in weights.items())
 
 
+@pytest.mark.parametrize("kind", some(("LoRA",), ("LoRA", "DoRA", "LoHa", "LoKr")))
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_weight_set_later_gives_the_outputs_of_attaching_with_it(kind, fuse, tmp_path):
+    config, plain = KINDS[kind], copy.deepcopy(BASE)
+    base = outputs(plain)[2]
+    file, expected = saved(taught(config), config, tmp_path / "x.safetensors"), {}
+    for weight in (1.0, 0.6, -0.3):
+        with lora_attached(SDXL(plain), file, weight, fuse):
+            expected[weight] = outputs(plain)[2]
+    with lora_attached(SDXL(plain), file, fuse=fuse) as lora:
+        places = [parameter.data_ptr() for parameter in plain.unet.parameters()]
+        for weight in (0.6, 1.0, -0.3):
+            lora.set_weight(weight)
+            assert torch.equal(outputs(plain)[2], expected[weight])
+        assert [parameter.data_ptr() for parameter in plain.unet.parameters()] == places
+    assert torch.equal(outputs(plain)[2], base)
+
+
 def test_a_quantized_layer_is_not_fused(tmp_path):
     config = KINDS["by a regular expression"]
     file, plain = saved(taught(config), config, tmp_path / "x.safetensors"), copy.deepcopy(BASE)

@@ -40,7 +40,7 @@ def test_a_sweep_ends_with_its_page_and_a_failed_job_is_on_it(run, capsys):
     assert len(good.loss) == 2 and good.seconds > 0
     page = (folder / "index.html").read_text()
     assert bad.error in page and f"lora={folder}/0" in page and str(Path.cwd()) not in page
-    assert (folder / "page/0/000002-p0-s0.webp").is_file() and (folder / "comparison.png").is_file()
+    assert (folder / "page/0/000002-p0-s0.png").is_file() and (folder / "comparison.png").is_file()
 
 
 def test_a_job_that_succeeds_later_is_no_longer_failed(run):

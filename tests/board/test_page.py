@@ -11,7 +11,7 @@ from PIL import Image
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
 from lora_lab import board
-from lora_lab.board.page import rewrite_page
+from lora_lab.board.page import files_to_share, rewrite_page
 from lora_lab.errors import InputError
 from lora_lab.launch import command_line, config
 from lora_lab.launch.command_line import expand_resume
@@ -74,11 +74,22 @@ def test_changed_images_are_updated(sweep):
             assert abs(picture.convert("RGB").getpixel((9, 9))[0] - 7) < 3
 
 
+def test_a_small_image_is_its_own_thumbnail(sweep):
+    source, file = sweep / "0/samples/step-000004/p0-s0.png", sweep / "page/0/000004-p0-s0.png"
+    for side, suffix in ((256, "png"), (257, "webp"), (200, "png")):  # a thumbnail of the image before is removed
+        draw(source.with_name("new.png"), side)
+        source.with_name("new.png").replace(source)
+        shown = {name: thumbnail for *_, name, thumbnail in data(rewrite_page(sweep))["runs"][0]["pictures"]}
+        assert shown["000004-p0-s0"] == suffix and file.with_suffix(".webp").is_file() == (suffix == "webp")
+        assert f"page/0/000004-p0-s0.{suffix}" in files_to_share(sweep)
+    assert "page/0/000002-p0-s0.png" not in files_to_share(sweep)  # a full-size image
+
+
 def test_a_damaged_image_is_left_out(sweep):
     source = sweep / "0/samples/step-000004/p0-s0.png"
     source.write_bytes(source.read_bytes()[:60])
     shown = data(rewrite_page(sweep))["runs"][0]["pictures"]
-    assert "000004-p0-s0" not in [name for *_, name in shown] and len(shown) == 5
+    assert "000004-p0-s0" not in [name for *_, name, _ in shown] and len(shown) == 5
 
 
 def test_unchanged_images_are_not_written_again(sweep):

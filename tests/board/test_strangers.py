@@ -11,6 +11,8 @@ import yaml
 from PIL import Image
 from sweep_folders import finish, write_run, write_sweep
 
+from lora_lab.board.page import files_to_share
+
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30))
 DAMAGE = (  # a file of a run, and what stands in it
@@ -99,7 +101,8 @@ def test_only_images_in_the_run_folder_are_shown(type_in, tmp_path):
     out, data = compare(type_in), page_data(tmp_path / "page")
     assert [len(run["pictures"]) for run in data["runs"]] == [3, 4, 4] and data["training"] == []
     assert f"add dataset.root={private} if you know that folder" in out
-    shown = [Image.open(file).getpixel((0, 0)) for file in (tmp_path / "page").rglob("*.webp")]
+    images = [file for file in files_to_share(tmp_path / "page").values() if file.suffix != ".html"]
+    shown = [Image.open(file).getpixel((0, 0)) for file in images]
     assert not [colour for colour in shown if colour[0] > 250 and max(colour[1:]) < 5]
     assert "if you know that folder" not in compare(type_in, f"dataset.root={private}", "dataset=folder")
     assert len(page_data(tmp_path / "page")["training"]) == 2
