@@ -42,6 +42,7 @@ FULL_HASH_LIMIT = 2**30  # bytes; of a larger file only both ends are hashed: re
 SWEEP_RECORD, STOP_FILE = "multirun.yaml", "stop"  # of a sweep's folder
 LONGEST_NAME = 128  # characters of a tracker's project, group and run: W&B's own bound
 LOCK, HOLDER = ".lock", ".lock.json"  # of the folder of a run or a sweep: its lock, and which process has it
+BEFORE = ".before.json"  # beside them while a command works: what the folder recorded before
 POLL_SECONDS = 1.0  # between two looks for the stop file, which may lie on a network drive
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 

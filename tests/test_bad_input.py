@@ -20,6 +20,7 @@ from lora_lab.captions.files import read_captions
 from lora_lab.demo import PHOTOS, TOFU
 from lora_lab.errors import InputError
 from lora_lab.launch.run_job import run_stage
+from lora_lab.runs import display_path
 from lora_lab.stages import train as _train  # noqa: F401  (imported here, so that its seconds are no test's)
 from lora_lab.training.resolve import resolve_training
 
@@ -185,7 +186,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_the_work(composed, h
     (here / "file").write_text("")
     for folder in (here / "file" / "run", Path("/proc/run")):
         sentence = refused(composed, *unloadable, "stage=train", folder=folder)
-        assert str(folder) in sentence and "hydra.run.dir=" in sentence
+        assert sentence.startswith(f"{display_path(folder)}: ") and "hydra.run.dir=" in sentence
 
 
 def test_captions_without_the_trigger_are_not_trained_on(composed, here, unloadable):

@@ -161,7 +161,12 @@ def test_the_korean_readme_has_the_same_commands_and_files():
     assert files_shown(korean) == files_shown(README)
 
 
-@pytest.mark.parametrize("page", filter(commands, OTHERS), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    # The Korean page has the commands of the English one, which another test compares.
+    [page for page in OTHERS if commands(page) and page.name != "README.ko.md"],
+    ids=lambda page: page.name,
+)
 def test_every_command_of_the_other_pages_is_accepted(page, desk):
     config.register()
     for command in commands(page):

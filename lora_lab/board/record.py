@@ -81,8 +81,8 @@ def _refuse_bomb(events: Iterator[yaml.Event]) -> None:
         if isinstance(event, OPENING):
             collections.append((event.anchor, 1, 0))
             anchors[event.anchor] = (MOST_VALUES + 1, 0)  # of itself inside itself
-            continue
-        if isinstance(event, CLOSING):
+            anchor, values, levels = None, 0, 0
+        elif isinstance(event, CLOSING):
             anchor, values, levels = collections.pop()
             levels += 1
         elif isinstance(event, yaml.ScalarEvent):

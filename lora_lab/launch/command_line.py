@@ -27,12 +27,11 @@ from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
 from lora_lab.launch.recipes import PARAMS, keep_spelling, parses, refuse_foreign, with_quotes
+from lora_lab.launch.restore import RECORD, undo_killed
 from lora_lab.launch.sweep_folder import POINTS
 from lora_lab.runs import SWEEP_RECORD, write_json
 from lora_lab.settings import schema
 from lora_lab.settings.setting import at_home
-
-RECORD = ".hydra"  # Hydra's folder in that of a run
 
 
 def without_mode(overrides: Sequence[str]) -> list[str]:
@@ -307,6 +306,7 @@ def expand_resume(overrides: list[str], multirun: bool) -> tuple[list[str], Path
     if name in (None, "null"):
         return overrides, None
     folder = _latest() if name == "latest" else Path(at_home(name))
+    undo_killed(folder)
     new = [o for o in overrides if name_of(o) not in ("resume", "hydra.run.dir", "hydra.sweep.dir")]
     if name and (folder / SWEEP_RECORD).is_file():
         return _resumed_sweep(folder, new), folder

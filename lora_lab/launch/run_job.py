@@ -2,13 +2,11 @@
 
 Imports nothing heavy. A process learns only from files how the jobs of other processes ended."""
 
-import logging
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +26,10 @@ from lora_lab.console import labelled_output, log, quiet_libraries, say, warn
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import config, workers
 from lora_lab.launch import sweep_folder as sweeps
-from lora_lab.launch.command_line import RECORD, searches, write_missing_points
+from lora_lab.launch.command_line import searches, write_missing_points
 from lora_lab.launch.explain import explain
+from lora_lab.launch.restore import FolderBefore, undo_killed
 from lora_lab.runs import (
-    HOLDER,
-    LOCK,
     STOP_FILE,
     claimed,
     create_folder,
@@ -46,13 +43,11 @@ from lora_lab.runs import (
     stage_function,
     stop_file_of,
     sweep_of,
-    write_atomically,
     write_result,
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
 
-OF_JOBS = ("job.json", "failed.json", "result.json", "result.before.json")  # which sweeps write beside the record
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
 
@@ -95,6 +90,7 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
     before = _create_folder(composition)
     try:
         with config.hydra_loader() as loader, claimed(before.folder):
+            before.keep()
             callbacks = Callbacks(composition)
             callbacks.on_run_start(config=composition, config_name="config")
             job_return = run_job(task, composition, "hydra.run.dir", None, HydraContext(loader, callbacks))
@@ -102,8 +98,10 @@ def run_once(composition: DictConfig, settings: schema.Config) -> int:
     finally:  # also after Ctrl-C: the page shows how far the job came
         if exit_codes == [2]:
             before.restore()
-        elif sweep := sweep_of(before.folder):
-            rewrite_page(sweep)
+        else:
+            before.restore_words()
+            if sweep := sweep_of(before.folder):
+                rewrite_page(sweep)
     return max(exit_codes, default=0)
 
 
@@ -112,12 +110,13 @@ def _with_resume(reason: str, folder: Path) -> str:
     return reason if "resume=" in reason else f"{reason}; resume with: {resume_command(folder)}"
 
 
-def _create_folder(composition: DictConfig) -> "FolderBefore":
+def _create_folder(composition: DictConfig) -> FolderBefore:
     """Create the folder of a run, make it Hydra's, and return what it was. A name with the time in it is not the
     user's."""
     named = "${now:" not in OmegaConf.to_container(composition.hydra.run, resolve=False)["dir"]
     HydraConfig.instance().set_config(deepcopy(composition))  # for a name with ${hydra:...}; it makes it read-only
     wanted = Path(composition.hydra.run.dir)
+    undo_killed(wanted)
     missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
     folder = create_folder(wanted, named, "hydra.run.dir")
     composition.hydra.run.dir = str(folder)
@@ -235,51 +234,6 @@ def sentence(error: Exception, overrides: Sequence[str] = ()) -> str:
     if isinstance(error, INPUT_ERRORS):
         return explain(error, overrides)
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-
-
-class FolderBefore:
-    """A run folder before a command: what Hydra and the log write into it, and the state of all else."""
-
-    def __init__(self, folder: Path, missing: Sequence[Path] = ()) -> None:
-        """`missing` are those of `folder` and the folders that it is in which were created for it, innermost first."""
-        self.folder, self.missing = folder, missing
-        self.records = {file: file.read_bytes() for file in self._files() if _is_record(file)}
-        self.others = self._others()
-
-    def restore(self) -> None:
-        """Put back what a refused run has overwritten, and remove what it has added; a run that did more stays as it
-        is."""
-        if self._others() != self.others:
-            return
-        for handler in logging.root.handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.close()
-        for file in [file for file in self._files() if _is_record(file) and file not in self.records]:
-            file.unlink()
-        for file, content in self.records.items():
-            if not file.is_file() or file.read_bytes() != content:
-                write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content))
-        if self.missing and not self._files():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in (self.folder / RECORD, *self.missing):
-            with suppress(OSError):
-                folder.rmdir()  # which is possible only if it is empty
-
-    def is_unchanged(self) -> bool:
-        """Whether the folder is as it was; its log may have lines more."""
-        job = self.folder / "job.json"
-        return self._others() == self.others and job.is_file() and job.read_bytes() == self.records.get(job)
-
-    def _files(self) -> list[Path]:
-        return [file for file in self.folder.rglob("*") if file.is_file()]
-
-    def _others(self) -> dict[Path, tuple[int, int]]:
-        states = {file: file.stat() for file in self._files() if not _is_record(file)}
-        return {file: (state.st_mtime_ns, state.st_size) for file, state in states.items()}
-
-
-def _is_record(file: Path) -> bool:
-    return file.parent.name == RECORD or file.suffix == ".log" or file.name in (*OF_JOBS, LOCK, HOLDER)
 
 
 def run_stage(config: Config, folder: Path) -> object:

@@ -1,7 +1,6 @@
 """Run the jobs of a sweep with Hydra's sweeper and launcher, and report how they ended."""
 
 import sys
-from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from lora_lab.launch import config
 from lora_lab.launch import sweep_folder as sweeps
 from lora_lab.launch.command_line import all_points, quote_path, searches, write_points
 from lora_lab.launch.config import name_of
-from lora_lab.launch.run_job import FolderBefore, SweepTask, job_settings, sentence
-from lora_lab.launch.sweep_folder import POINTS
+from lora_lab.launch.restore import SweepBefore
+from lora_lab.launch.run_job import SweepTask, job_settings, sentence
 from lora_lab.runs import (
     STOP_FILE,
     SWEEP_RECORD,
@@ -29,7 +28,6 @@ from lora_lab.runs import (
     display_path,
     resume_command,
     stop_jobs_on_signal,
-    write_atomically,
 )
 from lora_lab.settings import schema
 
@@ -56,6 +54,7 @@ def run_sweep(composition: DictConfig, runs: list[schema.Config], resumed_folder
 def _run_jobs(composition: DictConfig, runs: list[schema.Config], sweep: Path, named: bool) -> int:
     hydra = composition.hydra
     before = SweepBefore(sweep)
+    before.keep()
     _set_folder(hydra, sweep)
     record = OmegaConf.to_container(hydra, resolve=False)  # iterating a ListConfig would resolve ${...} in overrides
     task, stop_file = SweepTask(), sweep / STOP_FILE
@@ -68,9 +67,12 @@ def _run_jobs(composition: DictConfig, runs: list[schema.Config], sweep: Path, n
             _launch(composition, task, loader)
     except KeyboardInterrupt as interrupt:
         print(f"\nlora_lab: {str(interrupt).partition(';')[0] or 'stopped'}; {_how_to_resume(sweep)}", file=sys.stderr)
+        before.restore()
         return 1
     except Exception as error:  # of the sweeper or the launcher, for those of jobs are caught in the jobs
-        return _report_abort(sweep, hydra, error)
+        exit_code = _report_abort(sweep, hydra, error)
+        before.restore()
+        return exit_code
     finally:
         stop_file.unlink(missing_ok=True)
         sweeps.remove_if_unused(sweep, named)
@@ -78,25 +80,6 @@ def _run_jobs(composition: DictConfig, runs: list[schema.Config], sweep: Path, n
     before.restore([failure.folder for failure in sweeps.failures(sweep) if failure.exit_code == 2])
     _show_page(sweep, runs)
     return worst(exit_codes)
-
-
-class SweepBefore:
-    """The folder of a sweep before a command: its command line, and its jobs."""
-
-    def __init__(self, sweep: Path) -> None:
-        self.sweep = sweep
-        self.records = {file: file.read_bytes() for name in (SWEEP_RECORD, POINTS) if (file := sweep / name).is_file()}
-        self.jobs = {file.parent: FolderBefore(file.parent) for file in sweep.rglob("job.json")}
-
-    def restore(self, refused: Collection[Path]) -> None:
-        """Put back what `refused` jobs were, and the command line too if no job did anything with the new one."""
-        for folder in refused:
-            if folder in self.jobs:
-                self.jobs[folder].restore()
-        jobs = {file.parent for file in self.sweep.rglob("job.json")}
-        if refused and jobs == self.jobs.keys() and all(job.is_unchanged() for job in self.jobs.values()):
-            for file, content in self.records.items():
-                write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content))
 
 
 def worst(exit_codes: list[int]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_lab.errors import InputError
 from lora_lab.runs import (
+    BEFORE,
     HOLDER,
     LOCK,
     STOP_FILE,
@@ -42,7 +43,7 @@ class Failure:
 
 def remove_if_unused(folder: Path, named: bool) -> None:
     """Remove the sweep's own files from `folder`, and what `create_folder` created, if no job started."""
-    if {file.name for file in folder.iterdir()} <= {SWEEP_RECORD, POINTS, STOP_FILE, LOCK, HOLDER}:
+    if {file.name for file in folder.iterdir()} <= {SWEEP_RECORD, POINTS, STOP_FILE, LOCK, HOLDER, BEFORE}:
         for file in folder.iterdir():
             file.unlink()  # the lock too, of which only this process knows
         for empty in () if named else (folder, folder.parent, folder.parent.parent):

@@ -1,6 +1,8 @@
 """`resume=`: the command line that it stands for. How training resumes is in stages/test_train_resume.py."""
 
+import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,3 +169,72 @@ def test_a_refused_resume_changes_nothing(type_in, monkeypatch, tmp_path):
         assert changed == [] and contents(tmp_path).keys() == before.keys(), folder
         assert type_in(f"resume={folder}")[0] == 0, "the plain command is as it was"
         before = contents(tmp_path)
+
+
+def words(folder):
+    """What the runs and sweeps in `folder` have recorded of their command lines."""
+    names = ("overrides.yaml", "config.yaml", "multirun.yaml", "points.json", "result.json")
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.name in names}
+
+
+def kill_in_stage(exit_code_of, *argv):
+    child = os.fork()
+    if child == 0:
+        exit_code_of(*argv)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("folder", ["run", "sweep", "sweep/0"])
+@pytest.mark.parametrize("does_something", [False, True])
+def test_the_words_of_a_killed_command_count_only_if_it_did_something(
+    exit_code_of, monkeypatch, tmp_path, folder, does_something
+):
+    rates = []
+
+    def train(config, folder):
+        log.info("a line of the log")
+        rates.append(config.lr)
+        if config.lr == 5e-5:
+            if does_something:
+                write_json(folder / "manifest.json", {})
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(folder / "result.json", {"scores": None})
+
+    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", train)
+    assert exit_code_of("stage=check", "hydra.run.dir=run") == 0
+    assert exit_code_of("-m", "stage=check", "rank=2,4", "hydra.sweep.dir=sweep") == 0
+    before = words(tmp_path)
+    kill_in_stage(exit_code_of, f"resume={folder}", "lr=5e-5")
+    assert words(tmp_path) != before, "they are written before the stage begins"
+    expand_resume([f"resume={folder}"], False)
+    assert (words(tmp_path) == before) != does_something
+    assert not [*tmp_path.rglob(".before.json")]
+    rates.clear()
+    if not does_something:
+        assert exit_code_of(f"resume={folder}") == 0 and {*rates} <= {1e-3}, "the plain command is as it was"
+
+
+def test_a_note_of_a_killed_command_changes_nothing_outside_its_folder(exit_code_of, tmp_path, capsys):
+    record = tmp_path / "run" / ".hydra"
+    record.mkdir(parents=True)
+    (record / "overrides.yaml").write_text("[stage=check]")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".hydra").symlink_to(tmp_path / "keys")
+    state = {"others": {}, "result": None}
+    for folder in ("run", "linked"):
+        names = ("../evil", "/evil", "manifest.json", ".hydra/evil.yaml", ".hydra/config.yaml")
+        (tmp_path / folder / ".before.json").write_text(json.dumps(state | {"words": dict.fromkeys(names, "evil")}))
+        exit_code_of("--cfg", "job", f"resume={folder}")
+    evil = [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if "evil" in (file.name, _text(file))]
+    assert evil == ["run/.hydra/config.yaml"]
+    for note in ("{", "[]", "{}", '{"words": 3, "others": {}, "result": 3}', '{"words": {}, "jobs": []}'):
+        (tmp_path / "run" / ".before.json").write_text(note)
+        capsys.readouterr()
+        exit_code_of("--cfg", "job", "resume=run")
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def _text(file):
+    return file.read_text() if file.is_file() else ""

@@ -239,7 +239,7 @@ BOMBS = {
     "doubling": BOMB,
     "merging": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{f'*a{i - 1},' * 9}]}}\n" for i in range(1, 12)),
     "of itself": "a: &a [*a]",
-    "deep": "a: " + "[" * 5000,
+    "deep": "a: " + "[" * 500_000,
     "deep by dashes": "- " * 100_000 + "x",
     "deep by aliases": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 60)),
     "long": f"a: {'x' * 2**21}",

@@ -77,6 +77,7 @@ def test_every_picture_is_kept_with_its_numbers(scored):
     assert Image.open(result.sheet).width > 4 * 256
 
 
+@pytest.mark.slow
 def test_the_same_file_gets_the_same_scores_again(scored, monkeypatch):
     folder, before = scored
     monkeypatch.chdir(folder)

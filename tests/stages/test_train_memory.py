@@ -39,6 +39,7 @@ def test_cudnn_tries_convolutions_out_in_training_alone(tmp_path, monkeypatch):
     assert set(seen) == {(True, True), (False, False)}
 
 
+@pytest.mark.slow
 def test_encoded_images_are_not_kept_while_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resolved = resolve_run(compose(*FAST), tmp_path / "run")

@@ -45,7 +45,7 @@ DATA = "dataset.flip=true dataset.shuffle_captions=true dataset.keep_tokens=0 da
         pytest.param("optimizer=adamw8bit", marks=pytest.mark.slow),
         pytest.param("optimizer=schedule_free", marks=pytest.mark.slow),
         pytest.param("stage.ema_decay=0.9", marks=pytest.mark.slow),
-        f"adapter.lora_dropout=0.5 {NOISE}",
+        pytest.param(f"adapter.lora_dropout=0.5 {NOISE}", marks=pytest.mark.slow),
         pytest.param(DATA, marks=pytest.mark.slow),
         pytest.param("adapter=pissa", marks=pytest.mark.slow),
         pytest.param("adapter=lokr adapter.module_dropout=0.5", marks=pytest.mark.slow),

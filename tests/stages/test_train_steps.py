@@ -91,7 +91,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeyp
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.mark.parametrize("at", [4, 6], ids=["between", "last step"])
+@pytest.mark.parametrize("at", [pytest.param(4, id="between"), pytest.param(6, id="last step", marks=pytest.mark.slow)])
 def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_written(at, monkeypatch):
     real = engine.per_sample_loss
     calls = []

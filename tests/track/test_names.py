@@ -105,7 +105,7 @@ with tracking(KIND, folder, "tofu", {"lr": 1e-4}, project="tofu", mode="offline"
 """
 
 
-@pytest.mark.parametrize("kind", ["wandb", "trackio", "tensorboard", "off"])
+@pytest.mark.parametrize("kind", ["wandb", "trackio", pytest.param("tensorboard", marks=pytest.mark.slow), "off"])
 def test_no_key_of_the_environment_is_in_a_file_of_a_run(kind, tmp_path):
     if KINDS[kind].optional:
         pytest.importorskip(kind, reason=f'pip install "lora_lab[{kind}]"')

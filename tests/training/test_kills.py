@@ -19,6 +19,7 @@ SETTINGS = (
     "stage.validation_loss_every=2", "stage.validation_timesteps=[500]",
 )  # fmt: skip
 PACKED = ("-m", *SETTINGS, "hydra/launcher=packed", "hydra.sweep.dir=sweep")
+RECORDS = ("multirun.yaml", "points.json")
 COMMANDS = {
     "run": ([*SETTINGS, "hydra.run.dir=run"], ["run"]),
     "sweep": ([*PACKED, "rank=2,4"], ["sweep/0", "sweep/1"]),
@@ -32,6 +33,30 @@ def shell(tmp_path_factory):
     pictures(work)
     with killing_shell(work) as opened:
         yield opened
+
+
+def test_a_refused_command_that_is_killed_leaves_the_record_to_the_next_one(shell):
+    folder, whole = shell.work / "sweep", shell.work / "sweep.whole"
+    assert shell.run(*COMMANDS["sweep"][0], "steps=2", "stage.checkpoint_every=1").exit_code == 0
+    shutil.copytree(folder, whole)
+    before, argv = recorded(folder), ("resume=sweep", "lr=5e-5")
+    refused, changed = shell.run(*argv), 0
+    assert refused.exit_code == 2 and "not 5e-05" in refused.output and recorded(folder) == before
+    kept, removed = (refused.operations.index(f"os.{what} sweep/.before.json") for what in ("rename", "remove"))
+    for kill_at in [0, *random.Random(0).sample(range(kept, removed), 4), removed, len(refused.operations) - 1]:
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        assert shell.run(*argv, kill_at=kill_at).exit_code == -signal.SIGKILL
+        changed += recorded(folder) != before
+        assert shell.run("resume=sweep", "rank=x").exit_code == 2  # refused too, but the record is read
+        assert recorded(folder) == before, f"before {kill_at}: {refused.operations[kill_at]}"
+    assert changed, "some were killed after Hydra had written the new words"
+
+
+def recorded(folder):
+    """What Hydra and the sweep have recorded of command lines in `folder`."""
+    files = [file for file in folder.rglob("*") if file.parent.name == ".hydra" or file.name in RECORDS]
+    return {file.relative_to(folder): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -59,8 +59,8 @@ def test_timesteps_flips_and_dropped_captions_are_uniform():
     [
         ("loss.noise_offset=0.1", {"noise"}),
         ("loss.pyramid_iterations=6", {"noise"}),
-        ("loss.timestep_sampling=logit_normal", {"timestep"}),
-        ("loss.min_timestep=900", {"timestep"}),
+        pytest.param("loss.timestep_sampling=logit_normal", {"timestep"}, marks=pytest.mark.slow),
+        pytest.param("loss.min_timestep=900", {"timestep"}, marks=pytest.mark.slow),
         ("loss.max_timestep=100", {"timestep"}),
     ],
 )
