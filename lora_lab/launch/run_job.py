@@ -51,6 +51,7 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
+from lora_lab.shared import Shared
 
 OF_JOBS = ("job.json", "failed.json", "result.json", "result.before.json")  # which sweeps write beside the record
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
@@ -133,6 +134,7 @@ class SweepTask:
 
     exit_codes: list[int] = field(default_factory=list)  # of jobs that could not leave a failed.json
     in_worker: bool = False
+    shared: Shared = field(default_factory=Shared)  # by the jobs of this process
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Launchers pickle the task to send it to other processes, and to nobody else: there it is a worker's.
@@ -184,7 +186,7 @@ class SweepTask:
                 if recorded:
                     resume_in(settings, folder)
                 sweeps.record_start(folder, number, overrides)
-                run_stage(settings, folder)
+                run_stage(settings, folder, self.shared)
             score = score_of(read_result(folder))
         except Exception as error:
             fail(folder, overrides, error)
@@ -282,11 +284,16 @@ def _is_record(file: Path) -> bool:
     return file.parent.name == RECORD or file.suffix == ".log" or file.name in (*OF_JOBS, LOCK, HOLDER)
 
 
-def run_stage(config: Config, folder: Path) -> object:
-    """Do what `config.stage` says in `folder`, and leave its result there as result.json."""
+def run_stage(config: Config, folder: Path, shared: Shared | None = None) -> object:
+    """Do what `config.stage` says in `folder`, and leave its result there as result.json.
+
+    `shared` is what earlier jobs of a sweep left in this process."""
+    shared = shared or Shared()
     quiet_libraries()
     refuse_missing(folder, config.resume)
     refuse_unwritable(folder)
-    result = stage_function(type(config.stage))(config, folder)
+    if not config.stage.draws:
+        shared.free()  # a training needs the memory
+    result = stage_function(type(config.stage))(config, folder, *([shared] if config.stage.draws else []))
     write_result(folder, result)
     return result
