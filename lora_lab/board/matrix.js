@@ -242,7 +242,9 @@ function heading(scope, axis, value) {
     "th",
     { scope, className: isBest ? "best" : "", title: valueName(axis, value) },
     name,
-    make("b", {}, valueName(axis, value)),
+    ...(data.drawn && axis === "@run" && KEYS.length
+      ? KEYS.map((key) => make("span", {}, `${key.replace(/^stage\./, "")} `, make("b", {}, number(runs[value].settings[key]))))
+      : [make("b", {}, valueName(axis, value))]),
     score === null ? null : `${fixed(score)}${run === best ? ` ★` : ""}`,
   );
 }
@@ -254,7 +256,7 @@ function cellOf(picture, what, r, c) {
       run?.status === "failed"
         ? run.error
         : run?.status === "unfinished"
-          ? say("reached", { step: run.step, steps: run.steps })
+          ? reached(run)
           : null;
     return make(
       "td",
@@ -305,6 +307,8 @@ function cellOf(picture, what, r, c) {
       ),
     );
   }
+  for (const [name, value] of Object.entries(picture.details?.scores ?? {}))
+    caption.push(make("p", {}, make("span", {}, say(name)), make("span", {}, fixed(value))));
   if (what?.found.length > 1) caption.push(make("p", {}, say("more_runs", { n: what.found.length - 1 })));
   return make(
     "td",
