@@ -79,7 +79,7 @@ def write_drawn_sweep(
     for number, values in enumerate(product(*swept.values())):
         point, folder = dict(zip(swept, values, strict=True)), root / str(number)
         own = {key.removeprefix("stage."): value for key, value in point.items()}
-        config = {"stage": {"strength": 0.8, "lora_weight": 1, **own}, "trigger": "MINT"}
+        config = {"stage": {"strength": 0.8, "lora_weight": 1, **own}, "trigger": "MINT", "lora": point.get("lora")}
         overrides = ["stage=img2img", "stage.photo=photos", *(f"{key}={value}" for key, value in point.items())]
         record = {"config": config, "hydra": {"hydra": {"runtime": {"choices": {"stage": "img2img"}}}}}
         (folder / ".hydra").mkdir(parents=True)

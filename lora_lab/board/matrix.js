@@ -242,11 +242,16 @@ function heading(scope, axis, value) {
     "th",
     { scope, className: isBest ? "best" : "", title: valueName(axis, value) },
     name,
-    ...(data.drawn && axis === "@run" && KEYS.length
-      ? KEYS.map((key) => make("span", {}, `${key.replace(/^stage\./, "")} `, make("b", {}, number(runs[value].settings[key]))))
-      : [make("b", {}, valueName(axis, value))]),
+    ...(data.drawn && axis === "@run" ? valuesOf(runs[value]) : [make("b", {}, valueName(axis, value))]),
     score === null ? null : `${fixed(score)}${run === best ? ` ★` : ""}`,
   );
+}
+function valuesOf(run) {
+  // a line for each swept key; of a path the end, which tells it from others
+  const end = (text) => (text.length > 36 ? `…${text.slice(-36)}` : text);
+  const line = (key) =>
+    make("span", {}, `${key.replace(/^stage\./, "")} `, make("b", {}, end(number(run.settings[key]))));
+  return KEYS.length ? KEYS.map(line) : [make("b", {}, run.label)];
 }
 function cellOf(picture, what, r, c) {
   const run = what ? runs[what.run] : null;

@@ -148,7 +148,7 @@ def _reasons(
     elif ties:
         format_value = " / ".join(label(sweep.runs[i], sweep) for i in ties[:3]) + (" …" if len(ties) > 3 else "")
         yield say("ties", runs=format_value, number=len(ties))
-    elif len(ranking) > 1:
+    elif len(ranking) > 1 and score.low < score.high:
         yield say("clear")
 
 

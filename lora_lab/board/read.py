@@ -92,7 +92,8 @@ def read_sweep(folders: Sequence[Path], datasets: Sequence[Path] | None = None) 
     title = " ".join(sweep.parts[-2:]) if sweep and (sweep / SWEEP_RECORD).is_file() else (sweep or Path()).name
     shown = None if datasets is None else [*datasets, *folders]
     images = _training_images(trained, shown) if trained else ()
-    return Sweep(title, tuple(runs), _swept_keys(runs), images, drawn=not trained and bool(drawn))
+    only_drawn = not trained and bool(drawn)
+    return Sweep(title, tuple(runs), _swept_keys(runs, only_drawn), images, only_drawn)
 
 
 def _stage(settings: dict[str, Any]) -> object:
@@ -134,7 +135,7 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
         settings=settings,
         step=metrics[-1][0] if metrics else 0,
         seconds=result["seconds"] if is_number(result.get("seconds")) else None,
-        scores=(_scores(result) or _means(pictures)) if draws else _scores(result.get("scores")),
+        scores=(_scores(result) or _means(pictures if result else ())) if draws else _scores(result.get("scores")),
         scores_before=_scores(result.get("scores_before")),
         loss=metrics,
         validation_loss=validation,
@@ -256,13 +257,13 @@ def _with_names_of_photos(runs: list[TrainedRun]) -> list[TrainedRun]:
     return [replace(run, pictures=tuple(replace(p, prompt=names[p.prompt]) for p in run.pictures)) for run in runs]
 
 
-def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
+def _swept_keys(runs: list[TrainedRun], drawn: bool) -> dict[str, list[Any]]:
     """The keys that overrides set and in which the runs differ, with their values in order."""
     keys = dict.fromkeys(o.partition("=")[0].lstrip("+") for run in runs for o in run.overrides)
     values_by_key = {}
     for key in keys:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
-        if len(values) > 1 and shown_on_page(key):
+        if len(values) > 1 and shown_on_page(key, drawn):
             values_by_key[key] = sorted(values) if all(is_number(v) for v in values) else values
     return values_by_key
 

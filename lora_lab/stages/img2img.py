@@ -225,7 +225,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def _save_photos(paths: Sequence[Path], photo_requests: Sequence[PhotoRequest], folder: Path) -> None:
     """Save each photo as it is drawn over, for the comparison page of a sweep, as photos/NAME.png of `folder`."""
     for name, item in zip(distinct_names(paths), photo_requests, strict=True):
-        save_picture(folder / "photos" / f"{name}.png", item.request.photo, {})
+        write_atomically(folder / "photos" / f"{name}.png", item.request.photo.save, durable=False)
 
 
 def _key(config: Config, loss: Loss, lora: Path | None, device: torch.device) -> str:
