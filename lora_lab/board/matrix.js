@@ -247,10 +247,9 @@ function heading(scope, axis, value) {
   );
 }
 function valuesOf(run) {
-  // a line for each swept key; of a path the end, which tells it from others
-  const end = (text) => (text.length > 36 ? `…${text.slice(-36)}` : text);
+  // a line for each swept key
   const line = (key) =>
-    make("span", {}, `${key.replace(/^stage\./, "")} `, make("b", {}, end(number(run.settings[key]))));
+    make("span", {}, `${key.replace(/^stage\./, "")} `, make("b", {}, number(run.settings[key])));
   return KEYS.length ? KEYS.map(line) : [make("b", {}, run.label)];
 }
 function cellOf(picture, what, r, c) {

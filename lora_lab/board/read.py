@@ -15,7 +15,7 @@ from lora_lab.board.record import is_number, json_values, own_file, read_json, r
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.images.scan import leads_out, natural_key, pictures
-from lora_lab.runs import SWEEP_RECORD, distinct_names, write_atomically
+from lora_lab.runs import SWEEP_RECORD, write_atomically
 from lora_lab.settings.schema import shown_on_page
 
 TRAINING, DRAWING = ("train", "pipeline"), ("img2img",)  # the stages whose runs are compared, not with each other
@@ -87,7 +87,7 @@ def read_sweep(folders: Sequence[Path], datasets: Sequence[Path] | None = None) 
     runs = [_read_run(folder, folder.resolve().relative_to(parent).as_posix()) for folder in run_paths]
     runs += [run for folder in folders for run in _missing_runs(folder, runs)]
     trained, drawn = ([run for run in runs if _stage(run.settings) in stages] for stages in (TRAINING, DRAWING))
-    runs = trained or _with_names_of_photos(drawn)
+    runs = trained or _with_names_of_files(drawn)
     sweep = folders[0].resolve() if len(folders) == 1 else None
     title = " ".join(sweep.parts[-2:]) if sweep and (sweep / SWEEP_RECORD).is_file() else (sweep or Path()).name
     shown = None if datasets is None else [*datasets, *folders]
@@ -250,11 +250,31 @@ def _means(pictures: Sequence[Picture]) -> dict[str, ScoreInterval]:
     return {name: ScoreInterval(*3 * [statistics.mean(each)]) for name, each in values.items()}
 
 
-def _with_names_of_photos(runs: list[TrainedRun]) -> list[TrainedRun]:
-    """`runs` with the name of each photo, distinct within the comparison, in place of its path."""
-    paths = list(dict.fromkeys(picture.prompt for run in runs for picture in run.pictures))
-    names = dict(zip(paths, distinct_names([Path(path) for path in paths]), strict=True))
-    return [replace(run, pictures=tuple(replace(p, prompt=names[p.prompt]) for p in run.pictures)) for run in runs]
+def _with_names_of_files(runs: list[TrainedRun]) -> list[TrainedRun]:
+    """`runs` with names in place of the paths of photos and of the LoRA: the end of each path that no other has."""
+    photos = _names([picture.prompt for run in runs for picture in run.pictures])
+    loras = _names([lora for run in runs if isinstance(lora := run.settings.get("lora"), str)])
+    return [
+        replace(
+            run,
+            settings={k: loras[v] if k == "lora" and v in loras else v for k, v in run.settings.items()},
+            pictures=tuple(replace(picture, prompt=photos[picture.prompt]) for picture in run.pictures),
+        )
+        for run in runs
+    ]
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """By path the fewest of its last parts that tell it from the others."""
+    parts = {path: Path(path).parts for path in paths}
+
+    def name(path: str) -> str:
+        others = [other for key, other in parts.items() if key != path]
+        counts = range(1, len(parts[path]))
+        count = next((n for n in counts if all(other[-n:] != parts[path][-n:] for other in others)), None)
+        return "/".join(parts[path][-count:]) if count else path
+
+    return {path: name(path) for path in parts}
 
 
 def _swept_keys(runs: list[TrainedRun], drawn: bool) -> dict[str, list[Any]]:

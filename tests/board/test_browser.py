@@ -367,11 +367,11 @@ def test_drawn_photos_are_rows_beside_what_each_run_drew(chromium, tmp_path):
         assert texts(page, "#eyebrow") == ["Not ranked"] and "look at them" in page.inner_text("#sentence")
         heads = [f"lora_weight {weight} strength {strength}" for weight in (0.6, 1) for strength in (0.8, 0.95)]
         assert texts(page, "#matrix thead th") == ["Photo", *heads]
-        assert texts(page, "#matrix tbody th") == ["me", "you"]
+        assert texts(page, "#matrix tbody th") == ["me.jpg", "you.jpg"]
         assert sources(page)[5:7] == ["0/1", "0/000000-1-s0"], "the photo is the first of its row"
         at(page, 1, 2).click()
         told = "caption of the photo a person 1 prompt a MINT 1 strength 0.95 LoRA weight 0.6"
-        assert texts(page, "#zoom-details") == [told] and texts(page, "#zoom-text") == ["you · seed of the image 0"]
+        assert texts(page, "#zoom-details") == [told] and texts(page, "#zoom-text") == ["you.jpg · seed of the image 0"]
         assert sources(page, ".stage img") == ["0/1", "1/000000-1-s0"] and page.locator("#zoom-photo").is_visible()
         page.keyboard.press("ArrowUp")
         assert sources(page, ".stage img") == ["0/0", "1/000000-0-s0"]

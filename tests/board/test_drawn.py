@@ -22,17 +22,21 @@ def test_photos_are_rows_and_runs_are_columns(folders):
     assert sweep.drawn and sweep.swept == WEIGHTS and sweep.training == ()
     assert axes(sweep) == ("@prompt", "@run")
     (first, *_) = sweep.runs
-    assert {p.prompt for p in first.pictures} == {"me", "me-2", "you"}, "two photos of one name are two rows"
+    assert {p.prompt for p in first.pictures} == {"a/me.jpg", "b/me.jpg", "you.heic"}, (
+        "two photos of one name are two rows"
+    )
     assert [p.file.relative_to(first.folder).as_posix() for p in first.pictures if p.step < 0] == [
         "photos/0.png", "photos/1.png", "photos/2.png"
     ]  # fmt: skip
     drawn = [p for p in first.pictures if p.step == 0]
-    assert [(p.prompt, p.seed) for p in drawn[:2]] == [("me", 0), ("me", 7)] and len(drawn) == 6
+    assert [(p.prompt, p.seed) for p in drawn[:2]] == [("a/me.jpg", 0), ("a/me.jpg", 7)] and len(drawn) == 6
     assert drawn[5].details == {
         "caption": "a person 2", "prompt": "a MINT 2", "strength": 0.8, "lora_weight": 0.6, "scores": {}
     }  # fmt: skip
-    of_two_loras = write_drawn_sweep(folders[0].parents[1] / "two", {"lora": ["A", "b/B.safetensors"]}, PHOTOS[:1])
-    assert read_sweep([of_two_loras[0].parent]).swept == {"lora": ["A", "b/B.safetensors"]}
+    of_two_loras = write_drawn_sweep(
+        folders[0].parents[1] / "two", {"lora": ["A", "/b/B.st", "/c/B.st", "B.st"]}, PHOTOS[:1]
+    )
+    assert read_sweep([of_two_loras[0].parent]).swept == {"lora": ["A", "b/B.st", "c/B.st", "B.st"]}
     one_key = write_drawn_sweep(folders[0].parents[1] / "one", {"stage.strength": [0.5, 0.9]}, PHOTOS[:1])
     assert axes(read_sweep([one_key[0].parent])) == ("@prompt", "stage.strength")
 
@@ -89,7 +93,7 @@ def test_lines_that_a_stranger_wrote_lead_nowhere(folders, tmp_path):
     (second / "prompts.jsonl").write_text("[1]\n{}\n")
     runs = read_sweep([first.parent]).runs
     *_, strange, picture = runs[0].pictures
-    assert {p.file.name for p in runs[0].pictures} == {"1.png", "1-s0.png", "0-s0.png"} and strange.prompt == "x"
+    assert {p.file.name for p in runs[0].pictures} == {"1.png", "1-s0.png", "0-s0.png"} and strange.prompt == "x.jpg"
     assert picture.details["scores"] == {"resemblance": 0.5} and len(picture.details["prompt"]) == 2000
     assert "prompts.jsonl is damaged" in runs[1].error and runs[1].pictures == ()
     assert rewrite_page(first.parent)
