@@ -71,6 +71,43 @@ def write_run(
     return folder
 
 
+def write_drawn_sweep(
+    root: Path, swept: Mapping[str, list[Any]], photos: list[str], seeds: tuple[int, ...] = (0,)
+) -> list[Path]:
+    """A sweep of stage=img2img over `swept` that drew `photos` (paths) with `seeds`; returns the run folders."""
+    folders = []
+    for number, values in enumerate(product(*swept.values())):
+        point, folder = dict(zip(swept, values, strict=True)), root / str(number)
+        own = {key.removeprefix("stage."): value for key, value in point.items()}
+        config = {"stage": {"strength": 0.8, "lora_weight": 1, **own}, "trigger": "MINT", "lora": point.get("lora")}
+        overrides = ["stage=img2img", "stage.photo=photos", *(f"{key}={value}" for key, value in point.items())]
+        record = {"config": config, "hydra": {"hydra": {"runtime": {"choices": {"stage": "img2img"}}}}}
+        (folder / ".hydra").mkdir(parents=True)
+        for name, content in (record | {"overrides": overrides}).items():
+            (folder / ".hydra" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        lines = []
+        for (i, photo), seed in product(enumerate(photos), seeds):
+            draw(folder / "photos" / f"{i}.png", 32, "#6b7280")
+            draw(folder / f"{i}-s{seed}.png", 32)
+            told = {"photo": photo, "caption": f"a person {i}", "prompt": f"a MINT {i}", "seed": seed}
+            lines.append(told | {"picture": str(folder / f"{i}-s{seed}.png")})
+        write_drawings(folder, lines)
+        (folder / "result.json").write_text(json.dumps({"stage": "img2img", "pictures": lines}))
+        folders.append(folder)
+    return folders
+
+
+def write_drawings(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """prompts.jsonl of a run of stage=img2img."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def score_drawings(folder: Path, **scores: float) -> None:
+    """Give every image of a run of stage=img2img these `scores`."""
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    write_drawings(folder, [line | {"scores": scores} for line in lines])
+
+
 def draw(path: Path, side: int, colour: str | None = None) -> None:
     """A picture of one `colour`, of the file's own where none is said."""
     path.parent.mkdir(parents=True, exist_ok=True)

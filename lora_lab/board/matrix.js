@@ -242,9 +242,15 @@ function heading(scope, axis, value) {
     "th",
     { scope, className: isBest ? "best" : "", title: valueName(axis, value) },
     name,
-    make("b", {}, valueName(axis, value)),
+    ...(data.drawn && axis === "@run" ? valuesOf(runs[value]) : [make("b", {}, valueName(axis, value))]),
     score === null ? null : `${fixed(score)}${run === best ? ` ★` : ""}`,
   );
+}
+function valuesOf(run) {
+  // a line for each swept key
+  const line = (key) =>
+    make("span", {}, `${key.replace(/^stage\./, "")} `, make("b", {}, number(run.settings[key])));
+  return KEYS.length ? KEYS.map(line) : [make("b", {}, run.label)];
 }
 function cellOf(picture, what, r, c) {
   const run = what ? runs[what.run] : null;
@@ -254,7 +260,7 @@ function cellOf(picture, what, r, c) {
       run?.status === "failed"
         ? run.error
         : run?.status === "unfinished"
-          ? say("reached", { step: run.step, steps: run.steps })
+          ? reached(run)
           : null;
     return make(
       "td",
@@ -305,6 +311,8 @@ function cellOf(picture, what, r, c) {
       ),
     );
   }
+  for (const [name, value] of Object.entries(picture.details?.scores ?? {}))
+    caption.push(make("p", {}, make("span", {}, say(name)), make("span", {}, fixed(value))));
   if (what?.found.length > 1) caption.push(make("p", {}, say("more_runs", { n: what.found.length - 1 })));
   return make(
     "td",

@@ -28,7 +28,8 @@ function remember(key, value) {
   }
 }
 function say(key, values = {}) {
-  const text = words[key] ? words[key][language] : key.replaceAll("_", " ");
+  const word = (data.drawn && words[`${key}_drawn`]) || words[key]; // as page.word
+  const text = word ? word[language] : key.replaceAll("_", " ");
   return text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 function make(tag, properties = {}, ...children) {
@@ -63,28 +64,32 @@ const time = (s) =>
         : `${(s / 3600).toFixed(1)} h`;
 const path = (folder, file, suffix) => `page/${encodeURIComponent(folder)}/${encodeURIComponent(file)}.${suffix}`;
 
-// ---- pictures: found by run, step, prompt and seed
+// ---- pictures: found by run, step, prompt and seed. With data.drawn a prompt is a photo: its name, and in place of the
+// base's picture itself, whatever the seed.
 
 const drawn = new Map();
 runs.forEach((run, index) =>
-  run.pictures.forEach(([step, prompt, seed, file, thumbnail]) => {
+  run.pictures.forEach(([step, prompt, seed, file, thumbnail, details]) => {
     const owner = step < 0 ? "base" : index;
-    const picture = { run: step < 0 ? null : index, step, prompt, seed, folder: run.folder, file, thumbnail };
-    const key = `${owner}/${step}/${prompt}/${seed}`;
+    const picture = { run: step < 0 ? null : index, step, prompt, seed, folder: run.folder, file, thumbnail, details };
+    const key = `${owner}/${step}/${prompt}/${step < 0 && data.drawn ? "" : seed}`;
     if (!drawn.has(key)) drawn.set(key, picture);
   }),
 );
 const steps = [...new Set([...drawn.values()].map((p) => p.step).filter((s) => s >= 0))].sort((a, b) => a - b);
-const seeds = [...new Set([...drawn.values()].map((p) => p.seed))].sort((a, b) => a - b);
+const seeds = [...new Set([...drawn.values()].filter((p) => p.step >= 0 || !data.drawn).map((p) => p.seed))].sort((a, b) => a - b);
 const lastStep = runs.map((run) => Math.max(-1, ...run.pictures.map((p) => p[0])));
 const pictureOf = (run, step, prompt, seed) =>
   drawn.get(`${run}/${step === LAST ? lastStep[run] : step}/${prompt}/${seed}`);
-const baseOf = (prompt, seed) => drawn.get(`base/-1/${prompt}/${seed}`);
+const baseOf = (prompt, seed) => drawn.get(`base/-1/${prompt}/${data.drawn ? "" : seed}`);
+const stepOf = (picture) => (picture.run === null || data.drawn ? null : `${say("step")} ${picture.step}`);
+const reached = (run) =>
+  say("reached", { step: data.drawn ? run.pictures.filter(([step]) => step >= 0).length : run.step, steps: run.steps });
 const nameOf = (picture) => (picture.run === null ? say("base") : runs[picture.run].label);
 const describe = (p) =>
   [
     nameOf(p),
-    p.run === null ? null : `${say("step")} ${p.step}`,
+    stepOf(p),
     data.prompts[p.prompt],
     seeds.length > 1 ? `${say("prompt")}/${say("seed_drawn")} ${p.seed}` : null,
   ]

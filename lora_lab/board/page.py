@@ -43,13 +43,15 @@ HERE = Path(__file__).parent
 STYLES, SCRIPTS = ("uplot.min.css", "page.css"), ("uplot.min.js", "page.js", "matrix.js", "zoom.js", "runs.js")
 GENERATOR = '<meta name="generator" content="lora_lab">'  # an index.html without it was not written here
 THUMBNAIL_SIZE = 256  # pixels, of the longer side; an image of at most that size is its own thumbnail
+MEASURES = ("score", "resemblance")  # the runs are ranked by the first that there is
 CURVE_POINTS = 200  # at most; a chart is not wide enough to show more
 SHEET_ROWS = 24  # of comparison.png, for the best runs
 LOCK = ".page.lock"  # in the sweep's folder: one process at a time writes the page
 
 
 def rewrite_page(sweep: Path) -> Path | None:
-    """Write the page of `sweep` from the files that are there, and return it; None if nothing trains or it failed.
+    """Write the page of `sweep` from the files that are there, and return it; None if it has no runs to compare, or it
+    failed.
 
     Of several processes each waits for the others, so the last one to write has read what all of them left. An error is
     one line on stderr, and never ends a job."""
@@ -89,6 +91,11 @@ class Verdict:
     sentence: Mapping[str, str]  # language -> which run is the best, and why
 
 
+def word(key: str, sweep: Sweep) -> Mapping[str, str]:
+    """A text of the page by language; that of drawn photos has a key of its own where it differs."""
+    return words().get(f"{key}_drawn" if sweep.drawn else key) or words()[key]
+
+
 @cache
 def words() -> dict[str, dict[str, str]]:
     """All texts of the page: key -> language -> text."""
@@ -102,7 +109,7 @@ def verdict(sweep: Sweep) -> Verdict:
     done = [(i, run) for i, run in enumerate(sweep.runs) if run.status == "done"]
     names = dict.fromkeys(name for _, run in done for name in run.scores)
     if names:
-        measure = "score" if "score" in names else next(iter(names))
+        measure = next((name for name in MEASURES if name in names), next(iter(names)))
         scored = {i: run.scores[measure] for i, run in done if measure in run.scores}
         ranking = tuple(sorted(scored, key=lambda i: -scored[i].value))
         ties = tuple(i for i in ranking[1:] if scored[i].value >= scored[ranking[0]].low)
@@ -118,7 +125,7 @@ def _reasons(
     sweep: Sweep, measure: str | None, ranking: tuple[int, ...], ties: tuple[int, ...], language: str
 ) -> Iterator[str]:
     def say(key: str, **values: Any) -> str:
-        return words()[key][language].format(**values)
+        return word(key, sweep)[language].format(**values)
 
     if not ranking:
         yield say("look" if any(run.status == "done" for run in sweep.runs) else "none_done")
@@ -130,7 +137,8 @@ def _reasons(
     score, base_score = best.scores[measure], best.scores_before.get(measure)
     value, low, high = (f"{number:.2f}" for number in (score.value, score.low, score.high))
     interval = "best_score" if score.low < score.high else "best_score_alone"
-    yield say(interval, run=label(best, sweep), value=value, low=low, high=high)
+    name = words()[measure][language] if measure in words() else measure
+    yield say(interval, run=label(best, sweep), measure=name, value=value, low=low, high=high)
     if base_score and base_score.value >= score.value:
         yield say("no_better_than_base", value=f"{base_score.value:.2f}")
     if len(ties) == 1:
@@ -140,7 +148,7 @@ def _reasons(
     elif ties:
         format_value = " / ".join(label(sweep.runs[i], sweep) for i in ties[:3]) + (" …" if len(ties) > 3 else "")
         yield say("ties", runs=format_value, number=len(ties))
-    elif len(ranking) > 1:
+    elif len(ranking) > 1 and score.low < score.high:
         yield say("clear")
 
 
@@ -173,8 +181,10 @@ def axes(sweep: Sweep) -> tuple[str, str]:
     """What the rows and the columns of the matrix show at first: `@run`, `@prompt`, `@step`, or a swept key.
 
     Two swept keys are the axes if more than half of their combinations have runs. One key has the prompts as the other
-    axis."""
+    axis. Photos are the rows, and the runs that drew them the columns."""
     keys = sorted(sweep.swept, key=lambda key: key == "lr")  # the learning rate is the columns
+    if sweep.drawn:  # the rows are photos
+        return "@prompt", keys[0] if len(keys) == 1 else "@run"
     if len(sweep.runs) == 1:
         return "@step", "@prompt"
     if len(keys) == 1:
@@ -332,6 +342,7 @@ def page_data(sweep: Sweep, verdict: Verdict, training: list[str], assets: Path)
         "title": sweep.title,
         "swept": sweep.swept,
         "prompts": prompts,
+        "drawn": sweep.drawn,
         "measure": verdict.measure,
         "ranking": verdict.ranking,
         "ties": verdict.ties,
@@ -366,12 +377,14 @@ def run_data(run: TrainedRun, sweep: Sweep, prompts: list[str], assets: Path) ->
         "before": {name: _rounded(score.value, score.low, score.high) for name, score in run.scores_before.items()},
         "curve": [steps[::-stride][::-1], _rounded(*trend[::-stride][::-1])],
         "validation": [[step for step, _ in run.validation_loss], _rounded(*(loss for _, loss in run.validation_loss))],
-        # step, prompt, seed, the file in page/FOLDER without its suffix, and the suffix of its thumbnail
+        # step, prompt, seed, the file in page/FOLDER without its suffix, the suffix of its thumbnail, and what is known
+        # of an image of stage=img2img
         "pictures": [
             [p.step, prompts.index(p.prompt), p.seed, stem(p), _thumbnail(folder / f"{stem(p)}.png").suffix[1:]]
+            + [p.details] * bool(p.details)
             for p in run.pictures
         ],
-        "commands": commands(run),
+        "commands": commands(run, sweep.drawn),
     }
 
 
@@ -379,15 +392,18 @@ def _rounded(*numbers: float) -> list[float]:
     return [float(f"{number:.5g}") for number in numbers]
 
 
-def commands(run: TrainedRun) -> dict[str, str]:
-    """The command lines that repeat the run, continue its training, and use its LoRA, as far as they apply."""
+def commands(run: TrainedRun, drawn: bool = False) -> dict[str, str]:
+    """The command lines that repeat the run, continue its training, and use its LoRA, as far as they apply; of a run
+    that has `drawn` photos, that which draws others."""
     overrides = [o for o in run.overrides if not o.startswith(("resume=", "hydra.run.dir="))]
     folder, steps = str(run.folder), run.settings.get("steps")
     lines = {"repeat": overrides}
     if any((run.folder / "checkpoints").glob("step-*")):
         more_steps = [f"steps={round(1.5 * steps)}"] if run.status == "done" and is_number(steps) else []
         lines["go_on"] = [f"resume={folder}", *more_steps]
-    if run.status == "done":
+    if drawn:
+        lines["use"] = [*(o for o in overrides if not o.startswith("stage.photo=")), "stage.photo=me.jpg"]
+    elif run.status == "done":
         model = run.settings.get("model", "tiny")
         base = [f"model={model}"] if model != "tiny" else []
         base += [o for o in overrides if o.startswith("model.")]
@@ -407,7 +423,7 @@ def sheet(sweep: Sweep, verdict: Verdict, assets: Path) -> Image.Image:
     base = {p.prompt: (run, p) for run in reversed(runs) for p in reversed(run.pictures) if p.step < 0}
     if base:
         rows.append([_small(assets, *base[text]) if text in base else None for text in prompts])
-        titles.append(words()["base"]["en"])
+        titles.append(word("base", sweep)["en"])
     for run in runs[:SHEET_ROWS]:
         last = max((p.step for p in run.pictures), default=-1)
         shown = {p.prompt: p for p in reversed(run.pictures) if p.step == last and last >= 0}  # of the first seed

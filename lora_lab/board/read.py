@@ -6,7 +6,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from lora_lab.images.scan import leads_out, natural_key, pictures
 from lora_lab.runs import SWEEP_RECORD, write_atomically
 from lora_lab.settings.schema import shown_on_page
 
-STAGES = ("train", "pipeline")  # the stages whose runs are compared
+TRAINING, DRAWING = ("train", "pipeline"), ("img2img",)  # the stages whose runs are compared, not with each other
 IMAGE_NAME, STEP_NAME = re.compile(r"p(\d+)-s(\d+)\.png"), re.compile(r"step-(\d+)")
+DRAWING_NAME = re.compile(r"(.+)-s\d+.*\.png")  # of stage=img2img: the photo's name and the seed
 LONGEST = 2000  # characters of an error that the page shows
 TRAINING_IMAGES = 4  # of the dataset, which the page shows beside the best run
 
@@ -35,12 +36,13 @@ class ScoreInterval:
 
 @dataclass(frozen=True)
 class Picture:
-    """A validation image of a run."""
+    """A validation image of a training; or an image of stage=img2img, whose photo takes the place of the prompt."""
 
     file: Path
-    step: int  # -1: drawn by the base model without the LoRA
-    prompt: str  # with the trigger
+    step: int  # -1: drawn by the base model without the LoRA; or the photo itself
+    prompt: str  # with the trigger; or the photo's path
     seed: int
+    details: dict[str, Any] = field(default_factory=dict)  # of stage=img2img: caption, prompt, weight, scores, ...
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,31 @@ class Sweep:
     runs: tuple[TrainedRun, ...]
     swept: dict[str, list[Any]]  # a key in which runs differ -> its values, in order
     training: tuple[Path, ...]  # a few of the training images
+    drawn: bool = False  # the runs are those of stage=img2img, and the pictures' prompts the names of photos
 
 
 def read_sweep(folders: Sequence[Path], datasets: Sequence[Path] | None = None) -> Sweep:
-    """All training runs below `folders`, each a sweep, a run or a parent of some; possibly none.
+    """All training runs below `folders`, each a sweep, a run or a parent of some, or else those that drew photos;
+    possibly none.
 
     The page shows training images of `datasets`, or inside `folders`, alone: a record may name any folder. None stands
     for all, where this process made the record."""
     run_paths = list({run.resolve(): run for folder in folders for run in run_folders(folder)}.values())
     parent = os.path.commonpath([f.resolve().parent if f in run_paths else f.resolve() for f in folders])
     runs = [_read_run(folder, folder.resolve().relative_to(parent).as_posix()) for folder in run_paths]
-    runs = [run for run in runs if run.settings.get("stage", "train") in STAGES]
     runs += [run for folder in folders for run in _missing_runs(folder, runs)]
+    trained, drawn = ([run for run in runs if _stage(run.settings) in stages] for stages in (TRAINING, DRAWING))
+    runs = trained or _with_names_of_files(drawn)
     sweep = folders[0].resolve() if len(folders) == 1 else None
     title = " ".join(sweep.parts[-2:]) if sweep and (sweep / SWEEP_RECORD).is_file() else (sweep or Path()).name
     shown = None if datasets is None else [*datasets, *folders]
-    return Sweep(title, tuple(runs), _swept_keys(runs), _training_images(runs, shown))
+    images = _training_images(trained, shown) if trained else ()
+    only_drawn = not trained and bool(drawn)
+    return Sweep(title, tuple(runs), _swept_keys(runs, only_drawn), images, only_drawn)
+
+
+def _stage(settings: dict[str, Any]) -> object:
+    return settings.get("stage", "train")
 
 
 def run_folders(folder: Path, depth: int = 4) -> list[Path]:
@@ -112,7 +123,8 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
     settings, overrides = read(recorded_settings, ({}, []))
     result, failure = read(read_object, {}, "result.json"), read(read_object, {}, "failed.json")
     metrics, validation = read(_curve, (), "metrics.jsonl"), read(_curve, (), "validation.jsonl")
-    pictures = tuple(_pictures(folder, settings))
+    draws = _stage(settings) in DRAWING
+    pictures = tuple(read(_drawings, (), settings) if draws else _pictures(folder, settings))
     errors = [str(failure.get("error", ""))[:LONGEST]] if failure else []
     return TrainedRun(
         name=name,
@@ -123,7 +135,7 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
         settings=settings,
         step=metrics[-1][0] if metrics else 0,
         seconds=result["seconds"] if is_number(result.get("seconds")) else None,
-        scores=_scores(result.get("scores")),
+        scores=(_scores(result) or _means(pictures if result else ())) if draws else _scores(result.get("scores")),
         scores_before=_scores(result.get("scores_before")),
         loss=metrics,
         validation_loss=validation,
@@ -141,7 +153,7 @@ def _missing_runs(folder: Path, runs: list[TrainedRun]) -> list[TrainedRun]:
         job = folder / str(number)
         if job not in folders and not any({*overrides} <= known for known in overrides_of_runs):
             missing.append(TrainedRun(f"({number})", job, "missing", None, tuple(overrides), common | values))
-    return [run for run in missing if run.settings.get("stage", "train") in STAGES]
+    return missing
 
 
 def _read_points(sweep: Path) -> list[tuple[int, list[str], dict[str, Any]]]:
@@ -165,15 +177,24 @@ def _scores(content: object) -> dict[str, ScoreInterval]:
 
 def _curve(folder: Path, name: str) -> tuple[tuple[int, float], ...]:
     """(step, loss) of each line; none if there is no such file. Raises InputError."""
+    lines = _lines(folder, name)
+    try:
+        pairs = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        return tuple((int(step), loss) for step, loss in pairs if is_number(loss))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(f"{folder / name} is damaged: {error!r:.200}") from error
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a file of JSON objects; none if there is no such file. Raises InputError."""
     if not (folder / name).exists():
-        return ()
+        return []
     file = own_file(folder, name)
     try:
-        lines = [(line["step"], line["loss"]) for line in read_metrics(file) if "loss" in line]
-        return tuple((int(step), loss) for step, loss in lines if is_number(loss))
+        return [{**line} for line in read_metrics(file)]
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {error!r:.200}") from error
 
 
@@ -195,13 +216,74 @@ def _pictures(run: Path, settings: dict[str, Any]) -> Iterable[Picture]:
                 yield Picture(file, step, text.replace("{trigger}", str(settings.get("trigger", ""))), seed)
 
 
-def _swept_keys(runs: list[TrainedRun]) -> dict[str, list[Any]]:
+def _drawings(run: Path, settings: dict[str, Any]) -> list[Picture]:
+    """The photos and the images of the lines in prompts.jsonl, without links that lead out of the run.
+
+    Raises InputError."""
+    known = {"strength": settings.get("stage.strength"), "lora_weight": settings.get("stage.lora_weight")}
+    files = {file.relative_to(run).as_posix(): file for file in (*run.glob("*.png"), *run.glob("photos/*.png"))}
+    files = {name: file for name, file in files.items() if not leads_out(file, run)}
+    photos, drawn = {}, []
+    for line in _lines(run, "prompts.jsonl"):
+        photo, seed, name = line.get("photo"), line.get("seed"), Path(str(line.get("picture"))).name
+        match = DRAWING_NAME.fullmatch(name)
+        if not (match and name in files and isinstance(photo, str) and isinstance(seed, int)):
+            continue
+        photo, whole = photo.encode("utf-8", "replace").decode(), f"photos/{match[1]}.png"
+        if whole in files:
+            photos.setdefault(photo, Picture(files[whole], -1, photo, seed))
+        texts = {key: str(line[key])[:LONGEST] for key in ("caption", "prompt") if line.get(key) is not None}
+        numbers = {key: line.get(key, value) for key, value in known.items()}
+        scores = line.get("scores")
+        scores = {str(k): v for k, v in scores.items() if is_number(v)} if isinstance(scores, dict) else {}
+        details = {**texts, **{k: v for k, v in numbers.items() if is_number(v)}, "scores": scores}
+        drawn.append(Picture(files[name], 0, photo, seed, details))
+    return [*photos.values(), *drawn]
+
+
+def _means(pictures: Sequence[Picture]) -> dict[str, ScoreInterval]:
+    """The mean of every score over the pictures that have it."""
+    values: dict[str, list[float]] = {}
+    for picture in pictures:
+        for name, value in picture.details.get("scores", {}).items():
+            values.setdefault(name, []).append(value)
+    return {name: ScoreInterval(*3 * [statistics.mean(each)]) for name, each in values.items()}
+
+
+def _with_names_of_files(runs: list[TrainedRun]) -> list[TrainedRun]:
+    """`runs` with names in place of the paths of photos and of the LoRA: the end of each path that no other has."""
+    photos = _names([picture.prompt for run in runs for picture in run.pictures])
+    loras = _names([lora for run in runs if isinstance(lora := run.settings.get("lora"), str)])
+    return [
+        replace(
+            run,
+            settings={k: loras[v] if k == "lora" and v in loras else v for k, v in run.settings.items()},
+            pictures=tuple(replace(picture, prompt=photos[picture.prompt]) for picture in run.pictures),
+        )
+        for run in runs
+    ]
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """By path the fewest of its last parts that tell it from the others."""
+    parts = {path: Path(path).parts for path in paths}
+
+    def name(path: str) -> str:
+        others = [other for key, other in parts.items() if key != path]
+        counts = range(1, len(parts[path]))
+        count = next((n for n in counts if all(other[-n:] != parts[path][-n:] for other in others)), None)
+        return "/".join(parts[path][-count:]) if count else path
+
+    return {path: name(path) for path in parts}
+
+
+def _swept_keys(runs: list[TrainedRun], drawn: bool) -> dict[str, list[Any]]:
     """The keys that overrides set and in which the runs differ, with their values in order."""
     keys = dict.fromkeys(o.partition("=")[0].lstrip("+") for run in runs for o in run.overrides)
     values_by_key = {}
     for key in keys:
         values = list({str(v): v for v in (run.settings.get(key) for run in runs if run.settings)}.values())
-        if len(values) > 1 and shown_on_page(key):
+        if len(values) > 1 and shown_on_page(key, drawn):
             values_by_key[key] = sorted(values) if all(is_number(v) for v in values) else values
     return values_by_key
 

@@ -208,7 +208,7 @@ function details(index) {
     .slice(0, 4);
   const parts = [run.error ? make("p", { className: "error" }, run.error) : null];
   if (run.status === "unfinished")
-    parts.push(make("p", { className: "note" }, say("reached", { step: run.step, steps: run.steps })));
+    parts.push(make("p", { className: "note" }, reached(run)));
   if (pictures.length)
     parts.push(
       make(

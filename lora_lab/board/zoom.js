@@ -10,12 +10,13 @@ function zoom(picture, r = null, c = null) {
     score = run ? measured(run) : null;
   $("zoom-text").textContent = [
     data.prompts[picture.prompt],
-    run ? `${say("step")} ${picture.step}` : null,
-    seeds.length > 1 ? `${say("seed_drawn")} ${picture.seed}` : null,
+    stepOf(picture),
+    seeds.length > 1 || picture.details ? `${say("seed_drawn")} ${picture.seed}` : null,
     score === null ? null : `${say(data.measure)} ${fixed(score)}`,
   ]
     .filter(Boolean)
     .join(" · ");
+  showDetails(picture);
   const base = baseOf(picture.prompt, picture.seed),
     top = best === null ? null : pictureOf(best, LAST, picture.prompt, picture.seed);
   $("zoom-base").hidden = !base || picture.run === null;
@@ -25,6 +26,23 @@ function zoom(picture, r = null, c = null) {
   $("zoom-keys").textContent =
     r === null ? "" : state.stepping ? say("zoom_keys", { axis: axisName(state.stepping) }) : say("zoom_keys_plain");
   if (!$("zoom").open) $("zoom").showModal();
+}
+function showDetails(picture) {
+  // the photo beside it, and what it was drawn from
+  const { scores = {}, ...told } = picture.details ?? {};
+  const shown = Object.entries({ ...told, ...scores }).map(([key, value]) => [
+    say(key === "prompt" ? "prompt_text" : key),
+    typeof value === "number" ? number(Number(value.toPrecision(3))) : value,
+  ]);
+  $("zoom-details").replaceChildren(
+    ...shown.flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, value)]),
+  );
+  const photo = data.drawn && picture.run !== null ? baseOf(picture.prompt, picture.seed) : null;
+  $("zoom-photo").hidden = !photo;
+  if (photo) {
+    $("zoom-photo").src = path(photo.folder, photo.file, "png");
+    $("zoom-photo").alt = describe(photo);
+  }
 }
 $("zoom").addEventListener("keydown", (event) => {
   const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];

@@ -47,6 +47,7 @@ from lora_lab.runs import (
 )
 from lora_lab.settings import schema
 from lora_lab.settings.schema import Config
+from lora_lab.shared import Shared
 
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 JOB_SECONDS = 60.0  # a job that a cluster queues again may still be ending in its folder
@@ -132,6 +133,7 @@ class SweepTask:
 
     exit_codes: list[int] = field(default_factory=list)  # of jobs that could not leave a failed.json
     in_worker: bool = False
+    shared: Shared = field(default_factory=Shared)  # by the jobs of this process
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Launchers pickle the task to send it to other processes, and to nobody else: there it is a worker's.
@@ -183,7 +185,7 @@ class SweepTask:
                 if recorded:
                     resume_in(settings, folder)
                 sweeps.record_start(folder, number, overrides)
-                run_stage(settings, folder)
+                run_stage(settings, folder, self.shared)
             score = score_of(read_result(folder))
         except Exception as error:
             fail(folder, overrides, error)
@@ -236,11 +238,16 @@ def sentence(error: Exception, overrides: Sequence[str] = ()) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def run_stage(config: Config, folder: Path) -> object:
-    """Do what `config.stage` says in `folder`, and leave its result there as result.json."""
+def run_stage(config: Config, folder: Path, shared: Shared | None = None) -> object:
+    """Do what `config.stage` says in `folder`, and leave its result there as result.json.
+
+    `shared` is what earlier jobs of a sweep left in this process."""
+    shared = shared or Shared()
     quiet_libraries()
     refuse_missing(folder, config.resume)
     refuse_unwritable(folder)
-    result = stage_function(type(config.stage))(config, folder)
+    if not config.stage.draws:
+        shared.free()  # a training needs the memory
+    result = stage_function(type(config.stage))(config, folder, *([shared] if config.stage.draws else []))
     write_result(folder, result)
     return result

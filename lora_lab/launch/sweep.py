@@ -127,7 +127,7 @@ def _report_failures(sweep: Path) -> list[int]:
 def _show_page(sweep: Path, runs: list[schema.Config]) -> None:
     if page := rewrite_page(sweep):
         print(f"\ncompare the runs: {display_path(page)}", flush=True)
-        if wandb_runs := [run for run in runs if run.tracker.kind == "wandb"]:
+        if wandb_runs := [run for run in runs if run.tracker.kind == "wandb" and not run.stage.draws]:  # no photos
             attach_page(sweep, job_settings(wandb_runs[0], sweep).tracker)
 
 

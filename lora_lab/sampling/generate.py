@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,14 +18,16 @@ from lora_lab.adapters.inject import AttachedLoRA, lora_attached
 from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
-from lora_lab.base.load import load_base, vae_remedy
+from lora_lab.base.load import load_base, vae_remedy, validate_prediction
+from lora_lab.base.locate import hash_model, locate_model
 from lora_lab.base.protocol import BaseModel, Conditioning, Solver
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
 from lora_lab.images.pixels import Size, fit, nearest_bucket
 from lora_lab.runs import save_picture
-from lora_lab.settings.schema import Loss, Memory, Model, Sampler, base_image_settings
+from lora_lab.settings.schema import Loss, Memory, Model, Sampler, base_image_settings, values_of
+from lora_lab.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,17 @@ def load_base_for_sampling(model: Model, memory: Memory, loss: Loss, device: tor
     if memory.offload:
         base.network.to("cpu")  # until it samples
     return Encoder(base, device, Cache(None), memory.offload)  # a few prompts are encoded sooner than looked up
+
+
+def base_for_sampling(
+    shared: Shared, model: Model, memory: Memory, loss: Loss, device: torch.device
+) -> AbstractContextManager[Encoder]:
+    """A context with what `load_base_for_sampling` gives; jobs with the same files and the same settings, as far as
+    those decide the base, share it. Raises InputError."""
+    sections = (model, memory, validate_prediction(model, loss))  # a LoRA file may state the base's own prediction
+    settings = {v.key: v.value for s in sections for v in values_of(s) if {"images", "cost"} & {*v.facts.decides}}
+    key = hash_model(locate_model("model.base", model.base)), settings, device
+    return shared.base(key, lambda: load_base_for_sampling(model, memory, loss, device))
 
 
 def render_with_lora(

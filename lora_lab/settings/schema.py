@@ -276,8 +276,7 @@ def build_config(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
         raise wrong[0] from error
 
 
-# The comparison page compares runs of training, which read neither.
-NOT_COMPARED = ("stage", "lora")
+NOT_COMPARED = ("stage", "lora")  # on the comparison page of trainings, which read neither
 
 
 @dataclass(frozen=True)
@@ -378,9 +377,10 @@ def base_image_settings(model: Model, loss: Loss, memory: Memory, sampler: Sampl
     return {v.key: v.value for v in values if "images" in v.facts.decides and not v.facts.hashed_as}
 
 
-def shown_on_page(key: str) -> bool:
-    """Whether the comparison page tells runs apart by `key`, the dotted key of a setting or the name of a group."""
-    if key in NOT_COMPARED or key.partition(".")[0].partition("/")[0] == "hydra":
+def shown_on_page(key: str, drawn: bool = False) -> bool:
+    """Whether the comparison page tells runs apart by `key`, the dotted key of a setting or the name of a group; the
+    runs are trainings, or have `drawn` photos."""
+    if (key in NOT_COMPARED and not (drawn and key == "lora")) or key.partition(".")[0].partition("/")[0] == "hydra":
         return False
     known = [facts for name, info in fields_of() if _covers(key, name, facts := facts_of(info))]
     return not known or any(facts.decides != ("nothing",) for facts in known)

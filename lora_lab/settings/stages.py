@@ -27,6 +27,7 @@ class Stage(Section):
     """What to do: `stage=train` puts a Train here, and so on."""
 
     several_folders: ClassVar[bool] = False  # whether dataset.root may be a list
+    draws: ClassVar[bool] = False  # whether its jobs in one process share the base: its function takes a Shared too
 
     def inputs(self, config: "Config") -> list[str]:
         """The keys that name what must exist before this stage starts."""
@@ -187,6 +188,8 @@ class Train(Stage):
 
 @section
 class Img2img(Stage):
+    draws: ClassVar[bool] = True
+
     kind: Literal["img2img"] = _kind("img2img")
     photo: FolderPaths = setting("image, folder of images, or a list: [me.jpg,you.png]", decides="request")
     prompt: str | None = setting(
@@ -213,6 +216,7 @@ class Img2img(Stage):
 @section
 class Evaluate(Stage):
     several_folders: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     kind: Literal["evaluate"] = _kind("evaluate")
 

@@ -40,8 +40,9 @@ from lora_lab.runs import (
     write_atomically,
     write_manifest,
 )
-from lora_lab.sampling.generate import RenderSettings, load_base_for_sampling, render_settings
+from lora_lab.sampling.generate import RenderSettings, base_for_sampling, render_settings
 from lora_lab.settings.schema import Config, Loss, values_of
+from lora_lab.shared import Shared
 
 CELL = 256  # px, of the sheet
 
@@ -67,8 +68,9 @@ class EvaluateResult:
     sheet: str  # the base's images and every LoRA's side by side
 
 
-def evaluate(config: Config, folder: Path) -> EvaluateResult:
+def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> EvaluateResult:
     """Score every file of `config.lora` into `folder`; with `config.resume`, those that are not scored there yet.
+    `shared` has the base of earlier jobs of a sweep.
 
     Raises InputError before any model is loaded, and after that only for a file whose layers turn out not to be those
     of the base."""
@@ -85,12 +87,12 @@ def evaluate(config: Config, folder: Path) -> EvaluateResult:
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     hashes = {"base": hash_model(base)}
     scorer = _load_scorer(config, len(loras), hashes, device, folder)
-    encoder = load_base_for_sampling(config.model, config.memory, loss, device)
     render = render_settings(config.model, loss, config.memory, config.sampler, config.cache, hashes["base"], dtype)
-    for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
-        with lora_attached(encoder.base, lora):
-            pass
-    scored = _score_all(config, loras, scorer, render, encoder, folder)
+    with base_for_sampling(shared or Shared(), config.model, config.memory, loss, device) as encoder:
+        for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
+            with lora_attached(encoder.base, lora):
+                pass
+        scored = _score_all(config, loras, scorer, render, encoder, folder)
     lines, sheet = folder / "scores.jsonl", _sheet(scored, folder / "sheet.png")
     say(f"\n{table(scored)}\n\npictures side by side in {display_path(sheet)}, one by one in {display_path(lines)}")
     return EvaluateResult(

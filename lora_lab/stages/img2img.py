@@ -40,14 +40,15 @@ from lora_lab.runs import (
 from lora_lab.sampling.generate import (
     PhotoRequest,
     Request,
+    base_for_sampling,
     batches_of,
     check_strength,
     generate,
-    load_base_for_sampling,
     photo_to_request,
     render_settings,
 )
 from lora_lab.settings.schema import Config, Loss, Sampler
+from lora_lab.shared import Shared
 
 PROMPTS, CAPTIONS = "prompts.jsonl", "captions.jsonl"  # a line for each image; for each photo
 
@@ -85,13 +86,13 @@ class _Job:
             return False
 
 
-def img2img(config: Config, folder: Path) -> Img2imgResult:
+def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2imgResult:
     """Draw every photo of `stage.photo` with every seed into `folder`. Captions and images are written as they come; a
-    resumed run makes what is missing.
+    resumed run makes what is missing. `shared` has the base and the captions of earlier jobs of a sweep.
 
     Raises InputError, before any model is loaded, for wrong settings, a missing or damaged photo, and a LoRA that is
     missing or was trained on another trigger."""
-    stage = config.stage
+    stage, shared = config.stage, shared or Shared()
     if not config.resume:
         refuse_used(folder, PROMPTS)
     remove_temporary_files(folder)  # of a killed run
@@ -108,11 +109,12 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
-    photo_requests = _photo_requests(config, paths, photos, device, folder)
+    photo_requests = _photo_requests(config, paths, photos, device, folder, shared)
     torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
+    _save_photos(paths, photo_requests, folder)
     jobs = _jobs(config, paths, photo_requests, _key(config, loss, lora, device), folder)
-    _draw(config, jobs, loss, lora, device, folder)
+    _draw(config, jobs, loss, lora, device, folder, shared)
     images = [job.image for job in jobs]
     sheet = _sheet(images, photo_requests, stage.seeds)
     write_atomically(folder / "sheet.png", sheet.save)
@@ -159,7 +161,12 @@ def _open_photos(config: Config, paths: Sequence[Path]) -> list[Image.Image]:
 
 
 def _photo_requests(
-    config: Config, paths: Sequence[Path], photos: Sequence[Image.Image], device: torch.device, folder: Path
+    config: Config,
+    paths: Sequence[Path],
+    photos: Sequence[Image.Image],
+    device: torch.device,
+    folder: Path,
+    shared: Shared,
 ) -> list[PhotoRequest]:
     """The request of each photo with seed 0."""
     stage, captions = config.stage, [None] * len(paths)
@@ -167,18 +174,19 @@ def _photo_requests(
     refiner = load_refiner(config.refiner)
     if not stage.prompt:
         check_captioner(config.captioner)
-        captions = _captions(config.captioner, paths, device, folder / CAPTIONS)
+        captions = _captions(config.captioner, paths, device, folder / CAPTIONS, shared)
     return [
         photo_to_request(photo, text, refiner, config.trigger, buckets, prompt=stage.prompt, strength=stage.strength)
         for photo, text in zip(photos, captions, strict=True)
     ]
 
 
-def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, file: Path) -> list[str]:
+def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, file: Path, shared: Shared) -> list[str]:
     """The captioner's caption of each photo, whole and not cut to its bucket.
 
-    It is appended to `file` at once, by a hash of all that decides it, and taken from there by a resumed run. The
-    captioner is loaded only if one is missing, and gets the same photos together in any case."""
+    It is appended to `file` at once, by a hash of all that decides it, and taken from there by a resumed run, or from
+    an earlier job of a sweep. The captioner is loaded only if one is missing, and gets the same photos together in any
+    case."""
     size, captioner, captions = images_per_call(settings), None, []
     keys = [key_of(hash_files(path), dict(settings)) for path in paths]
     batches = [(keys[start : start + size], paths[start : start + size]) for start in range(0, len(paths), size)]
@@ -188,9 +196,11 @@ def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, f
     with file.open("a", encoding="utf-8") as stream:
         for batch, photos in batches:
             if not known.keys() >= {*batch}:
-                captioner = captioner or load_captioner(settings, device)
-                texts = run_captioner(captioner, [open_picture(path) for path in photos])
-                known |= zip(batch, texts, strict=True)
+                together = (str(device), *batch)
+                if together not in shared.captions:
+                    captioner = captioner or load_captioner(settings, device)
+                    shared.captions[together] = run_captioner(captioner, [open_picture(path) for path in photos])
+                known |= zip(batch, shared.captions[together], strict=True)
                 stream.write("".join(_caption_line((key, known[key])) for key in dict.fromkeys(batch)))
                 stream.flush()
             captions += [known[key] for key in batch]
@@ -210,6 +220,12 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _save_photos(paths: Sequence[Path], photo_requests: Sequence[PhotoRequest], folder: Path) -> None:
+    """Save each photo as it is drawn over, for the comparison page of a sweep, as photos/NAME.png of `folder`."""
+    for name, item in zip(distinct_names(paths), photo_requests, strict=True):
+        write_atomically(folder / "photos" / f"{name}.png", item.request.photo.save, durable=False)
 
 
 def _key(config: Config, loss: Loss, lora: Path | None, device: torch.device) -> str:
@@ -237,7 +253,13 @@ def _jobs(
 
 
 def _draw(
-    config: Config, jobs: Sequence[_Job], loss: Loss, lora: Path | None, device: torch.device, folder: Path
+    config: Config,
+    jobs: Sequence[_Job],
+    loss: Loss,
+    lora: Path | None,
+    device: torch.device,
+    folder: Path,
+    shared: Shared,
 ) -> None:
     """Draw the jobs that are not drawn yet and save each image, and its line in prompts.jsonl, at once.
 
@@ -250,12 +272,12 @@ def _draw(
     parts = [(drawn, list(chain.from_iterable(part))) for drawn, part in by_state]
     write_text(file, "".join(_line(asdict(job.image)) for drawn, part in parts if drawn for job in part))
     if not all(drawn for drawn, _ in parts):
-        encoder = load_base_for_sampling(config.model, config.memory, loss, device)
-        missing = (_drawn(part, config.sampler, encoder) for drawn, part in parts if not drawn)
         with (
+            base_for_sampling(shared, config.model, config.memory, loss, device) as encoder,
             lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse),
             file.open("a", encoding="utf-8") as stream,
         ):
+            missing = (_drawn(part, config.sampler, encoder) for drawn, part in parts if not drawn)
             for job, picture in chain.from_iterable(missing):
                 metadata = {
                     "prompt": job.request.prompt, "seed": job.request.seed, "strength": job.request.strength,

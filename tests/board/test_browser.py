@@ -5,7 +5,7 @@ from pathlib import Path
 from shutil import copy, copytree
 
 import pytest
-from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
+from sweep_folders import draw, fail, finish, measure, score_drawings, stop, write_drawn_sweep, write_run, write_sweep
 
 from lora_lab.board.page import files_to_share, rewrite_page
 
@@ -358,3 +358,33 @@ def test_a_page_without_its_full_size_images_shows_the_thumbnails(chromium, page
     page.wait_for_function("document.getElementById('zoom-picture').naturalWidth == 256")
     assert page.get_attribute("#zoom-picture", "src").endswith(".webp")
     page.close()
+
+
+def test_drawn_photos_are_rows_beside_what_each_run_drew(chromium, tmp_path):
+    weights = {"stage.lora_weight": [0.6, 1], "stage.strength": [0.8, 0.95]}
+    folders = write_drawn_sweep(tmp_path / "sweep", weights, ["/a/me.jpg", "/a/you.jpg"])
+    with opened(chromium, rewrite_page(tmp_path / "sweep")) as page:
+        assert texts(page, "#eyebrow") == ["Not ranked"] and "look at them" in page.inner_text("#sentence")
+        heads = [f"lora_weight {weight} strength {strength}" for weight in (0.6, 1) for strength in (0.8, 0.95)]
+        assert texts(page, "#matrix thead th") == ["Photo", *heads]
+        assert texts(page, "#matrix tbody th") == ["me.jpg", "you.jpg"]
+        assert sources(page)[5:7] == ["0/1", "0/000000-1-s0"], "the photo is the first of its row"
+        at(page, 1, 2).click()
+        told = "caption of the photo a person 1 prompt a MINT 1 strength 0.95 LoRA weight 0.6"
+        assert texts(page, "#zoom-details") == [told] and texts(page, "#zoom-text") == ["you.jpg · seed of the image 0"]
+        assert sources(page, ".stage img") == ["0/1", "1/000000-1-s0"] and page.locator("#zoom-photo").is_visible()
+        page.keyboard.press("ArrowUp")
+        assert sources(page, ".stage img") == ["0/0", "1/000000-0-s0"]
+        page.click("#zoom-base")
+        assert page.get_attribute("#over", "src") == "page/0/0.png"
+    for i, folder in enumerate(folders):
+        score_drawings(folder, kept=0.9, resemblance=0.2 + i / 10)
+    with opened(chromium, rewrite_page(tmp_path / "sweep"), locale="ko-KR") as page:
+        assert texts(page, "h1") == ["stage.lora_weight 1 stage.strength 0.95"] and "닮은 정도" in page.inner_text(
+            "#sentence"
+        )
+        assert texts(page, "#matrix thead th")[1] == "lora_weight 1 strength 0.95 0.50 ★", "the best first"
+        assert texts(page, ".cell.best p")[:2] == ["사진 유지 0.90", "닮은 정도 0.50"]
+        shown = page.inner_text("body")
+        for english in ("Photo", "photo\n", "Draw", "kept", "resemblance", "run"):
+            assert english not in shown.replace("stage.photo=", ""), english

@@ -225,7 +225,7 @@ def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monke
         {key: value.repeat(1, 2) if "lora_down" in key else value for key, value in state.items()}, "wide.safetensors"
     )
     save_file({key: value / 0 for key, value in state.items()}, "nan.safetensors")
-    for loader in ("load_base_for_sampling", "Scorer.load"):
-        monkeypatch.setattr(f"lora_lab.stages.evaluate.{loader}", lambda *a: pytest.fail("a model was loaded"))
+    for loader in ("sampling.generate.load_base_for_sampling", "stages.evaluate.Scorer.load"):
+        monkeypatch.setattr(f"lora_lab.{loader}", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=sentence):
         evaluate("run", *overrides)
