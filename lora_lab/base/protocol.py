@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.settings.schema import Loss, Model
+from lora_lab.settings.schema import Loss, Model, Structure
 
 Conditioning = dict[str, Tensor]  # what the network is told besides noisy latents and timesteps; opaque to its users
 Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
@@ -194,3 +194,20 @@ class BaseModel(Protocol):
 
     def load_lora(self, file: Path, adapter: str) -> None:
         """Load a LoRA file into new adapters of that name. May raise anything for a file that does not fit."""
+
+
+@runtime_checkable
+class ControlledBase(Protocol):
+    """What a BaseModel has beside the rest if its predictions can follow control images, through a ControlNet."""
+
+    @property
+    def control_networks(self) -> Sequence[nn.Module]:
+        """What `predict` calls beside the network; () before load_control."""
+
+    def load_control(self, structure: Structure, device: torch.device, waiting: bool) -> None:
+        """Load the ControlNet of `structure`; with `waiting` it stays on the CPU. Raises InputError."""
+
+    def control_conditioning(self, image: Image.Image, scale: float) -> Conditioning:
+        """The conditioning on an RGB control image of the sampled image's size, without a batch dimension, on the CPU.
+
+        `scale` weighs what the ControlNet adds to the network."""

@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    ControlNetUnionModel,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,15 +30,17 @@ from lora_lab.base.load import (
     validate_prediction_type,
     with_prediction_type,
 )
-from lora_lab.base.locate import loading_failure, locate_model
+from lora_lab.base.locate import loading_failure, locate_model, refuse_pickle
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import InputError, RunError
-from lora_lab.settings.schema import Loss, Model
+from lora_lab.settings.schema import Loss, Model, Structure
 from lora_lab.settings.setting import call_target
 
 # How kohya's scripts, and every program that reads their files, name the components.
 LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+# The numbers of the control images that the published union ControlNets tell apart; the first has no tile.
+UNION_TYPES = {"pose": 0, "depth": 1, "canny": 3, "tile": 6}
 
 
 class SDXL:
@@ -58,6 +68,8 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
+        self.controlnet: ControlNetModel | ControlNetUnionModel | None = None
+        self.control_type = 0  # of a union ControlNet
 
     @classmethod
     def load(cls, model: Model, device: torch.device, waiting: bool = False) -> "SDXL":
@@ -293,8 +305,50 @@ class SDXL:
         `conditioning` has prompt_embeds (B, 77, 2048), pooled_prompt_embeds (B, 1280) and time_ids (B, 6)."""
         embeds = conditioning["prompt_embeds"]
         added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
-        # In the base's own precision, in which everything but the loss is computed.
-        return network(noisy.to(embeds.dtype), timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+        noisy = noisy.to(embeds.dtype)  # the base's own precision, in which everything but the loss is computed
+        options = {"added_cond_kwargs": added, "return_dict": False}
+        residuals = {}
+        if "control_image" in conditioning:
+            residuals = self._control_residuals((noisy, timesteps, embeds), conditioning, options)
+        return network(noisy, timesteps, embeds, **residuals, **options)[0]
+
+    # --- structure
+
+    @property
+    def control_networks(self) -> Sequence[nn.Module]:
+        """The ControlNet."""
+        return () if self.controlnet is None else (self.controlnet,)
+
+    def load_control(self, structure: Structure, device: torch.device, waiting: bool = False) -> None:
+        """Load the ControlNet, or the union ControlNet, of `structure` in the precision of the base.
+
+        Raises InputError if it cannot be read, was made for another base, or does not know `structure.kind`."""
+        network = _load_controlnet(structure.controlnet, self.pipe.unet, self.dtype)
+        _refuse_unfit(network, structure, self.pipe.unet, self.pixels_per_latent)
+        self.controlnet = network if waiting else network.to(device)
+        self.control_type = UNION_TYPES[structure.kind]
+
+    def control_conditioning(self, image: Image.Image, scale: float) -> Conditioning:
+        """`control_image` (3, H, W), values from 0 to 1, `control_scale` (), and for a union ControlNet `control_type`
+        (T,), 1 at the kind of the image and 0 elsewhere."""
+        processor = VaeImageProcessor(vae_scale_factor=self.pixels_per_latent, do_normalize=False)
+        conditioning = {"control_image": processor.preprocess(image)[0], "control_scale": torch.tensor(scale)}
+        if isinstance(self.controlnet, ControlNetUnionModel):
+            kinds = torch.arange(self.controlnet.config.num_control_type)
+            conditioning["control_type"] = (kinds == self.control_type).float()
+        return {name: value.to(self.dtype) for name, value in conditioning.items()}
+
+    def _control_residuals(self, inputs: tuple[Tensor, ...], conditioning: Conditioning, options: dict) -> dict:
+        """What the ControlNet adds to the outputs of the UNet's blocks, as arguments of the UNet."""
+        image, scale = conditioning["control_image"], conditioning["control_scale"]
+        control: dict[str, Any] = {"controlnet_cond": image}
+        if "control_type" in conditioning:
+            control = {"controlnet_cond": [image], "control_type_idx": [self.control_type]}
+            control["control_type"] = conditioning["control_type"]
+        down, middle = self.controlnet(*inputs, **control, **options)
+        scale = scale[:, None, None, None]  # a tensor, so that a CUDA graph serves any scale
+        residuals = {"down_block_additional_residuals": [sample * scale for sample in down]}
+        return residuals | {"mid_block_additional_residual": middle * scale}
 
     # --- files
 
@@ -339,6 +393,62 @@ def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(location, dtype=dtype)
     except Exception as error:
         raise InputError(f"model.vae={name}: cannot be loaded ({loading_failure(location, error)})") from error
+
+
+def _load_controlnet(
+    name: str, unet: UNet2DConditionModel, dtype: torch.dtype
+) -> ControlNetModel | ControlNetUnionModel:
+    refuse_pickle("structure.controlnet", name)
+    location = locate_model("structure.controlnet", name)
+    try:
+        if Path(location).is_file():
+            network = _controlnet_from_file(location, unet)
+        else:
+            union = "num_control_type" in ControlNetModel.load_config(location)
+            kind = ControlNetUnionModel if union else ControlNetModel
+            network = kind.from_pretrained(location, use_safetensors=True)  # never a pickle
+    except Exception as error:
+        raise InputError(
+            f"structure.controlnet={name}: cannot be loaded as a ControlNet ({loading_failure(location, error)})"
+        ) from error
+    return network.to(dtype).requires_grad_(False).eval()
+
+
+def _controlnet_from_file(file: str, unet: UNet2DConditionModel) -> ControlNetModel | ControlNetUnionModel:
+    """Such a file has only weights: its configuration is that of the UNet, and what the shapes of its tensors say."""
+    state = load_file(file)
+    if "controlnet_mid_block.weight" not in state:
+        raise ValueError("it has no controlnet_mid_block.weight, which ControlNets for diffusers have")
+    layers = [key for key in state if key.startswith("controlnet_cond_embedding.blocks.") and key.endswith(".weight")]
+    widths = ["controlnet_cond_embedding.conv_in.weight", *sorted(layers, key=lambda key: int(key.split(".")[2]))[1::2]]
+    channels = tuple(len(state[key]) for key in widths)
+    with torch.device("meta"):
+        network = ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=channels, load_weights_from_unet=False
+        )
+        if "task_embedding" in state:
+            types, width = state["task_embedding"].shape
+            sizes = {"num_trans_channel": width, "num_proj_channel": len(state["spatial_ch_projs.weight"])}
+            network = ControlNetUnionModel.from_config(network.config, num_control_type=types, **sizes)
+    network.load_state_dict(state, assign=True)
+    return network
+
+
+def _refuse_unfit(
+    network: ControlNetModel | ControlNetUnionModel, structure: Structure, unet: UNet2DConditionModel, factor: int
+) -> None:
+    """Raise InputError for a ControlNet of another base, and for a union that does not know the kind of structure."""
+    name, config = f"structure.controlnet={structure.controlnet}", network.config
+    shapes = ("block_out_channels", "layers_per_block", "cross_attention_dim")
+    theirs = [tuple(config[key]) if isinstance(config[key], list) else config[key] for key in shapes]
+    ours = [tuple(unet.config[key]) if isinstance(unet.config[key], list) else unet.config[key] for key in shapes]
+    if theirs != ours or 2 ** (len(config.conditioning_embedding_out_channels) - 1) != factor:
+        raise InputError(f"{name}: it was made for another base model than model.base, name one that was made for it")
+    if isinstance(network, ControlNetUnionModel) and UNION_TYPES[structure.kind] >= config.num_control_type:
+        raise InputError(
+            f"{name}: this union ControlNet knows {config.num_control_type} kinds of control images and not "
+            f"{structure.kind}: name one that does"
+        )
 
 
 def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict) -> StableDiffusionXLPipeline:

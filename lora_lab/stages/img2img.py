@@ -15,7 +15,7 @@ from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, r
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
+from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
@@ -47,6 +47,7 @@ from lora_lab.sampling.generate import (
     photo_to_request,
     render_settings,
 )
+from lora_lab.sampling.structure import check_structure, controls_of, masks_of
 from lora_lab.settings.schema import Config, Loss, Sampler
 
 PROMPTS, CAPTIONS = "prompts.jsonl", "captions.jsonl"  # a line for each image; for each photo
@@ -96,6 +97,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
         refuse_used(folder, PROMPTS)
     remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
+    check_structure(config.structure, base_class(config.model), config.model.name)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
     lora = _lora(config)
@@ -108,7 +110,9 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
+    kept = _kept(config, paths, photos, device, folder)
     photo_requests = _photo_requests(config, paths, photos, device, folder)
+    photo_requests = [replace(i, request=replace(i.request, **k)) for i, k in zip(photo_requests, kept, strict=True)]
     torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
     jobs = _jobs(config, paths, photo_requests, _key(config, loss, lora, device), folder)
@@ -174,6 +178,21 @@ def _photo_requests(
     ]
 
 
+def _kept(
+    config: Config, paths: Sequence[Path], photos: Sequence[Image.Image], device: torch.device, folder: Path
+) -> list[dict[str, Any]]:
+    """For each photo what its request keeps of it, control and mask, which are also saved to structure/ and mask/ of
+    `folder`. Raises InputError."""
+    stage = config.stage
+    controls = controls_of(config.structure, paths, photos, device)
+    masks = masks_of(stage.mask, stage.feather, config.model.segmenter, paths, photos, device)
+    for name, control, mask in zip(distinct_names(paths), controls, masks, strict=True):
+        for part, image in (("structure", control and control.image), ("mask", mask)):
+            if image:
+                save_picture(folder / part / f"{name}.png", image, {})
+    return [{"control": control, "mask": mask} for control, mask in zip(controls, masks, strict=True)]
+
+
 def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, file: Path) -> list[str]:
     """The captioner's caption of each photo, whole and not cut to its bucket.
 
@@ -218,7 +237,9 @@ def _key(config: Config, loss: Loss, lora: Path | None, device: torch.device) ->
     dtype = pick_dtype(config.model.precision, device)
     render = render_settings(config.model, loss, config.memory, config.sampler, None, base, dtype)
     files = [lora, *([embeddings_path(lora)] if read_tokens(lora) else [])] if lora else []
-    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight)
+    controlnet = config.structure.controlnet
+    control = hash_model(locate_model("structure.controlnet", controlnet)) if controlnet else None
+    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight, control)
 
 
 def _jobs(
@@ -232,8 +253,18 @@ def _jobs(
             request = replace(item.request, seed=seed)
             file = str(folder / f"{name}-s{seed}.png")
             image = GeneratedImage(str(path), item.caption, request.prompt, seed, file)
-            jobs.append(_Job(image, request, key_of(key, photo, request.prompt, seed, request.size, request.strength)))
+            kept = _key_of_kept(request)
+            parts = (photo, request.prompt, seed, request.size, request.strength, *kept)
+            jobs.append(_Job(image, request, key_of(key, *parts)))
     return jobs
+
+
+def _key_of_kept(request: Request) -> list[object]:
+    """What decides what a request keeps of its photo."""
+    control, mask = request.control, request.mask
+    numbers = [control.scale, control.end] if control else []
+    images = [control.image] if control else []
+    return [*numbers, *(key_of(image.tobytes()) for image in (*images, *([mask] if mask else [])))]
 
 
 def _draw(
@@ -251,6 +282,8 @@ def _draw(
     write_text(file, "".join(_line(asdict(job.image)) for drawn, part in parts if drawn for job in part))
     if not all(drawn for drawn, _ in parts):
         encoder = load_base_for_sampling(config.model, config.memory, loss, device)
+        if config.structure.kind != "off":
+            encoder.base.load_control(config.structure, device, config.memory.offload)
         missing = (_drawn(part, config.sampler, encoder) for drawn, part in parts if not drawn)
         with (
             lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse),

@@ -199,3 +199,18 @@ def test_photos_of_long_names_have_images(tmp_path):
     result = draw(tmp_path / "run", f"stage.photo={tmp_path}", "stage.lora_weight=0", "stage.prompt=a")
     assert len({drawn.picture for drawn in result.pictures}) == 2
     assert all(Path(drawn.picture).is_file() for drawn in result.pictures)
+
+
+def test_a_mask_keeps_the_photo_outside_of_the_person_and_a_change_of_it_draws_again(tmp_path):
+    place = PHOTOS / "2.png"
+    options = f"stage.photo={place}", "stage.lora_weight=0", "stage.prompt='a green cup'", "model.resolution=256"
+    (first,) = draw(tmp_path / "run", *options, "stage.mask=person").pictures
+    drawn, photo = np.asarray(Image.open(first.picture)), np.asarray(Image.open(place).convert("RGB"))
+    mask = np.asarray(Image.open(tmp_path / "run/mask/2.png"))
+    assert np.array_equal(drawn[mask == 0], photo[mask == 0]) and 0.3 < (mask == 0).mean() < 0.9
+    assert np.abs(drawn[mask == 255].astype(int) - photo[mask == 255]).mean() > 10
+    before = Path(first.picture).stat().st_ino
+    draw(tmp_path / "run", *options, "stage.mask=person", f"resume={tmp_path / 'run'}")
+    assert Path(first.picture).stat().st_ino == before
+    draw(tmp_path / "run", *options, "stage.mask=person", "stage.feather=0.1", f"resume={tmp_path / 'run'}")
+    assert Path(first.picture).stat().st_ino != before
