@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.settings.schema import Loss, Model, Structure
+from lora_lab.settings.schema import Likeness, Loss, Model, Structure
 
 Conditioning = dict[str, Tensor]  # what the network is told besides noisy latents and timesteps; opaque to its users
 Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
@@ -197,17 +197,26 @@ class BaseModel(Protocol):
 
 
 @runtime_checkable
-class ControlledBase(Protocol):
-    """What a BaseModel has beside the rest if its predictions can follow control images, through a ControlNet."""
+class PhotoConditioned(Protocol):
+    """What a BaseModel has beside the rest if its predictions can follow images: the control image of a ControlNet, and
+    a photo through an IP-Adapter."""
 
     @property
     def control_networks(self) -> Sequence[nn.Module]:
-        """What `predict` calls beside the network; () before load_control."""
+        """What `predict` calls beside the network."""
 
     def load_control(self, structure: Structure, device: torch.device, waiting: bool) -> None:
-        """Load the ControlNet of `structure`; with `waiting` it stays on the CPU. Raises InputError."""
+        """Load the ControlNet of `structure`, or none; with `waiting` it stays on the CPU. Raises InputError."""
 
     def control_conditioning(self, image: Image.Image, scale: float) -> Conditioning:
         """The conditioning on an RGB control image of the sampled image's size, without a batch dimension, on the CPU.
 
         `scale` weighs what the ControlNet adds to the network."""
+
+    def load_likeness(self, likeness: Likeness, device: torch.device) -> None:
+        """Load the IP-Adapter of `likeness` into the network, or remove the last. Raises InputError."""
+
+    def likeness_conditioning(
+        self, photos: Sequence[Image.Image], device: torch.device, offload: bool
+    ) -> list[tuple[Conditioning, Conditioning]]:
+        """The conditioning on each RGB photo, and that of guidance's negative half, without a batch dimension."""

@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    ControlNetUnionModel,
-    SchedulerMixin,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import ImageProjection
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
+from lora_lab.base.controlnet import UNION_TYPES, ControlNet, is_union, load_controlnet
 from lora_lab.base.encode import identity_of, on_device, rules_of
 from lora_lab.base.layers import split_geglu_
 from lora_lab.base.load import (
@@ -34,13 +30,11 @@ from lora_lab.base.locate import loading_failure, locate_model, refuse_pickle
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import InputError, RunError
-from lora_lab.settings.schema import Loss, Model, Structure
+from lora_lab.settings.schema import Likeness, Loss, Model, Structure
 from lora_lab.settings.setting import call_target
 
 # How kohya's scripts, and every program that reads their files, name the components.
 LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-# The numbers of the control images that the published union ControlNets tell apart; the first has no tile.
-UNION_TYPES = {"pose": 0, "depth": 1, "canny": 3, "tile": 6}
 
 
 class SDXL:
@@ -68,7 +62,7 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
-        self.controlnet: ControlNetModel | ControlNetUnionModel | None = None
+        self.controlnet: ControlNet | None = None
         self.control_type = 0  # of a union ControlNet
 
     @classmethod
@@ -306,13 +300,15 @@ class SDXL:
         embeds = conditioning["prompt_embeds"]
         added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
         noisy = noisy.to(embeds.dtype)  # the base's own precision, in which everything but the loss is computed
+        if "image_embeds" in conditioning:
+            added["image_embeds"] = [conditioning["image_embeds"]]
         options = {"added_cond_kwargs": added, "return_dict": False}
         residuals = {}
         if "control_image" in conditioning:
             residuals = self._control_residuals((noisy, timesteps, embeds), conditioning, options)
         return network(noisy, timesteps, embeds, **residuals, **options)[0]
 
-    # --- structure
+    # --- structure and likeness of a photo
 
     @property
     def control_networks(self) -> Sequence[nn.Module]:
@@ -320,20 +316,20 @@ class SDXL:
         return () if self.controlnet is None else (self.controlnet,)
 
     def load_control(self, structure: Structure, device: torch.device, waiting: bool = False) -> None:
-        """Load the ControlNet, or the union ControlNet, of `structure` in the precision of the base.
-
-        Raises InputError if it cannot be read, was made for another base, or does not know `structure.kind`."""
-        network = _load_controlnet(structure.controlnet, self.pipe.unet, self.dtype)
-        _refuse_unfit(network, structure, self.pipe.unet, self.pixels_per_latent)
-        self.controlnet = network if waiting else network.to(device)
-        self.control_type = UNION_TYPES[structure.kind]
+        """Load the ControlNet, or the union ControlNet, of `structure` in the precision of the base; of structure=off
+        none. Raises InputError if it cannot be read, was made for another base, or does not know `structure.kind`."""
+        self.controlnet = None
+        if structure.kind != "off":
+            network = load_controlnet(structure, self.pipe.unet, self.pixels_per_latent).to(self.dtype)
+            self.controlnet = network if waiting else network.to(device)
+            self.control_type = UNION_TYPES[structure.kind]
 
     def control_conditioning(self, image: Image.Image, scale: float) -> Conditioning:
         """`control_image` (3, H, W), values from 0 to 1, `control_scale` (), and for a union ControlNet `control_type`
         (T,), 1 at the kind of the image and 0 elsewhere."""
         processor = VaeImageProcessor(vae_scale_factor=self.pixels_per_latent, do_normalize=False)
         conditioning = {"control_image": processor.preprocess(image)[0], "control_scale": torch.tensor(scale)}
-        if isinstance(self.controlnet, ControlNetUnionModel):
+        if is_union(self.controlnet):
             kinds = torch.arange(self.controlnet.config.num_control_type)
             conditioning["control_type"] = (kinds == self.control_type).float()
         return {name: value.to(self.dtype) for name, value in conditioning.items()}
@@ -349,6 +345,37 @@ class SDXL:
         scale = scale[:, None, None, None]  # a tensor, so that a CUDA graph serves any scale
         residuals = {"down_block_additional_residuals": [sample * scale for sample in down]}
         return residuals | {"mid_block_additional_residual": middle * scale}
+
+    def load_likeness(self, likeness: Likeness, device: torch.device) -> None:
+        """Load the IP-Adapter of `likeness` into the UNet, and its image encoder; of likeness=off remove the last.
+
+        Raises InputError if one of them cannot be read or was made for another base."""
+        if self.pipe.image_encoder is not None:
+            self.pipe.unload_ip_adapter()
+        if likeness.kind == "off":
+            return
+        state, encoder = _load_ip_adapter(likeness, self.dtype)
+        encoder.to(next(self.pipe.unet.parameters()).device)
+        self.pipe.register_modules(image_encoder=encoder.requires_grad_(False).eval())
+        try:
+            self.pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
+        except Exception as error:  # tensors of other shapes, or missing ones
+            raise InputError(
+                f"likeness.weights={likeness.weights}: it is no IP-Adapter of this base "
+                f"({loading_failure(likeness.weights, error)})"
+            ) from error
+        self.pipe.unet.requires_grad_(False).eval()
+        self.pipe.set_ip_adapter_scale(likeness.scale)
+
+    def likeness_conditioning(
+        self, photos: Sequence[Image.Image], device: torch.device, offload: bool
+    ) -> list[tuple[Conditioning, Conditioning]]:
+        """`image_embeds` (1, D), or of a "plus" adapter (1, N, D), of each photo and of no photo, on the CPU."""
+        (projection,) = self.pipe.unet.encoder_hid_proj.image_projection_layers
+        hidden = not isinstance(projection, ImageProjection)
+        with on_device(self.pipe.image_encoder, device, offload):
+            pairs = [self.pipe.encode_image(photo, device, 1, hidden) for photo in photos]
+        return [tuple({"image_embeds": embeds.to(self.dtype).cpu()} for embeds in pair) for pair in pairs]
 
     # --- files
 
@@ -395,60 +422,26 @@ def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
         raise InputError(f"model.vae={name}: cannot be loaded ({loading_failure(location, error)})") from error
 
 
-def _load_controlnet(
-    name: str, unet: UNet2DConditionModel, dtype: torch.dtype
-) -> ControlNetModel | ControlNetUnionModel:
-    refuse_pickle("structure.controlnet", name)
-    location = locate_model("structure.controlnet", name)
+def _load_ip_adapter(likeness: Likeness, dtype: torch.dtype) -> tuple[dict, CLIPVisionModelWithProjection]:
+    """The tensors of an IP-Adapter as diffusers takes them, and its image encoder."""
+    refuse_pickle("likeness.weights", likeness.weights)
+    location = locate_model("likeness.adapter", likeness.adapter)
     try:
-        if Path(location).is_file():
-            network = _controlnet_from_file(location, unet)
-        else:
-            union = "num_control_type" in ControlNetModel.load_config(location)
-            kind = ControlNetUnionModel if union else ControlNetModel
-            network = kind.from_pretrained(location, use_safetensors=True)  # never a pickle
+        file = Path(location) / likeness.weights
+        state = load_file(file if Path(location).is_dir() else hf_hub_download(location, likeness.weights))
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            location, subfolder=likeness.encoder, dtype=dtype, use_safetensors=True
+        )
     except Exception as error:
         raise InputError(
-            f"structure.controlnet={name}: cannot be loaded as a ControlNet ({loading_failure(location, error)})"
+            f"likeness.adapter={likeness.adapter}: cannot be loaded with likeness.weights={likeness.weights} and "
+            f"likeness.encoder={likeness.encoder} ({loading_failure(location, error)})"
         ) from error
-    return network.to(dtype).requires_grad_(False).eval()
-
-
-def _controlnet_from_file(file: str, unet: UNet2DConditionModel) -> ControlNetModel | ControlNetUnionModel:
-    """Such a file has only weights: its configuration is that of the UNet, and what the shapes of its tensors say."""
-    state = load_file(file)
-    if "controlnet_mid_block.weight" not in state:
-        raise ValueError("it has no controlnet_mid_block.weight, which ControlNets for diffusers have")
-    layers = [key for key in state if key.startswith("controlnet_cond_embedding.blocks.") and key.endswith(".weight")]
-    widths = ["controlnet_cond_embedding.conv_in.weight", *sorted(layers, key=lambda key: int(key.split(".")[2]))[1::2]]
-    channels = tuple(len(state[key]) for key in widths)
-    with torch.device("meta"):
-        network = ControlNetModel.from_unet(
-            unet, conditioning_embedding_out_channels=channels, load_weights_from_unet=False
-        )
-        if "task_embedding" in state:
-            types, width = state["task_embedding"].shape
-            sizes = {"num_trans_channel": width, "num_proj_channel": len(state["spatial_ch_projs.weight"])}
-            network = ControlNetUnionModel.from_config(network.config, num_control_type=types, **sizes)
-    network.load_state_dict(state, assign=True)
-    return network
-
-
-def _refuse_unfit(
-    network: ControlNetModel | ControlNetUnionModel, structure: Structure, unet: UNet2DConditionModel, factor: int
-) -> None:
-    """Raise InputError for a ControlNet of another base, and for a union that does not know the kind of structure."""
-    name, config = f"structure.controlnet={structure.controlnet}", network.config
-    shapes = ("block_out_channels", "layers_per_block", "cross_attention_dim")
-    theirs = [tuple(config[key]) if isinstance(config[key], list) else config[key] for key in shapes]
-    ours = [tuple(unet.config[key]) if isinstance(unet.config[key], list) else unet.config[key] for key in shapes]
-    if theirs != ours or 2 ** (len(config.conditioning_embedding_out_channels) - 1) != factor:
-        raise InputError(f"{name}: it was made for another base model than model.base, name one that was made for it")
-    if isinstance(network, ControlNetUnionModel) and UNION_TYPES[structure.kind] >= config.num_control_type:
-        raise InputError(
-            f"{name}: this union ControlNet knows {config.num_control_type} kinds of control images and not "
-            f"{structure.kind}: name one that does"
-        )
+    parts = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in state.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return parts, encoder
 
 
 def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict) -> StableDiffusionXLPipeline:

@@ -20,7 +20,7 @@ from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
 from lora_lab.base.load import load_base, vae_remedy
-from lora_lab.base.protocol import BaseModel, Conditioning, ControlledBase, Solver
+from lora_lab.base.protocol import BaseModel, Conditioning, PhotoConditioned, Solver
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
@@ -31,7 +31,7 @@ from lora_lab.settings.schema import Loss, Memory, Model, Sampler, base_image_se
 
 @dataclass(frozen=True)
 class Control:
-    """A control image, for the ControlNet that BaseModel.load_control has loaded."""
+    """A control image, for the ControlNet that PhotoConditioned.load_control has loaded."""
 
     image: Image.Image  # RGB, of the size of the request
     scale: float  # weight of what the ControlNet adds
@@ -49,16 +49,17 @@ class Request:
     strength: float = 1.0
     control: Control | None = None
     mask: Image.Image | None = None  # mode L, of the photo's size: 255 is drawn, 0 stays the photo
+    likeness: Image.Image | None = None  # RGB, for the IP-Adapter that PhotoConditioned.load_likeness has loaded
     lora_weight: float | None = None  # of the attached LoRA; None: as it was attached
     lora_schedule: tuple[float, ...] = (1.0,)  # factors of that weight, evenly spaced from the first to the last step
 
     @property
     def form(self) -> tuple[object, ...]:
         """What the requests of a batch have in common: the size, how much noise they begin with, until when they are
-        controlled, whether a part of the photo stays, and the LoRA's weight."""
+        controlled, whether they have a likeness and a mask, and the LoRA's weight."""
         size, strength = (self.size, None) if self.photo is None else (self.photo.size, self.strength)
-        kept = (self.control and self.control.end, self.mask is not None)
-        return size, strength, *kept, self.lora_weight, self.lora_schedule
+        conditions = (self.control and self.control.end, self.likeness is not None, self.mask is not None)
+        return size, strength, *conditions, self.lora_weight, self.lora_schedule
 
 
 def check_strength(steps: int, strength: float) -> None:
@@ -147,17 +148,32 @@ def _encode(requests: list[Request], sampler: Sampler, encoder: Encoder) -> _Pro
     return _Prompts(encoded, base.drop_text(next(iter(encoded.values()))))
 
 
-Photos = dict[int, Callable[[torch.Generator], Tensor]]  # BaseModel.encode_photo of a photo, by its id()
+@dataclass(frozen=True)
+class _Photos:
+    """What the base makes of photos, by their id()."""
+
+    latents: dict[int, Callable[[torch.Generator], Tensor]]  # BaseModel.encode_photo
+    likenesses: dict[int, tuple[Conditioning, Conditioning]]  # PhotoConditioned.likeness_conditioning
+
+    def likeness(self, batch: list[Request], guided: bool) -> Conditioning:
+        """Each tensor (B, ...); with guidance that of no photo is the first half of B; {} without a likeness."""
+        pairs = [self.likenesses[id(request.likeness)] for request in batch if request.likeness is not None]
+        rows = [*(negative for _, negative in pairs if guided), *(positive for positive, _ in pairs)]
+        return {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
 
 
-def _encode_photos(requests: list[Request], encoder: Encoder) -> Photos:
+def _encode_photos(requests: list[Request], encoder: Encoder) -> _Photos:
     """Every photo encoded once, however many seeds it has."""
-    photos = {id(request.photo): request.photo for request in requests if request.photo is not None}
-    if not photos:
-        return {}
     base, device = encoder.base, encoder.device
-    with on_device(base.autoencoder, device, encoder.offload), base.autoencoder_in_range(device):
-        return {key: base.encode_photo(photo) for key, photo in photos.items()}
+    photos = {id(request.photo): request.photo for request in requests if request.photo is not None}
+    likenesses = {id(request.likeness): request.likeness for request in requests if request.likeness is not None}
+    latents, pairs = {}, []
+    if likenesses:
+        pairs = base.likeness_conditioning([*likenesses.values()], device, encoder.offload)
+    if photos:
+        with on_device(base.autoencoder, device, encoder.offload), base.autoencoder_in_range(device):
+            latents = {key: base.encode_photo(photo) for key, photo in photos.items()}
+    return _Photos(latents, dict(zip(likenesses, pairs, strict=True)))
 
 
 def _all_latents(
@@ -165,7 +181,7 @@ def _all_latents(
     sampler: Sampler,
     encoder: Encoder,
     prompts: dict[float | None, _Prompts],
-    photos: Photos,
+    photos: _Photos,
     lora: AttachedLoRA | None,
 ) -> Iterator[Tensor]:
     """The latents (1, C, h, w) of every request; neighbours of one form go through the network in one batch."""
@@ -178,7 +194,7 @@ def _all_latents(
             yield from denoiser.latents(batch).split(1)
 
     with ExitStack() as moved:
-        for network in (base.network, *(base.control_networks if isinstance(base, ControlledBase) else ())):
+        for network in (base.network, *(base.control_networks if isinstance(base, PhotoConditioned) else ())):
             moved.enter_context(on_device(network, encoder.device, encoder.offload))
         yield from batches()  # when it ends its CUDA graphs are freed, before the network is moved
 
@@ -214,7 +230,7 @@ class _Denoiser:
     encoder: Encoder
     sampler: Sampler
     prompts: dict[float | None, _Prompts]
-    photos: Photos
+    photos: _Photos
     predict: Callable[[Tensors], Tensor]
     solver: Solver
     lora: AttachedLoRA | None
@@ -237,6 +253,8 @@ class _Denoiser:
         size = tuple(side * base.pixels_per_latent for side in latents.shape[2:])
         for name, value in base.size_conditioning(size, (0, 0), size).items():
             conditioning[name] = value.to(device, dtype).expand(rows, *value.shape)
+        for name, value in self.photos.likeness(batch, prompts.negative is not None).items():
+            conditioning[name] = value.to(device, dtype)
         options = {"eta": 0.0, "generator": generators if len(batch) > 1 else generators[0]}
         options = {name: options[name] for name in inspect.signature(solver.step).parameters if name in options}
         control, end = self._control(batch, rows // len(batch))
@@ -246,15 +264,15 @@ class _Denoiser:
             sample = solver.scale_model_input(torch.cat([latents] * (rows // len(batch))), timestep)
             if i in weights:
                 self.lora.set_weight(weights[i])
-            following = control if (i + 1) / len(timesteps) <= end else {}  # another graph, without the ControlNet
-            inputs = {"sample": sample, "timestep": on_device[i : i + 1], **conditioning, **following}
+            structure = control if (i + 1) / len(timesteps) <= end else {}  # another graph, without the ControlNet
+            inputs = {"sample": sample, "timestep": on_device[i : i + 1], **conditioning, **structure}
             prediction = self.predict(inputs)
             if prompts.negative is not None:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + sampler.guidance * (positive - negative)
             latents = solver.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if mask is not None:
-                latents = (1 - mask) * self._kept(*photo, timesteps[i + 1 : i + 2]) + mask * latents
+                latents = (1 - mask) * self._photo_at(*photo, timesteps[i + 1 : i + 2]) + mask * latents
         return latents
 
     def _control(self, batch: list[Request], repeats: int) -> tuple[Conditioning, float]:
@@ -282,11 +300,11 @@ class _Denoiser:
             width, height = (side // base.pixels_per_latent for side in request.size)
             shape = (1, base.latent_channels, height, width)
             return (randn_tensor(shape, generator, device, base.dtype) * self.solver.init_noise_sigma,)
-        latents = self.photos[id(request.photo)](generator)
+        latents = self.photos.latents[id(request.photo)](generator)
         noise = randn_tensor(latents.shape, generator, device, base.dtype)
         return self.solver.add_noise(latents, noise, timestep), latents, noise
 
-    def _kept(self, photo: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    def _photo_at(self, photo: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What replaces the latents outside of a mask: the photo's (B, C, h, w) with the noise of the next `timestep`
         (1,), or (0,) after the last (blended latent diffusion: Avrahami et al. 2023, arXiv 2206.02779)."""
         return self.solver.add_noise(photo, noise, timestep) if len(timestep) else photo

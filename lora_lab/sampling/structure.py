@@ -1,4 +1,4 @@
-"""What requests keep of their photos: control images for a ControlNet, and masks of what is drawn."""
+"""Control images and masks of photos: what the requests of img2img keep of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +16,28 @@ from lora_lab.images.edges import canny
 from lora_lab.images.pixels import fit, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.sampling.generate import Control
-from lora_lab.settings.schema import Structure
+from lora_lab.settings.schema import Likeness, Memory, Structure
 
 PLAIN = 12  # of 255: how far a plain background may be from the colour of the border
 PLAIN_BORDER = 0.5  # fraction of the border that has this colour
 
 
-def check_structure(structure: Structure, base: type[BaseModel], name: str) -> None:
-    """Raise InputError where the ControlNet of `structure` is missing, or the base model called `name` takes none."""
+def check_conditions(
+    structure: Structure, likeness: Likeness, memory: Memory, base: type[BaseModel], name: str
+) -> None:
+    """Raise InputError where the ControlNet of `structure` is missing, or the base model called `name` cannot do what
+    `structure` or `likeness` ask for."""
     kind = structure.kind
+    for group, chosen in (("structure", kind), ("likeness", likeness.kind)):
+        if chosen != "off" and not hasattr(base, "load_control"):
+            raise InputError(f"{group}={chosen}: model={name} takes no control images and no photos, set {group}=off")
+    if likeness.kind != "off" and {memory.linear_weights, memory.convolution_weights} != {"base"}:
+        raise InputError(
+            f"likeness={likeness.kind}: an IP-Adapter needs the UNet in the base's precision, set "
+            "memory.linear_weights=base memory.convolution_weights=base"
+        )
     if kind == "off":
         return
-    if not hasattr(base, "load_control"):
-        raise InputError(f"structure={kind}: model={name} takes no ControlNet, set structure=off")
     if structure.controlnet is None:
         raise InputError(
             f"structure={kind}: model={name} has no ControlNet for it, name one with structure.controlnet="

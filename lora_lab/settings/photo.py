@@ -1,5 +1,6 @@
-"""What an image keeps of a photo: settings of structure=, and the models for it that belong to a base."""
+"""What an image keeps of a photo: settings of structure= and likeness=, and the ControlNets of a base."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from lora_lab.errors import InputError
@@ -55,9 +56,32 @@ class Structure(Section):
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise InputError(f"structure.low={self.low:g}: low is at most high, which is {self.high:g}")
-        if self.kind == "off":
-            for key, info in type(self).__pydantic_fields__.items():
-                if (value := getattr(self, key)) != info.default:
-                    raise InputError(
-                        f"structure.{key}={value}: structure is off, set structure={' or '.join(STRUCTURES)}"
-                    )
+        _refuse_without_kind(self, "structure", STRUCTURES)
+
+
+@section
+class Likeness(Section):
+    kind: Literal["off", "ip_adapter"] = setting(
+        "how img2img shows the photo's person to the UNet, set by likeness=", decides="request", default="off"
+    )
+    adapter: ModelLocation | None = setting(
+        "IP-Adapter of the base: hub id or folder that has the next two", decides="request", default=None
+    )
+    weights: str | None = setting("its .safetensors file in there", decides="request", default=None)
+    encoder: str | None = setting("folder in there of the CLIP that embeds the photo", decides="request", default=None)
+    scale: float = setting("weight of the attention to the photo", decides="request", default=0.6, ge=0)
+
+    def __post_init__(self) -> None:
+        _refuse_without_kind(self, "likeness", ("ip_adapter",))
+        for key in ("adapter", "weights", "encoder"):
+            if self.kind != "off" and getattr(self, key) is None:
+                raise InputError(f"likeness.{key} is missing: likeness={self.kind} needs it, set likeness.{key}=...")
+
+
+def _refuse_without_kind(settings: Section, group: str, kinds: Sequence[str]) -> None:
+    """Raise InputError for a setting that counts for nothing, because the group is off."""
+    if settings.kind != "off":
+        return
+    for key, info in type(settings).__pydantic_fields__.items():
+        if (value := getattr(settings, key)) != info.default:
+            raise InputError(f"{group}.{key}={value}: {group} is off, set {group}={' or '.join(kinds)}")

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_lab.errors import InputError
-from lora_lab.settings.photo import Structure
+from lora_lab.settings.photo import Likeness, Structure
 from lora_lab.settings.refusal import SettingError, refusals
 from lora_lab.settings.sections import (
     Dataset,
@@ -57,8 +57,8 @@ from lora_lab.settings.stages import (
 )
 
 __all__ = [
-    "KEYS_OF_STAGES", "STAGES", "Caption", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate",
-    "Folder", "Img2img", "Loss", "Memory", "Model", "OptimizerTraits", "Packed", "Pipeline", "Prior", "Refine",
+    "KEYS_OF_STAGES", "STAGES", "Caption", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate", "Folder",
+    "Img2img", "Likeness", "Loss", "Memory", "Model", "OptimizerTraits", "Packed", "Pipeline", "Prior", "Refine",
     "Sampler", "Schedule", "Score", "Stage", "Structure", "Text", "Tracker", "Train", "build_config",
 ]  # fmt: skip
 
@@ -132,6 +132,7 @@ class Config(Section):
     prior: Prior
     sampler: Sampler
     structure: Structure
+    likeness: Likeness
     memory: Memory
     score: Score
     tracker: Tracker

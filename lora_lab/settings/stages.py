@@ -232,7 +232,7 @@ class Img2img(Stage):
 
     def inputs(self, config: "Config", name: str = "stage") -> list[str]:
         words = [] if self.prompt else ["captioner", "refiner"]
-        kept = ["structure.controlnet", "structure.images", "structure.detector", f"{name}.mask"]
+        kept = ["structure.controlnet", "structure.images", "structure.detector", "likeness.adapter", f"{name}.mask"]
         kept += ["model.segmenter"] if self.mask in PARTS else []
         return [f"{name}.photo", "model.base", *words, *kept]
 

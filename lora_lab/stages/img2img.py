@@ -17,6 +17,7 @@ from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.base.protocol import PhotoConditioned
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.captions.syntax import prompt_warnings
@@ -47,7 +48,7 @@ from lora_lab.sampling.generate import (
     photo_to_request,
     render_settings,
 )
-from lora_lab.sampling.structure import check_structure, controls_of, masks_of
+from lora_lab.sampling.structure import check_conditions, controls_of, masks_of
 from lora_lab.settings.schema import Config, Loss, Sampler
 
 PROMPTS, CAPTIONS = "prompts.jsonl", "captions.jsonl"  # a line for each image; for each photo
@@ -97,7 +98,7 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
         refuse_used(folder, PROMPTS)
     remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
-    check_structure(config.structure, base_class(config.model), config.model.name)
+    check_conditions(config.structure, config.likeness, config.memory, base_class(config.model), config.model.name)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
     lora = _lora(config)
@@ -110,9 +111,12 @@ def img2img(config: Config, folder: Path) -> Img2imgResult:
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
-    kept = _kept(config, paths, photos, device, folder)
+    conditions = _conditions(config, paths, photos, device, folder)
     photo_requests = _photo_requests(config, paths, photos, device, folder)
-    photo_requests = [replace(i, request=replace(i.request, **k)) for i, k in zip(photo_requests, kept, strict=True)]
+    photo_requests = [
+        replace(item, request=replace(item.request, **values))
+        for item, values in zip(photo_requests, conditions, strict=True)
+    ]
     torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
     jobs = _jobs(config, paths, photo_requests, _key(config, loss, lora, device), folder)
@@ -178,11 +182,11 @@ def _photo_requests(
     ]
 
 
-def _kept(
+def _conditions(
     config: Config, paths: Sequence[Path], photos: Sequence[Image.Image], device: torch.device, folder: Path
 ) -> list[dict[str, Any]]:
-    """For each photo what its request keeps of it, control and mask, which are also saved to structure/ and mask/ of
-    `folder`. Raises InputError."""
+    """For each photo what its request has beside prompt and photo: control, likeness and mask. Control images and masks
+    are also saved to structure/ and mask/ of `folder`. Raises InputError."""
     stage = config.stage
     controls = controls_of(config.structure, paths, photos, device)
     masks = masks_of(stage.mask, stage.feather, config.model.segmenter, paths, photos, device)
@@ -190,7 +194,9 @@ def _kept(
         for part, image in (("structure", control and control.image), ("mask", mask)):
             if image:
                 save_picture(folder / part / f"{name}.png", image, {})
-    return [{"control": control, "mask": mask} for control, mask in zip(controls, masks, strict=True)]
+    likenesses = photos if config.likeness.kind != "off" else [None] * len(photos)
+    keys = ("control", "likeness", "mask")
+    return [dict(zip(keys, values, strict=True)) for values in zip(controls, likenesses, masks, strict=True)]
 
 
 def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, file: Path) -> list[str]:
@@ -237,9 +243,11 @@ def _key(config: Config, loss: Loss, lora: Path | None, device: torch.device) ->
     dtype = pick_dtype(config.model.precision, device)
     render = render_settings(config.model, loss, config.memory, config.sampler, None, base, dtype)
     files = [lora, *([embeddings_path(lora)] if read_tokens(lora) else [])] if lora else []
-    controlnet = config.structure.controlnet
-    control = hash_model(locate_model("structure.controlnet", controlnet)) if controlnet else None
-    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight, control)
+    models = {"structure.controlnet": config.structure.controlnet, "likeness.adapter": config.likeness.adapter}
+    conditions = [hash_model(locate_model(key, name)) for key, name in models.items() if name]
+    likeness = config.likeness
+    conditions += [likeness.weights, likeness.encoder, likeness.scale] if likeness.kind != "off" else []
+    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight, *conditions)
 
 
 def _jobs(
@@ -253,14 +261,14 @@ def _jobs(
             request = replace(item.request, seed=seed)
             file = str(folder / f"{name}-s{seed}.png")
             image = GeneratedImage(str(path), item.caption, request.prompt, seed, file)
-            kept = _key_of_kept(request)
-            parts = (photo, request.prompt, seed, request.size, request.strength, *kept)
+            conditions = _key_of_conditions(request)
+            parts = (photo, request.prompt, seed, request.size, request.strength, *conditions)
             jobs.append(_Job(image, request, key_of(key, *parts)))
     return jobs
 
 
-def _key_of_kept(request: Request) -> list[object]:
-    """What decides what a request keeps of its photo."""
+def _key_of_conditions(request: Request) -> list[object]:
+    """What decides a request's control and mask."""
     control, mask = request.control, request.mask
     numbers = [control.scale, control.end] if control else []
     images = [control.image] if control else []
@@ -282,8 +290,9 @@ def _draw(
     write_text(file, "".join(_line(asdict(job.image)) for drawn, part in parts if drawn for job in part))
     if not all(drawn for drawn, _ in parts):
         encoder = load_base_for_sampling(config.model, config.memory, loss, device)
-        if config.structure.kind != "off":
+        if isinstance(encoder.base, PhotoConditioned):
             encoder.base.load_control(config.structure, device, config.memory.offload)
+            encoder.base.load_likeness(config.likeness, device)
         missing = (_drawn(part, config.sampler, encoder) for drawn, part in parts if not drawn)
         with (
             lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse),

@@ -1,5 +1,6 @@
 """Structure of the photo: ControlNets and masks give the images of diffusers' pipelines."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +14,22 @@ from diffusers import (
     StableDiffusionXLControlNetUnionImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from sdxl_structure import NARROW, pipeline, unet_of
 from toy_base import ToyBase
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from lora_lab.adapters.files import kohya_state, save_lora
+from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.sdxl import SDXL
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
 from lora_lab.sampling.generate import Control, Request, generate
-from lora_lab.sampling.structure import check_structure, controls_of, masks_of
+from lora_lab.sampling.structure import check_conditions, controls_of, masks_of
 
 CPU = torch.device("cpu")
 SAMPLER = replace(compose().sampler, steps=6)
@@ -232,24 +237,34 @@ def test_what_is_no_controlnet_is_refused_by_name(tmp_path):
             base.load_control(structure_of(tmp_path / name), CPU)
 
 
+def checked(base, *overrides):
+    config = compose(*overrides)
+    check_conditions(config.structure, config.likeness, config.memory, base, config.model.name)
+
+
 @pytest.mark.parametrize(
-    ("option", "base", "sentence"),
+    ("options", "base", "sentence"),
     [
-        ("depth", SDXL, r"structure=depth: model=tiny has no ControlNet for it, name one with structure\.controlnet="),
-        ("canny", ToyBase, "structure=canny: model=tiny takes no ControlNet"),
+        (["structure=depth"], SDXL, r"structure=depth: model=tiny has no ControlNet for it, name one with structure"),
+        (["structure=canny"], ToyBase, "structure=canny: model=tiny takes no control images"),
+        (["likeness=ip_adapter"], ToyBase, "likeness=ip_adapter: model=tiny takes no control images and no photos"),
+        (["likeness=ip_adapter", "memory=low"], SDXL, r"likeness=ip_adapter: .* set memory\.linear_weights=base"),
+        (["structure=depth", "model=sdxl", "structure.detector=null"], SDXL, r"structure\.detector is missing"),
     ],
 )
-def test_a_base_without_the_controlnet_is_refused(option, base, sentence):
+def test_what_a_base_cannot_do_is_refused(options, base, sentence):
     with pytest.raises(InputError, match=sentence):
-        check_structure(compose(f"structure={option}").structure, base, "tiny")
-    check_structure(compose("structure=canny").structure, SDXL, "tiny")
-    check_structure(compose().structure, ToyBase, "tiny")
+        checked(base, *options)
+    checked(SDXL, "structure=canny", "likeness=ip_adapter")
+    checked(ToyBase)
 
 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
         (("structure.scale=0.5",), r"structure\.scale=0\.5: structure is off, set structure=canny or"),
+        (("likeness.scale=0.5",), r"likeness\.scale=0\.5: likeness is off, set likeness=ip_adapter"),
+        (("likeness=ip_adapter", "likeness.weights=null"), r"likeness\.weights is missing"),
         (("structure=canny", "structure.low=300"), r"structure\.low=300: low is at most high, which is 200"),
         (("structure=canny", "structure.end=0"), r"structure\.end=0.*above 0 and at most 1"),
     ],
@@ -312,3 +327,105 @@ def test_masks_of_person_background_and_file(tmp_path):
     ):
         with pytest.raises(InputError, match=rf"stage\.mask={name}.*{words}"):
             mask_of(name, image=image)
+
+
+def resampler(cross, embed, width=8, layers=4):
+    """Tensors of the image projection of a "plus" adapter in its own names: attention over the image's patches."""
+    shapes = {
+        "latents": (1, 4, width), "proj_in.weight": (width, embed), "proj_in.bias": (width,),
+        "proj_out.weight": (cross, width), "proj_out.bias": (cross,), "norm_out.weight": (cross,),
+        "norm_out.bias": (cross,),
+    }  # fmt: skip
+    for layer in range(layers):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            shapes |= {f"layers.{layer}.{norm}.{name}": (width,) for name in ("weight", "bias")}
+        shapes |= {f"layers.{layer}.0.to_q.weight": (64, width), f"layers.{layer}.0.to_kv.weight": (128, width)}
+        shapes |= {f"layers.{layer}.0.to_out.weight": (width, 64), f"layers.{layer}.1.1.weight": (4 * width, width)}
+        shapes |= {f"layers.{layer}.1.3.weight": (width, 4 * width)}
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def ip_adapters(tmp_path_factory):
+    """A folder with an IP-Adapter for NARROW, a "plus" one, and their image encoder, all of random weights."""
+    place = tmp_path_factory.mktemp("ip")
+    torch.manual_seed(2)
+    clip = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=12,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(clip).save_pretrained(place / "encoder")
+    unet = pipeline(NARROW).unet
+    cross = unet.config.cross_attention_dim
+    attention, number = {}, 1
+    for name in unet.attn_processors:
+        if "attn2" in name:
+            width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            attention |= {f"ip_adapter.{number}.{part}_ip.weight": (width, cross) for part in ("to_k", "to_v")}
+            number += 2
+    plain = {"proj.weight": (4 * cross, 12), "proj.bias": (4 * cross,), "norm.weight": (cross,), "norm.bias": (cross,)}
+    for name, projection in (("plain", plain), ("plus", resampler(cross, 16))):
+        shapes = attention | {f"image_proj.{key}": shape for key, shape in projection.items()}
+        save_file({key: torch.randn(shape) for key, shape in shapes.items()}, place / f"{name}.safetensors")
+    return place
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("plain", 5.0), ("plus", 5.0), ("plus", 1.0)])
+def test_images_of_an_ip_adapter_are_bit_identical_to_diffusers(tmp_path, ip_adapters, name, guidance):
+    """With a ControlNet beside it; without the adapter the images are those of before."""
+    network, request = random_controlnet(pipeline(NARROW).unet), Request(PROMPT, 4, (1, 1), photo(), 0.7)
+    base = loaded(tmp_path, network)
+    (plain,) = draw(base, request, guidance=guidance)
+    options = ["likeness=ip_adapter", f"likeness.adapter={ip_adapters}", f"likeness.weights={name}.safetensors"]
+    base.load_likeness(compose(*options, "likeness.encoder=encoder", "likeness.scale=0.8").likeness, CPU)
+    faced = replace(request, likeness=photo(3), control=Control(photo(2), 0.7, 0.5))
+    (ours,) = draw(base, faced, guidance=guidance)
+    pipe = pipeline(NARROW)
+    parts = {**pipe.components, "scheduler": SDXL(pipe).solver(SAMPLER.scheduler), "controlnet": network}
+    theirs = StableDiffusionXLControlNetImg2ImgPipeline(**parts, add_watermarker=False)
+    theirs.set_progress_bar_config(disable=True)
+    weights = f"{name}.safetensors"
+    theirs.load_ip_adapter(str(ip_adapters), subfolder="", weight_name=weights, image_encoder_folder="encoder")
+    theirs.set_ip_adapter_scale(0.8)
+    expected = theirs(
+        PROMPT, image=photo(), control_image=photo(2), ip_adapter_image=photo(3), strength=0.7, num_inference_steps=6,
+        guidance_scale=guidance, controlnet_conditioning_scale=0.7, control_guidance_end=0.5,
+        generator=torch.Generator().manual_seed(4),
+    ).images[0]  # fmt: skip
+    assert np.array_equal(ours, np.asarray(expected)) and not np.array_equal(ours, plain)
+    base.load_likeness(compose().likeness, CPU)
+    assert np.array_equal(draw(base, request, guidance=guidance)[0], plain)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_lora_is_attached_to_a_unet_with_an_ip_adapter_and_a_controlnet(tmp_path, ip_adapters, fuse):
+    base = loaded(tmp_path, random_controlnet(pipeline(NARROW).unet))
+    torch.manual_seed(1)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    base.network.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    save_lora(tmp_path / "made.safetensors", kohya_state({"unet": base.network}, SDXL.lora_key), torch.float32, {})
+    base.network.delete_adapters("default")
+    options = [f"likeness.adapter={ip_adapters}", "likeness.weights=plain.safetensors", "likeness.encoder=encoder"]
+    base.load_likeness(compose("likeness=ip_adapter", *options).likeness, CPU)
+    request = Request(PROMPT, 4, (1, 1), photo(), 0.7, Control(photo(2), 0.7, 1.0), likeness=photo(3))
+    (plain,) = draw(base, request)
+    with lora_attached(base, tmp_path / "made.safetensors", fuse=fuse):
+        (attached,) = draw(base, request)
+    assert np.abs(attached.astype(int) - plain).mean() > 1 and np.array_equal(draw(base, request)[0], plain)
+    assert not any("lora" in name for name, _ in base.controlnet.named_parameters())
+
+
+def test_what_is_no_ip_adapter_is_refused_by_name(tmp_path, ip_adapters):
+    base = SDXL(pipeline(NARROW))
+    save_file(
+        {"image_proj.proj.weight": torch.zeros(8, 3), "ip_adapter.1.x": torch.zeros(1)}, tmp_path / "x.safetensors"
+    )
+    shutil.copytree(ip_adapters / "encoder", tmp_path / "encoder")
+    for weights, encoder, words in (
+        ("missing.safetensors", "encoder", "cannot be loaded with likeness.weights=missing"),
+        ("x.safetensors", "missing", r"likeness\.encoder=missing"), ("x.bin", "encoder", "can hold code"),
+        ("x.safetensors", "encoder", "is no IP-Adapter of this base"),
+    ):  # fmt: skip
+        names = f"likeness.adapter={tmp_path}", f"likeness.weights={weights}", f"likeness.encoder={encoder}"
+        with pytest.raises(InputError, match=words):
+            base.load_likeness(compose("likeness=ip_adapter", *names).likeness, CPU)
