@@ -70,7 +70,12 @@ def draw(base, *requests, **changes):
 
 @pytest.mark.parametrize(
     ("scheduler", "guidance", "scale", "end"),
-    [("euler", 5.0, 0.7, 1.0), ("ddim", 1.0, 1.0, 1.0), ("dpmpp_2m_karras", 5.0, 1.3, 0.5), ("euler", 3.0, 0.5, 0.1)],
+    [
+        pytest.param("euler", 5.0, 0.7, 1.0, marks=pytest.mark.slow),
+        ("ddim", 1.0, 1.0, 1.0),
+        ("dpmpp_2m_karras", 5.0, 1.3, 0.5),
+        pytest.param("euler", 3.0, 0.5, 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_images_of_a_controlnet_are_bit_identical_to_diffusers(tmp_path, scheduler, guidance, scale, end):
     pipe = pipeline(NARROW)
@@ -104,7 +109,7 @@ def test_images_of_a_controlnet_are_bit_identical_to_diffusers(tmp_path, schedul
     assert np.array_equal(ours[0], plain[0]) is (end == 0.1)  # of four steps none ends before a tenth
 
 
-@pytest.mark.parametrize(("kind", "number"), [("canny", 3), ("pose", 0)])
+@pytest.mark.parametrize(("kind", "number"), [("canny", 3), pytest.param("pose", 0, marks=pytest.mark.slow)])
 def test_images_of_a_union_controlnet_are_bit_identical_to_diffusers(tmp_path, kind, number):
     pipe = pipeline(NARROW)
     network = random_controlnet(pipe.unet, union=True)
@@ -370,7 +375,9 @@ def ip_adapters(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("plain", 5.0), ("plus", 5.0), ("plus", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "guidance"), [("plain", 5.0), ("plus", 5.0), pytest.param("plus", 1.0, marks=pytest.mark.slow)]
+)
 def test_images_of_an_ip_adapter_are_bit_identical_to_diffusers(tmp_path, ip_adapters, name, guidance):
     """With a ControlNet beside it; without the adapter the images are those of before."""
     network, request = random_controlnet(pipeline(NARROW).unet), Request(PROMPT, 4, (1, 1), photo(), 0.7)
@@ -397,7 +404,7 @@ def test_images_of_an_ip_adapter_are_bit_identical_to_diffusers(tmp_path, ip_ada
     assert np.array_equal(draw(base, request, guidance=guidance)[0], plain)
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_lora_is_attached_to_a_unet_with_an_ip_adapter_and_a_controlnet(tmp_path, ip_adapters, fuse):
     base = loaded(tmp_path, random_controlnet(pipeline(NARROW).unet))
     torch.manual_seed(1)
