@@ -15,7 +15,9 @@ ControlNet = ControlNetModel | ControlNetUnionModel
 UNION_TYPES = {"pose": 0, "depth": 1, "canny": 3, "tile": 6}
 
 
-def load_controlnet(structure: Structure, unet: UNet2DConditionModel, pixels_per_latent: int) -> ControlNet:
+def load_controlnet(
+    structure: Structure, unet: UNet2DConditionModel, pixels_per_latent: int, dtype: torch.dtype
+) -> ControlNet:
     """The frozen ControlNet of `structure`, for `unet` and its autoencoder, on the CPU.
 
     Raises InputError if it cannot be read, was made for another base, or does not know `structure.kind`."""
@@ -28,13 +30,13 @@ def load_controlnet(structure: Structure, unet: UNet2DConditionModel, pixels_per
         else:
             union = "num_control_type" in ControlNetModel.load_config(location)
             kind = ControlNetUnionModel if union else ControlNetModel
-            network = kind.from_pretrained(location, use_safetensors=True)  # never a pickle
+            network = kind.from_pretrained(location, dtype=dtype, use_safetensors=True)  # never a pickle
     except Exception as error:
         raise InputError(
             f"structure.controlnet={name}: cannot be loaded as a ControlNet ({loading_failure(location, error)})"
         ) from error
     _refuse_unfit(network, structure, unet, pixels_per_latent)
-    return network.requires_grad_(False).eval()
+    return network.to(dtype).requires_grad_(False).eval()
 
 
 def is_union(network: ControlNet) -> bool:

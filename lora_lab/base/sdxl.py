@@ -320,7 +320,7 @@ class SDXL:
         none. Raises InputError if it cannot be read, was made for another base, or does not know `structure.kind`."""
         self.controlnet = None
         if structure.kind != "off":
-            network = load_controlnet(structure, self.pipe.unet, self.pixels_per_latent).to(self.dtype)
+            network = load_controlnet(structure, self.pipe.unet, self.pixels_per_latent, self.dtype)
             self.controlnet = network if waiting else network.to(device)
             self.control_type = UNION_TYPES[structure.kind]
 

@@ -25,26 +25,14 @@ PLAIN_BORDER = 0.5  # fraction of the border that has this colour
 def check_conditions(
     structure: Structure, likeness: Likeness, memory: Memory, base: type[BaseModel], name: str
 ) -> None:
-    """Raise InputError where the ControlNet of `structure` is missing, or the base model called `name` cannot do what
-    `structure` or `likeness` ask for."""
-    kind = structure.kind
-    for group, chosen in (("structure", kind), ("likeness", likeness.kind)):
-        if chosen != "off" and not hasattr(base, "load_control"):
-            raise InputError(f"{group}={chosen}: model={name} takes no control images and no photos, set {group}=off")
+    """Raise InputError where the base model called `name` cannot do what `structure` or `likeness` ask for."""
+    for group, kind in (("structure", structure.kind), ("likeness", likeness.kind)):
+        if kind != "off" and not hasattr(base, "load_control"):
+            raise InputError(f"{group}={kind}: model={name} takes no control images and no photos, set {group}=off")
     if likeness.kind != "off" and {memory.linear_weights, memory.convolution_weights} != {"base"}:
         raise InputError(
             f"likeness={likeness.kind}: an IP-Adapter needs the UNet in the base's precision, set "
             "memory.linear_weights=base memory.convolution_weights=base"
-        )
-    if kind == "off":
-        return
-    if structure.controlnet is None:
-        raise InputError(
-            f"structure={kind}: model={name} has no ControlNet for it, name one with structure.controlnet="
-        )
-    if kind in ("depth", "pose") and not (structure.images or structure.detector):
-        raise InputError(
-            f"structure.detector is missing: structure={kind} needs a model, or images in structure.images"
         )
 
 

@@ -57,6 +57,14 @@ class Structure(Section):
         if self.low > self.high:
             raise InputError(f"structure.low={self.low:g}: low is at most high, which is {self.high:g}")
         _refuse_without_kind(self, "structure", STRUCTURES)
+        if self.kind != "off" and self.controlnet is None:
+            raise InputError(
+                f"structure={self.kind}: model.controlnet has none for it, name one with structure.controlnet=..."
+            )
+        if self.kind in ("depth", "pose") and not (self.images or self.detector):
+            raise InputError(
+                f"structure.detector is missing: structure={self.kind} needs a model, or images in structure.images"
+            )
 
 
 @section

@@ -187,7 +187,12 @@ def _conditions(
 ) -> list[dict[str, Any]]:
     """For each photo what its request has beside prompt and photo: control, likeness and mask. Control images and masks
     are also saved to structure/ and mask/ of `folder`. Raises InputError."""
-    stage = config.stage
+    stage, structure, likeness = config.stage, config.structure, config.likeness
+    parts = [f"structure={structure.kind} weighs {structure.scale:g} in {structure.end:.0%} of the steps"]
+    parts += [f"likeness={likeness.kind} weighs {likeness.scale:g}", f"only stage.mask={stage.mask} is drawn"]
+    used = (structure.kind != "off", likeness.kind != "off", stage.mask is not None)
+    if any(used):
+        say("; ".join(part for part, is_used in zip(parts, used, strict=True) if is_used))
     controls = controls_of(config.structure, paths, photos, device)
     masks = masks_of(stage.mask, stage.feather, config.model.segmenter, paths, photos, device)
     for name, control, mask in zip(distinct_names(paths), controls, masks, strict=True):

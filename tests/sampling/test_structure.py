@@ -250,11 +250,9 @@ def checked(base, *overrides):
 @pytest.mark.parametrize(
     ("options", "base", "sentence"),
     [
-        (["structure=depth"], SDXL, r"structure=depth: model=tiny has no ControlNet for it, name one with structure"),
         (["structure=canny"], ToyBase, "structure=canny: model=tiny takes no control images"),
         (["likeness=ip_adapter"], ToyBase, "likeness=ip_adapter: model=tiny takes no control images and no photos"),
         (["likeness=ip_adapter", "memory=low"], SDXL, r"likeness=ip_adapter: .* set memory\.linear_weights=base"),
-        (["structure=depth", "model=sdxl", "structure.detector=null"], SDXL, r"structure\.detector is missing"),
     ],
 )
 def test_what_a_base_cannot_do_is_refused(options, base, sentence):
@@ -268,6 +266,8 @@ def test_what_a_base_cannot_do_is_refused(options, base, sentence):
     ("overrides", "sentence"),
     [
         (("structure.scale=0.5",), r"structure\.scale=0\.5: structure is off, set structure=canny or"),
+        (("structure=depth",), r"structure=depth: model\.controlnet has none for it, name one with structure"),
+        (("structure=depth", "model=sdxl", "structure.detector=null"), r"structure\.detector is missing"),
         (("likeness.scale=0.5",), r"likeness\.scale=0\.5: likeness is off, set likeness=ip_adapter"),
         (("likeness=ip_adapter", "likeness.weights=null"), r"likeness\.weights is missing"),
         (("structure=canny", "structure.low=300"), r"structure\.low=300: low is at most high, which is 200"),
