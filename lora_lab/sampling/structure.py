@@ -71,9 +71,10 @@ def masks_of(
     """The mask (mode L, 255 is drawn) of each photo, as those of `controls_of`; None without one.
 
     `mask` is `person`, `background`, or the place of images whose white is drawn. What is drawn is larger by `feather`
-    times the photo's shorter side, so that no contour of the photo stays, and falls to 0 over as much again; of the
-    background it is the rest. Without a `segmenter` the background is what has the plain colour of the border.
-    Raises InputError as `controls_of` does, and for a mask with which nothing would be drawn."""
+    times the photo's shorter side, so that no contour of the photo stays, and falls to 0 over as much again; a
+    background only rises from the person's contour over as much. Without a `segmenter` the background is what is
+    joined to the border and has its plain colour. Raises InputError as `controls_of` does, and for a mask with which
+    nothing would be drawn."""
     if mask is None:
         return [None] * len(photos)
     if mask in ("person", "background"):
@@ -90,7 +91,8 @@ def masks_of(
         if not inside.any() or (mask == "background" and inside.all()):
             raise InputError(f"stage.mask={mask}: nothing of {path} would be drawn, use another mask")
         distance = distance_transform_edt(~inside)  # px
-        levels = np.clip(2 - distance / max(feather * min(photo.size), 1e-6), 0, 1)
+        grown = 1 if mask == "background" else 2  # in units of feather: what is drawn covers the contour of the photo
+        levels = np.clip(grown - distance / max(feather * min(photo.size), 1e-6), 0, 1)
         levels = 1 - levels if mask == "background" else levels
         drawn.append(Image.fromarray((levels * 255).round().astype(np.uint8)))
     return drawn

@@ -218,8 +218,8 @@ class Img2img(Stage):
         default=None,
     )
     feather: float = setting(
-        "of mask: by how much it is larger than the person, and over how much it then fades, as a fraction of the "
-        "photo's shorter side",
+        "of mask: by how much it is larger than the person, and over how much it then fades (a background only fades), "
+        "as a fraction of the photo's shorter side",
         decides="request",
         default=0.03,
         ge=0,
