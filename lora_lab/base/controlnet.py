@@ -28,7 +28,8 @@ def load_controlnet(
         if Path(location).is_file():
             network = _controlnet_from_file(location, unet)
         else:
-            union = "num_control_type" in ControlNetModel.load_config(location)
+            config = ControlNetModel.load_config(location)
+            union = "num_control_type" in config or "Union" in config.get("_class_name", "")
             kind = ControlNetUnionModel if union else ControlNetModel
             network = kind.from_pretrained(location, dtype=dtype, use_safetensors=True)  # never a pickle
     except Exception as error:
