@@ -1,9 +1,9 @@
 """Make the bundled models, from nothing: draw, train, assemble.
 
-python -m experiments.tiny_base WORK [--piece 540] [--dry-run] [--avatars FILE]
+python -m experiments.tiny_base WORK [--piece 540] [--dry-run] [--avatars FILE] [--bundle FOLDER] [--share 0.3]
 
 WORK is a folder that holds everything while it is being made; the same command goes on from what stands there, so the
-25 minutes may be cut into pieces. At the end WORK/bundle has tiny-sdxl, tiny-blip and tiny-clip.
+30 minutes may be cut into pieces. At the end WORK/bundle has tiny-sdxl, tiny-blip, tiny-clip and tiny-controlnet.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.tiny_base.recipe import DRY, FULL, SEED
+from experiments.tiny_base.recipe import DRY, FULL, SEED, shared
 
 DICEBEAR = Path(__file__).resolve().parent / "dicebear"
-TRAININGS = ("vae", "unet", "blip", "clip")  # in this order: the UNet needs the VAE, and what is last may be short
+TRAININGS = ("vae", "unet", "blip", "clip", "controlnet")  # in this order: the UNet needs the VAE, the last both
 SMALLEST = 60  # seconds: a training is not begun for less
 
 
@@ -29,8 +29,10 @@ def main() -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="very little of everything, two minutes on a CPU")
     parser.add_argument("--avatars", type=Path, help="avatars drawn elsewhere (default: draw them here, with node)")
+    parser.add_argument("--bundle", type=Path, help="a finished bundle: only what is trained on its models is trained")
+    parser.add_argument("--share", type=float, default=1.0, help="of the pictures of the recipe that are drawn")
     asked = parser.parse_args()
-    recipe = DRY if asked.dry_run else FULL
+    recipe = shared(DRY if asked.dry_run else FULL, asked.share)
     work = asked.work
     work.mkdir(parents=True, exist_ok=True)
 
@@ -48,8 +50,11 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(SEED)
 
+    from experiments.tiny_base.assemble import assemble, unpack
     from experiments.tiny_base.data import Pictures, prepare
 
+    if asked.bundle:
+        unpack(asked.bundle, work)
     prepare(work / "data", recipe, asked.avatars or draw_avatars(work, recipe.avatars, log))
     pictures = Pictures(work / "data", device)
     log(f"{len(pictures.subjects)} pictures with captions, {len(pictures.pixels)} in all")
@@ -65,8 +70,6 @@ def main() -> int:
         done.touch()
         if device == "cuda":
             torch.cuda.empty_cache()
-
-    from experiments.tiny_base.assemble import assemble
 
     assemble(work, work / "bundle")
     log(f"done: {work / 'bundle'}")

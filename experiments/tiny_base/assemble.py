@@ -1,14 +1,24 @@
-"""The trained parts as the folders that stock classes load: tiny-sdxl, tiny-blip, tiny-clip, all fp16."""
+"""The trained parts as the folders that stock classes load: tiny-sdxl, tiny-blip, tiny-clip, tiny-controlnet, all fp16;
+and the way back."""
 
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from transformers import BlipImageProcessor, BlipProcessor, CLIPImageProcessor, CLIPProcessor
+from transformers import (
+    BertTokenizerFast,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizerFast,
+)
 
 from experiments.tiny_base import models, tokenizers, train_vae
 from experiments.tiny_base.recipe import PIXELS
-from experiments.tiny_base.training import load
+from experiments.tiny_base.training import load, save
 
 
 def assemble(work: Path, bundle: Path) -> None:
@@ -29,6 +39,31 @@ def assemble(work: Path, bundle: Path) -> None:
     clip.half().save_pretrained(bundle / "tiny-clip")
     processor = CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
     CLIPProcessor(image_processor=processor, tokenizer=clip_tokenizer).save_pretrained(bundle / "tiny-clip")
+
+    controlnet = models.controlnet()
+    load(work / "parts" / "controlnet.safetensors", {"controlnet": controlnet})
+    controlnet.half().save_pretrained(bundle / "tiny-controlnet")
+
+
+def unpack(bundle: Path, work: Path) -> None:
+    """The base, BLIP and CLIP of a finished `bundle` as work/data and work/parts have them, so that what is trained on
+    them can be trained anew by itself."""
+    if (work / "data" / "tokenizers").is_dir():
+        return
+    pipe = StableDiffusionXLPipeline.from_pretrained(bundle / "tiny-sdxl")
+    parts = work / "parts"
+    save(parts / "vae.safetensors", {"vae": pipe.vae}, scaling_factor=pipe.vae.config.scaling_factor)
+    texts = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    save(parts / "unet.safetensors", {"unet": pipe.unet, **texts})
+    blip = BlipForConditionalGeneration.from_pretrained(bundle / "tiny-blip")
+    save(parts / "blip.safetensors", {"blip": blip})
+    save(parts / "clip.safetensors", {"clip": CLIPModel.from_pretrained(bundle / "tiny-clip")})
+    for name in ("vae", "unet", "blip", "clip"):
+        (parts / f"{name}.done").touch()
+    clip_tokenizer = CLIPTokenizerFast.from_pretrained(bundle / "tiny-sdxl" / "tokenizer")
+    tokenizers.save(
+        work / "data" / "tokenizers", clip_tokenizer, BertTokenizerFast.from_pretrained(bundle / "tiny-blip")
+    )
 
 
 def _sdxl(work: Path, tokenizer) -> StableDiffusionXLPipeline:

@@ -69,12 +69,14 @@ def prepare(folder: Path, recipe: Recipe, avatars: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = read(avatars)[: recipe.avatars]
     described = [*lines, *[None] * recipe.characters]
-    step = max(1, len(described) // TOKENIZER_SAMPLE)
-    with multiprocessing.Pool(os.cpu_count()) as pool:
-        sample = pool.starmap(_written, list(enumerate(described))[::step], chunksize=64)
+    if not (folder / "tokenizers").is_dir():  # a bundle's were unpacked there
+        step = max(1, len(described) // TOKENIZER_SAMPLE)
+        with multiprocessing.Pool(os.cpu_count()) as pool:
+            sample = pool.starmap(_written, list(enumerate(described))[::step], chunksize=64)
         free, full = zip(*sample, strict=True)
-        clip, blip = tokenizers.train_clip(list(chain(*free))), tokenizers.train_blip(list(full))
-        tokenizers.save(folder / "tokenizers", clip, blip)
+        learnt = tokenizers.train_clip(list(chain(*free))), tokenizers.train_blip(list(full))
+        tokenizers.save(folder / "tokenizers", *learnt)
+    clip, blip = tokenizers.load(folder / "tokenizers")
 
     total = len(described) + recipe.details
     shapes = {

@@ -1,6 +1,6 @@
 """The architectures: SDXL's own classes, small. Everything in fp32 here; the bundle stores fp16."""
 
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -57,6 +57,15 @@ def unet() -> UNet2DConditionModel:
         use_linear_projection=True,
         norm_num_groups=16,
     )
+
+
+def controlnet() -> ControlNetModel:
+    """1.4 M parameters: the UNet's downward half without attention. Of the text it gets the pooled embedding only, for
+    what it adds follows from the control image, (B, 3, 128, 128) in [0, 1]."""
+    network, strides = unet(), (16, 32, 64)  # two of 2, as the VAE has
+    config = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=strides).config
+    plain = {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}
+    return ControlNetModel.from_config(config, **plain)
 
 
 def scheduler() -> EulerDiscreteScheduler:

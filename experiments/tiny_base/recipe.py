@@ -1,6 +1,6 @@
 """How much of everything: the sizes of the data and how long each model trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SEED = 1  # of every draw; training itself is cut off by the clock, so its last bits differ from run to run
 
@@ -28,9 +28,10 @@ class Recipe:
     unet: Training
     blip: Training
     clip: Training
+    controlnet: Training
 
 
-# One H100, 26 minutes in all, with two for drawing and four for compiling.
+# One H100, 30 minutes in all, with two for drawing and four for compiling.
 FULL = Recipe(
     avatars=40_000,
     characters=64_000,
@@ -39,6 +40,7 @@ FULL = Recipe(
     unet=Training(620, batch=256, rate=8e-4, decay=0.9997),
     blip=Training(210, batch=256, rate=1e-3, weight_decay=0.02),
     clip=Training(80, batch=1024, rate=1e-3, weight_decay=0.05),
+    controlnet=Training(240, batch=128, rate=8e-4),
 )
 
 # Two minutes on a CPU: shows that every step works and what it leaves behind, not what it can do.
@@ -50,4 +52,11 @@ DRY = Recipe(
     unet=Training(20, batch=8, rate=8e-4, decay=0.9),
     blip=Training(10, batch=8, rate=1e-3, weight_decay=0.02, decay=0.9),
     clip=Training(8, batch=32, rate=1e-3, weight_decay=0.05, decay=0.9),
+    controlnet=Training(10, batch=8, rate=8e-4, decay=0.9),
 )
+
+
+def shared(recipe: Recipe, share: float) -> Recipe:
+    """`recipe` with a share of its pictures."""
+    amounts = {name: round(getattr(recipe, name) * share) for name in ("avatars", "characters", "details")}
+    return replace(recipe, **amounts)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.settings.schema import Loss, Model
+from lora_lab.settings.schema import Likeness, Loss, Model, Structure
 
 Conditioning = dict[str, Tensor]  # what the network is told besides noisy latents and timesteps; opaque to its users
 Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
@@ -198,3 +198,29 @@ class BaseModel(Protocol):
 
     def load_lora(self, file: Path, adapter: str) -> None:
         """Load a LoRA file into new adapters of that name. May raise anything for a file that does not fit."""
+
+
+@runtime_checkable
+class PhotoConditioned(Protocol):
+    """What a BaseModel has beside the rest if its predictions can follow images: the control image of a ControlNet, and
+    a photo through an IP-Adapter."""
+
+    @property
+    def control_networks(self) -> Sequence[nn.Module]:
+        """What `predict` calls beside the network."""
+
+    def load_control(self, structure: Structure, device: torch.device, waiting: bool) -> None:
+        """Load the ControlNet of `structure`, or none; with `waiting` it stays on the CPU. Raises InputError."""
+
+    def control_conditioning(self, image: Image.Image, scale: float) -> Conditioning:
+        """The conditioning on an RGB control image of the sampled image's size, without a batch dimension, on the CPU.
+
+        `scale` weighs what the ControlNet adds to the network."""
+
+    def load_likeness(self, likeness: Likeness, device: torch.device) -> None:
+        """Load the IP-Adapter of `likeness` into the network, or remove the last. Raises InputError."""
+
+    def likeness_conditioning(
+        self, photos: Sequence[Image.Image], device: torch.device, offload: bool
+    ) -> list[tuple[Conditioning, Conditioning]]:
+        """The conditioning on each RGB photo, and that of guidance's negative half, without a batch dimension."""

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import ImageProjection
+from huggingface_hub import hf_hub_download
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
+from lora_lab.base.controlnet import UNION_TYPES, ControlNet, is_union, load_controlnet
 from lora_lab.base.encode import identity_of, on_device, rules_of
 from lora_lab.base.layers import split_geglu_
 from lora_lab.base.load import (
@@ -22,11 +26,11 @@ from lora_lab.base.load import (
     validate_prediction_type,
     with_prediction_type,
 )
-from lora_lab.base.locate import loading_failure, locate_model
+from lora_lab.base.locate import loading_failure, locate_model, refuse_pickle
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import InputError, RunError
-from lora_lab.settings.schema import Loss, Model
+from lora_lab.settings.schema import Likeness, Loss, Model, Structure
 from lora_lab.settings.setting import call_target
 
 # How kohya's scripts, and every program that reads their files, name the components.
@@ -60,6 +64,8 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
+        self.controlnet: ControlNet | None = None
+        self.control_type = 0  # of a union ControlNet
 
     @classmethod
     def load(cls, model: Model, device: torch.device, waiting: bool = False) -> "SDXL":
@@ -316,8 +322,83 @@ class SDXL:
         `conditioning` has prompt_embeds (B, 77, 2048), pooled_prompt_embeds (B, 1280) and time_ids (B, 6)."""
         embeds = conditioning["prompt_embeds"]
         added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
-        # In the base's own precision, in which everything but the loss is computed.
-        return network(noisy.to(embeds.dtype), timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+        noisy = noisy.to(embeds.dtype)  # the base's own precision, in which everything but the loss is computed
+        if "image_embeds" in conditioning:
+            added["image_embeds"] = [conditioning["image_embeds"]]
+        options = {"added_cond_kwargs": added, "return_dict": False}
+        residuals = {}
+        if "control_image" in conditioning:
+            residuals = self._control_residuals((noisy, timesteps, embeds), conditioning, options)
+        return network(noisy, timesteps, embeds, **residuals, **options)[0]
+
+    # --- structure and likeness of a photo
+
+    @property
+    def control_networks(self) -> Sequence[nn.Module]:
+        """The ControlNet."""
+        return () if self.controlnet is None else (self.controlnet,)
+
+    def load_control(self, structure: Structure, device: torch.device, waiting: bool = False) -> None:
+        """Load the ControlNet, or the union ControlNet, of `structure` in the precision of the base; of structure=off
+        none. Raises InputError if it cannot be read, was made for another base, or does not know `structure.kind`."""
+        self.controlnet = None
+        if structure.kind != "off":
+            network = load_controlnet(structure, self.pipe.unet, self.pixels_per_latent, self.dtype)
+            self.controlnet = network if waiting else network.to(device)
+            self.control_type = UNION_TYPES[structure.kind]
+
+    def control_conditioning(self, image: Image.Image, scale: float) -> Conditioning:
+        """`control_image` (3, H, W), values from 0 to 1, `control_scale` (), and for a union ControlNet `control_type`
+        (T,), 1 at the kind of the image and 0 elsewhere."""
+        processor = VaeImageProcessor(vae_scale_factor=self.pixels_per_latent, do_normalize=False)
+        conditioning = {"control_image": processor.preprocess(image)[0], "control_scale": torch.tensor(scale)}
+        if is_union(self.controlnet):
+            kinds = torch.arange(self.controlnet.config.num_control_type)
+            conditioning["control_type"] = (kinds == self.control_type).float()
+        return {name: value.to(self.dtype) for name, value in conditioning.items()}
+
+    def _control_residuals(self, inputs: tuple[Tensor, ...], conditioning: Conditioning, options: dict) -> dict:
+        """What the ControlNet adds to the outputs of the UNet's blocks, as arguments of the UNet."""
+        image, scale = conditioning["control_image"], conditioning["control_scale"]
+        control: dict[str, Any] = {"controlnet_cond": image}
+        if "control_type" in conditioning:
+            control = {"controlnet_cond": [image], "control_type_idx": [self.control_type]}
+            control["control_type"] = conditioning["control_type"]
+        down, middle = self.controlnet(*inputs, **control, **options)
+        scale = scale[:, None, None, None]  # a tensor, so that a CUDA graph serves any scale
+        residuals = {"down_block_additional_residuals": [sample * scale for sample in down]}
+        return residuals | {"mid_block_additional_residual": middle * scale}
+
+    def load_likeness(self, likeness: Likeness, device: torch.device) -> None:
+        """Load the IP-Adapter of `likeness` into the UNet, and its image encoder; of likeness=off remove the last.
+
+        Raises InputError if one of them cannot be read or was made for another base."""
+        if self.pipe.image_encoder is not None:
+            self.pipe.unload_ip_adapter()
+        if likeness.kind == "off":
+            return
+        state, encoder = _load_ip_adapter(likeness, self.dtype)
+        encoder.to(next(self.pipe.unet.parameters()).device)
+        self.pipe.register_modules(image_encoder=encoder.requires_grad_(False).eval())
+        try:
+            self.pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
+        except Exception as error:  # tensors of other shapes, or missing ones
+            raise InputError(
+                f"likeness.weights={likeness.weights}: it is no IP-Adapter of this base "
+                f"({loading_failure(likeness.weights, error)})"
+            ) from error
+        self.pipe.unet.requires_grad_(False).eval()
+        self.pipe.set_ip_adapter_scale(likeness.scale)
+
+    def likeness_conditioning(
+        self, photos: Sequence[Image.Image], device: torch.device, offload: bool
+    ) -> list[tuple[Conditioning, Conditioning]]:
+        """`image_embeds` (1, D), or of a "plus" adapter (1, N, D), of each photo and of no photo, on the CPU."""
+        (projection,) = self.pipe.unet.encoder_hid_proj.image_projection_layers
+        hidden = not isinstance(projection, ImageProjection)
+        with on_device(self.pipe.image_encoder, device, offload):
+            pairs = [self.pipe.encode_image(photo, device, 1, hidden) for photo in photos]
+        return [tuple({"image_embeds": embeds.to(self.dtype).cpu()} for embeds in pair) for pair in pairs]
 
     # --- files
 
@@ -362,6 +443,28 @@ def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(location, dtype=dtype)
     except Exception as error:
         raise InputError(f"model.vae={name}: cannot be loaded ({loading_failure(location, error)})") from error
+
+
+def _load_ip_adapter(likeness: Likeness, dtype: torch.dtype) -> tuple[dict, CLIPVisionModelWithProjection]:
+    """The tensors of an IP-Adapter as diffusers takes them, and its image encoder."""
+    refuse_pickle("likeness.weights", likeness.weights)
+    location = locate_model("likeness.adapter", likeness.adapter)
+    try:
+        file = Path(location) / likeness.weights
+        state = load_file(file if Path(location).is_dir() else hf_hub_download(location, likeness.weights))
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            location, subfolder=likeness.encoder, dtype=dtype, use_safetensors=True
+        )
+    except Exception as error:
+        raise InputError(
+            f"likeness.adapter={likeness.adapter}: cannot be loaded with likeness.weights={likeness.weights} and "
+            f"likeness.encoder={likeness.encoder} ({loading_failure(location, error)})"
+        ) from error
+    parts = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in state.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return parts, encoder
 
 
 def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict) -> StableDiffusionXLPipeline:

@@ -44,7 +44,7 @@ from lora_lab.errors import InputError
 from lora_lab.launch.recipes import CONF, keep_spelling, read_recipe, recipe_files, register_recipes
 from lora_lab.settings.refusal import SettingError
 from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Model, Packed, build_config, fields_of
-from lora_lab.settings.setting import at_home, defaults_of, facts_of, is_allowed, location_of
+from lora_lab.settings.setting import PARTS, at_home, defaults_of, facts_of, is_allowed, location_of
 
 # Groups of options with keys of other libraries, which only their files in conf/ know, and where these keys belong.
 OPTIONS = {name: name for name in ("captioner", "refiner", "adapter", "optimizer", "sampler")} | {"targets": "adapter"}
@@ -229,7 +229,7 @@ def check_inputs(config: Config) -> None:
             check_captioner(value)
         elif kinds[key] == "refiner":
             check_refiner(value)
-        elif kinds[key] == "mask" and config.loss.masks != "folder":
+        elif (kinds[key] == "mask" and config.loss.masks != "folder") or (kinds[key] == "part" and value in PARTS):
             continue
         elif value is not None:
             check = locate_model if kinds[key] == "model" else locate_folder

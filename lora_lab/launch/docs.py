@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from lora_lab.launch.help import options, shown
 from lora_lab.launch.recipes import CONF, HOME
-from lora_lab.settings.schema import Config
+from lora_lab.settings.schema import Config, fields_of
 from lora_lab.settings.setting import bounds_of, bounds_text, choices_of, default_of, facts_of, location_of
 from lora_lab.settings.stages import STAGES
 from lora_lab.track import KINDS
@@ -38,6 +38,7 @@ HEAD = "| key | default | values | decides | pack | meaning |\n|---|---|---|---|
 HEAD_OF_OPTION = "| key | default | meaning |\n|---|---|---|"
 LOCATIONS = {
     "folder": "path", "dataset": "path or list", "mask": "`none`, `alpha` or path",
+    "part": "`person`, `background` or path",
     "path": "path", "model": "hub id or path",
     "tracker": f"`{'`, `'.join(KINDS)}`",
 }  # fmt: skip
@@ -72,7 +73,7 @@ def _group(group: str, info: FieldInfo) -> Iterator[str]:
     if facts_of(info):
         yield f"Keyword arguments of {info.description}, each option with its own.\n"
     else:
-        yield _table(info.annotation.__pydantic_fields__, f"{group}.")
+        yield _table(dict(fields_of(info.annotation, f"{group}.")))
     for option in names[group]:
         values = "" if facts_of(info) else _sets(group, option)
         yield f"- `{group}={option}`: {_description(group, option)}{values}"

@@ -36,6 +36,7 @@ SAME = {
     "refiner": {"none": "off"},
     "sampler": {"euler_discrete": "euler", "dpm++_2m_karras": "dpmpp_2m_karras", "dpmsolver": "dpmpp_2m_karras"},
     "schedule": {"constant_with_warmup": "constant schedule.warmup=100", "warmup": "constant schedule.warmup=100"},
+    "structure": {"none": "off", "edges": "canny", "lineart": "canny", "midas": "depth", "openpose": "pose"},
     "targets": {"attn": "attention", "full": "all", "mlp": "ff"},
     "text": {"none": "frozen", "off": "frozen", "textual_inversion": "pivotal", "both": "lora"},
     "tracker": {"none": "off", "tb": "tensorboard"},

@@ -24,9 +24,7 @@ Groups (GROUP=OPTION; the options are files in conf/GROUP, the default is marked
 Settings (KEY=VALUE, with the defaults of the demo; docs/settings.md explains all)
 {settings}
 
-Flags
-  --cfg job             show the whole configuration: every other key, and its value
-  -m                    sweep over values with commas between them
+Flags: --cfg job shows the whole configuration, every other key and its value; -m sweeps over values with commas
 """
 SHOWN = ("trigger", "name", "lr", "rank", "steps", "batch_size", "seed", "lora", "resume", "device")
 SHOWN_OF_STAGES = {

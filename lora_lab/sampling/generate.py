@@ -3,13 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
 from lora_lab.base.load import load_base, vae_remedy, validate_prediction
 from lora_lab.base.locate import hash_model, locate_model
-from lora_lab.base.protocol import BaseModel, Conditioning, Solver
+from lora_lab.base.protocol import BaseModel, Conditioning, PhotoConditioned, Solver
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
@@ -28,6 +29,15 @@ from lora_lab.images.pixels import Size, fit, nearest_bucket
 from lora_lab.runs import save_picture
 from lora_lab.settings.schema import Loss, Memory, Model, Sampler, base_image_settings, values_of
 from lora_lab.shared import Shared
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control image, for the ControlNet that PhotoConditioned.load_control has loaded."""
+
+    image: Image.Image  # RGB, of the size of the request
+    scale: float  # weight of what the ControlNet adds
+    end: float  # fraction of the steps after which it adds nothing
 
 
 @dataclass(frozen=True)
@@ -39,15 +49,19 @@ class Request:
     size: tuple[int, int]  # width, height in pixels
     photo: Image.Image | None = None
     strength: float = 1.0
+    control: Control | None = None
+    mask: Image.Image | None = None  # mode L, of the photo's size: 255 is drawn, 0 stays the photo
+    likeness: Image.Image | None = None  # RGB, for the IP-Adapter that PhotoConditioned.load_likeness has loaded
     lora_weight: float | None = None  # of the attached LoRA; None: as it was attached
     lora_schedule: tuple[float, ...] = (1.0,)  # factors of that weight, evenly spaced from the first to the last step
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What the requests of a batch have in common: the size, how much noise they begin with, and the LoRA's
-        weight."""
+        """What the requests of a batch have in common: the size, how much noise they begin with, until when they are
+        controlled, whether they have a likeness and a mask, and the LoRA's weight."""
         size, strength = (self.size, None) if self.photo is None else (self.photo.size, self.strength)
-        return size, strength, self.lora_weight, self.lora_schedule
+        conditions = (self.control and self.control.end, self.likeness is not None, self.mask is not None)
+        return size, strength, *conditions, self.lora_weight, self.lora_schedule
 
 
 def check_strength(steps: int, strength: float) -> None:
@@ -136,17 +150,32 @@ def _encode(requests: list[Request], sampler: Sampler, encoder: Encoder) -> _Pro
     return _Prompts(encoded, base.drop_text(next(iter(encoded.values()))))
 
 
-Photos = dict[int, Callable[[torch.Generator], Tensor]]  # BaseModel.encode_photo of a photo, by its id()
+@dataclass(frozen=True)
+class _Photos:
+    """What the base makes of photos, by their id()."""
+
+    latents: dict[int, Callable[[torch.Generator], Tensor]]  # BaseModel.encode_photo
+    likenesses: dict[int, tuple[Conditioning, Conditioning]]  # PhotoConditioned.likeness_conditioning
+
+    def likeness(self, batch: list[Request], guided: bool) -> Conditioning:
+        """Each tensor (B, ...); with guidance that of no photo is the first half of B; {} without a likeness."""
+        pairs = [self.likenesses[id(request.likeness)] for request in batch if request.likeness is not None]
+        rows = [*(negative for _, negative in pairs if guided), *(positive for positive, _ in pairs)]
+        return {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
 
 
-def _encode_photos(requests: list[Request], encoder: Encoder) -> Photos:
+def _encode_photos(requests: list[Request], encoder: Encoder) -> _Photos:
     """Every photo encoded once, however many seeds it has."""
-    photos = {id(request.photo): request.photo for request in requests if request.photo is not None}
-    if not photos:
-        return {}
     base, device = encoder.base, encoder.device
-    with on_device(base.autoencoder, device, encoder.offload), base.autoencoder_in_range(device):
-        return {key: base.encode_photo(photo) for key, photo in photos.items()}
+    photos = {id(request.photo): request.photo for request in requests if request.photo is not None}
+    likenesses = {id(request.likeness): request.likeness for request in requests if request.likeness is not None}
+    latents, pairs = {}, []
+    if likenesses:
+        pairs = base.likeness_conditioning([*likenesses.values()], device, encoder.offload)
+    if photos:
+        with on_device(base.autoencoder, device, encoder.offload), base.autoencoder_in_range(device):
+            latents = {key: base.encode_photo(photo) for key, photo in photos.items()}
+    return _Photos(latents, dict(zip(likenesses, pairs, strict=True)))
 
 
 def _all_latents(
@@ -154,7 +183,7 @@ def _all_latents(
     sampler: Sampler,
     encoder: Encoder,
     prompts: dict[float | None, _Prompts],
-    photos: Photos,
+    photos: _Photos,
     lora: AttachedLoRA | None,
 ) -> Iterator[Tensor]:
     """The latents (1, C, h, w) of every request; neighbours of one form go through the network in one batch."""
@@ -166,7 +195,9 @@ def _all_latents(
         for batch in batches_of(requests, sampler.batch_size):
             yield from denoiser.latents(batch).split(1)
 
-    with on_device(base.network, encoder.device, encoder.offload):
+    with ExitStack() as moved:
+        for network in (base.network, *(base.control_networks if isinstance(base, PhotoConditioned) else ())):
+            moved.enter_context(on_device(network, encoder.device, encoder.offload))
         yield from batches()  # when it ends its CUDA graphs are freed, before the network is moved
 
 
@@ -201,7 +232,7 @@ class _Denoiser:
     encoder: Encoder
     sampler: Sampler
     prompts: dict[float | None, _Prompts]
-    photos: Photos
+    photos: _Photos
     predict: Callable[[Tensors], Tensor]
     solver: Solver
     lora: AttachedLoRA | None
@@ -219,23 +250,41 @@ class _Denoiser:
         prompts, weights = self.prompts[batch[0].lora_weight], self._weights(batch[0], len(timesteps))
         conditioning = prompts.conditioning(batch, device)
         dtype, rows = base.dtype, len(next(iter(conditioning.values())))
-        latents = torch.cat([self._initial(*pair, timesteps[:1]) for pair in zip(batch, generators, strict=True)])
+        starts = [self._start(*pair, timesteps[:1]) for pair in zip(batch, generators, strict=True)]
+        latents, *photo = map(torch.cat, zip(*starts, strict=True))
         size = tuple(side * base.pixels_per_latent for side in latents.shape[2:])
         for name, value in base.size_conditioning(size, (0, 0), size).items():
             conditioning[name] = value.to(device, dtype).expand(rows, *value.shape)
+        for name, value in self.photos.likeness(batch, prompts.negative is not None).items():
+            conditioning[name] = value.to(device, dtype)
         options = {"eta": 0.0, "generator": generators if len(batch) > 1 else generators[0]}
         options = {name: options[name] for name in inspect.signature(solver.step).parameters if name in options}
+        control, end = self._control(batch, rows // len(batch))
+        mask = None if batch[0].mask is None else torch.cat([_latent_mask(r.mask, latents) for r in batch])
         on_device = timesteps.to(device)
         for i, timestep in enumerate(timesteps):
             sample = solver.scale_model_input(torch.cat([latents] * (rows // len(batch))), timestep)
             if i in weights:
                 self.lora.set_weight(weights[i])
-            prediction = self.predict({"sample": sample, "timestep": on_device[i : i + 1], **conditioning})
+            structure = control if (i + 1) / len(timesteps) <= end else {}  # another graph, without the ControlNet
+            inputs = {"sample": sample, "timestep": on_device[i : i + 1], **conditioning, **structure}
+            prediction = self.predict(inputs)
             if prompts.negative is not None:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + sampler.guidance * (positive - negative)
             latents = solver.step(prediction, timestep, latents, **options, return_dict=False)[0]
+            if mask is not None:
+                latents = (1 - mask) * self._photo_at(*photo, timesteps[i + 1 : i + 2]) + mask * latents
         return latents
+
+    def _control(self, batch: list[Request], repeats: int) -> tuple[Conditioning, float]:
+        """The conditioning on the control images, each (B, ...) `repeats` times, and the fraction of the steps that
+        have it."""
+        if batch[0].control is None:
+            return {}, 0.0
+        rows = [self.encoder.base.control_conditioning(r.control.image, r.control.scale) for r in batch] * repeats
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: value.to(self.encoder.device) for name, value in stacked.items()}, batch[0].control.end
 
     def _weights(self, request: Request, steps: int) -> dict[int, float]:
         """The LoRA's weight by the step at which it changes: between the factors of the schedule it is interpolated."""
@@ -245,16 +294,28 @@ class _Denoiser:
         factors = np.interp(np.linspace(0, 1, steps), points, request.lora_schedule)
         return {i: float(request.lora_weight * f) for i, f in enumerate(factors) if i == 0 or f != factors[i - 1]}
 
-    def _initial(self, request: Request, generator: torch.Generator, timestep: Tensor) -> Tensor:
-        """Noise, or the photo's latents with the noise of `timestep` (1,): (1, C, h, w)."""
+    def _start(self, request: Request, generator: torch.Generator, timestep: Tensor) -> tuple[Tensor, ...]:
+        """Noise, or the photo's latents with the noise of `timestep` (1,), these latents and this noise: (1, C, h, w)
+        each."""
         base, device = self.encoder.base, self.encoder.device
         if request.photo is None:
             width, height = (side // base.pixels_per_latent for side in request.size)
             shape = (1, base.latent_channels, height, width)
-            return randn_tensor(shape, generator, device, base.dtype) * self.solver.init_noise_sigma
-        latents = self.photos[id(request.photo)](generator)
+            return (randn_tensor(shape, generator, device, base.dtype) * self.solver.init_noise_sigma,)
+        latents = self.photos.latents[id(request.photo)](generator)
         noise = randn_tensor(latents.shape, generator, device, base.dtype)
-        return self.solver.add_noise(latents, noise, timestep)
+        return self.solver.add_noise(latents, noise, timestep), latents, noise
+
+    def _photo_at(self, photo: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What replaces the latents outside of a mask: the photo's (B, C, h, w) with the noise of the next `timestep`
+        (1,), or (0,) after the last (blended latent diffusion: Avrahami et al. 2023, arXiv 2206.02779)."""
+        return self.solver.add_noise(photo, noise, timestep) if len(timestep) else photo
+
+
+def _latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
+    """The mean of a mask (mode L) over each latent (1, 1, h, w), 0 to 1."""
+    pixels = torch.from_numpy(np.asarray(mask, np.float32) / 255)[None, None]
+    return F.adaptive_avg_pool2d(pixels, latents.shape[2:]).to(latents)
 
 
 def _decode(base: BaseModel, request: Request, latents: Tensor) -> Image.Image:
@@ -264,7 +325,8 @@ def _decode(base: BaseModel, request: Request, latents: Tensor) -> Image.Image:
     pixels = base.decode(latents)
     _refuse_not_finite(pixels, request, "the VAE", vae_remedy(base.dtype))
     pixels = ((pixels[0] / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return image if request.mask is None else Image.composite(image, request.photo, request.mask)
 
 
 def _refuse_not_finite(tensor: Tensor, request: Request, component: str, remedy: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_lab.errors import InputError
+from lora_lab.settings.photo import Likeness, Structure
 from lora_lab.settings.refusal import SettingError, refusals
 from lora_lab.settings.sections import (
     Dataset,
@@ -56,9 +57,9 @@ from lora_lab.settings.stages import (
 )
 
 __all__ = [
-    "KEYS_OF_STAGES", "STAGES", "Caption", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate",
-    "Folder", "Img2img", "Loss", "Memory", "Model", "OptimizerTraits", "Packed", "Pipeline", "Prior", "Refine",
-    "Sampler", "Schedule", "Score", "Stage", "Text", "Tracker", "Train", "build_config",
+    "KEYS_OF_STAGES", "STAGES", "Caption", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate", "Folder",
+    "Img2img", "Likeness", "Loss", "Memory", "Model", "OptimizerTraits", "Packed", "Pipeline", "Prior", "Refine",
+    "Sampler", "Schedule", "Score", "Stage", "Structure", "Text", "Tracker", "Train", "build_config",
 ]  # fmt: skip
 
 PER_JOB_OF_ADAPTER = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
@@ -130,6 +131,8 @@ class Config(Section):
     loss: Loss
     prior: Prior
     sampler: Sampler
+    structure: Structure
+    likeness: Likeness
     memory: Memory
     score: Score
     tracker: Tracker

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lora_lab.errors import InputError
+from lora_lab.settings.photo import ControlNets
 from lora_lab.settings.setting import (
     SEEDS,
     AnyPath,
@@ -55,6 +56,11 @@ class Model(Section):
     dino: ModelLocation | None = setting(
         "DINOv2 model that compares images for the scores; null uses CLIP", decides="request", default=None
     )
+    segmenter: ModelLocation | None = setting(
+        "segmentation model that finds the person for stage.mask; null finds it on a plain background only",
+        decides="request",
+        default=None,
+    )
     resolution: int = setting("px; a bucket has about resolution^2 pixels", decides=BOTH, default=1024)
     bucket_step: int = setting("px; the sides of a bucket are multiples of it", decides=BOTH, default=64, ge=8)
     strength: float = setting("default of img2img's strength", decides="request", default=0.7, gt=0, le=1)
@@ -62,6 +68,7 @@ class Model(Section):
         "number format of the frozen base; auto is bf16, else fp16, and fp32 on a CPU", decides=BOTH, default="auto"
     )
     variant: str | None = setting("variant of the files on the hub: fp16 or null", decides=BOTH, default=None)
+    controlnet: ControlNets
 
     def __post_init__(self) -> None:
         if self.resolution < self.bucket_step:

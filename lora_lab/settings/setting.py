@@ -76,18 +76,20 @@ class Location:
     """Marks a setting that names a place, in which `~` and `$HOME` are replaced. A stage may require that it exists
     (see `lora_lab.launch.config`), except that of a `path`."""
 
-    kind: Literal["path", "folder", "dataset", "mask", "model", "tracker", "captioner", "refiner"]
+    kind: Literal["path", "folder", "dataset", "mask", "part", "model", "tracker", "captioner", "refiner"]
 
 
 AnyPath = Annotated[str, Location("path")]
 FolderPath = Annotated[str, Location("folder")]
 ModelLocation = Annotated[str, Location("model")]  # a hub id, a folder or a file
 MaskSource = Annotated[str, Location("mask")]  # none, alpha or a folder
+PhotoPart = Annotated[str, Location("part")]  # person, background, a folder or a file
 TrackerName = Annotated[str, Location("tracker")]
 # OmegaConf has no union of a text and a list; the stages and Dataset check what is in them.
 DatasetRoot = Annotated[Any, Location("dataset")]
 FolderPaths = Annotated[Any, Location("folder")]
 AnyPaths = Annotated[Any, Location("path")]
+PARTS = ("person", "background")  # of a photo, as masks
 SEEDS = 2**64  # seeds of torch lie below
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 LARGEST = 3.4e38  # of a number of 32 bits, in which training computes

@@ -4,7 +4,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_lab.errors import InputError
 from lora_lab.settings.sections import TIMESTEPS
-from lora_lab.settings.setting import AnyPath, FolderPath, FolderPaths, Section, Seed, section, setting
+from lora_lab.settings.setting import (
+    PARTS,
+    AnyPath,
+    FolderPath,
+    FolderPaths,
+    PhotoPart,
+    Section,
+    Seed,
+    section,
+    setting,
+)
 
 if TYPE_CHECKING:
     from lora_lab.settings.schema import Config
@@ -204,13 +214,30 @@ class Img2img(Stage):
     )
     seeds: list[Seed] = setting("one image for each photo and seed", decides="request", default_factory=lambda: [0])
     lora_weight: float = setting("scale of the LoRA; 0 leaves it out", decides="request", default=1.0)
+    mask: PhotoPart | None = setting(
+        "part of the photo that is drawn, the rest stays: person, background, or an image or folder of images whose "
+        "white is drawn; null draws all",
+        decides="request",
+        default=None,
+    )
+    feather: float = setting(
+        "of mask: by how much it is larger than the person, and over how much it then fades (a background only fades), "
+        "as a fraction of the photo's shorter side",
+        decides="request",
+        default=0.03,
+        ge=0,
+        le=1,
+    )
 
     def __post_init__(self) -> None:
         if not self.seeds:
             raise InputError("stage.seeds=[]: name at least one seed")
 
     def inputs(self, config: "Config", name: str = "stage") -> list[str]:
-        return [f"{name}.photo", "model.base", *([] if self.prompt else ["captioner", "refiner"])]
+        words = [] if self.prompt else ["captioner", "refiner"]
+        kept = ["structure.controlnet", "structure.images", "structure.detector", "likeness.adapter", f"{name}.mask"]
+        kept += ["model.segmenter"] if self.mask in PARTS else []
+        return [f"{name}.photo", "model.base", *words, *kept]
 
 
 @section

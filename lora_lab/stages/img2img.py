@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -15,8 +15,9 @@ from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, r
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
-from lora_lab.base.load import layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
+from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype, token_counter, validate_prediction
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
+from lora_lab.base.protocol import PhotoConditioned
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.captions.syntax import prompt_warnings
@@ -47,6 +48,7 @@ from lora_lab.sampling.generate import (
     photo_to_request,
     render_settings,
 )
+from lora_lab.sampling.structure import check_conditions, controls_of, masks_of
 from lora_lab.settings.schema import Config, Loss, Sampler
 from lora_lab.shared import Shared
 
@@ -97,6 +99,7 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
         refuse_used(folder, PROMPTS)
     remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
+    check_conditions(config.structure, config.likeness, config.memory, base_class(config.model), config.model.name)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
     lora = _lora(config)
@@ -109,7 +112,12 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
+    conditions = _conditions(config, paths, photos, device, folder)
     photo_requests = _photo_requests(config, paths, photos, device, folder, shared)
+    photo_requests = [
+        replace(item, request=replace(item.request, **values))
+        for item, values in zip(photo_requests, conditions, strict=True)
+    ]
     torch.cuda.empty_cache()  # the captioner's memory, for the base
     write_manifest(folder, device, {})
     _save_photos(paths, photo_requests, folder)
@@ -181,6 +189,28 @@ def _photo_requests(
     ]
 
 
+def _conditions(
+    config: Config, paths: Sequence[Path], photos: Sequence[Image.Image], device: torch.device, folder: Path
+) -> list[dict[str, Any]]:
+    """For each photo what its request has beside prompt and photo: control, likeness and mask. Control images and masks
+    are also saved to structure/ and mask/ of `folder`. Raises InputError."""
+    stage, structure, likeness = config.stage, config.structure, config.likeness
+    parts = [f"structure={structure.kind} weighs {structure.scale:g} in {structure.end:.0%} of the steps"]
+    parts += [f"likeness={likeness.kind} weighs {likeness.scale:g}", f"only stage.mask={stage.mask} is drawn"]
+    used = (structure.kind != "off", likeness.kind != "off", stage.mask is not None)
+    if any(used):
+        say("; ".join(part for part, is_used in zip(parts, used, strict=True) if is_used))
+    controls = controls_of(config.structure, paths, photos, device)
+    masks = masks_of(stage.mask, stage.feather, config.model.segmenter, paths, photos, device)
+    for name, control, mask in zip(distinct_names(paths), controls, masks, strict=True):
+        for part, image in (("structure", control and control.image), ("mask", mask)):
+            if image:
+                save_picture(folder / part / f"{name}.png", image, {})
+    likenesses = photos if config.likeness.kind != "off" else [None] * len(photos)
+    keys = ("control", "likeness", "mask")
+    return [dict(zip(keys, values, strict=True)) for values in zip(controls, likenesses, masks, strict=True)]
+
+
 def _captions(settings: Settings, paths: Sequence[Path], device: torch.device, file: Path, shared: Shared) -> list[str]:
     """The captioner's caption of each photo, whole and not cut to its bucket.
 
@@ -234,7 +264,11 @@ def _key(config: Config, loss: Loss, lora: Path | None, device: torch.device) ->
     dtype = pick_dtype(config.model.precision, device)
     render = render_settings(config.model, loss, config.memory, config.sampler, None, base, dtype)
     files = [lora, *([embeddings_path(lora)] if read_tokens(lora) else [])] if lora else []
-    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight)
+    models = {"structure.controlnet": config.structure.controlnet, "likeness.adapter": config.likeness.adapter}
+    conditions = [hash_model(locate_model(key, name)) for key, name in models.items() if name]
+    likeness = config.likeness
+    conditions += [likeness.weights, likeness.encoder, likeness.scale] if likeness.kind != "off" else []
+    return key_of(render.base_key, hash_files(*files), config.stage.lora_weight, *conditions)
 
 
 def _jobs(
@@ -248,8 +282,18 @@ def _jobs(
             request = replace(item.request, seed=seed)
             file = str(folder / f"{name}-s{seed}.png")
             image = GeneratedImage(str(path), item.caption, request.prompt, seed, file)
-            jobs.append(_Job(image, request, key_of(key, photo, request.prompt, seed, request.size, request.strength)))
+            conditions = _key_of_conditions(request)
+            parts = (photo, request.prompt, seed, request.size, request.strength, *conditions)
+            jobs.append(_Job(image, request, key_of(key, *parts)))
     return jobs
+
+
+def _key_of_conditions(request: Request) -> list[object]:
+    """What decides a request's control and mask."""
+    control, mask = request.control, request.mask
+    numbers = [control.scale, control.end] if control else []
+    images = [control.image] if control else []
+    return [*numbers, *(key_of(image.tobytes()) for image in (*images, *([mask] if mask else [])))]
 
 
 def _draw(
@@ -272,11 +316,13 @@ def _draw(
     parts = [(drawn, list(chain.from_iterable(part))) for drawn, part in by_state]
     write_text(file, "".join(_line(asdict(job.image)) for drawn, part in parts if drawn for job in part))
     if not all(drawn for drawn, _ in parts):
-        with (
-            base_for_sampling(shared, config.model, config.memory, loss, device) as encoder,
-            lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse),
-            file.open("a", encoding="utf-8") as stream,
-        ):
+        with ExitStack() as stack:
+            encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, loss, device))
+            if isinstance(encoder.base, PhotoConditioned):  # an earlier job may have loaded others, or none
+                encoder.base.load_control(config.structure, device, config.memory.offload)
+                encoder.base.load_likeness(config.likeness, device)
+            stack.enter_context(lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse))
+            stream = stack.enter_context(file.open("a", encoding="utf-8"))
             missing = (_drawn(part, config.sampler, encoder) for drawn, part in parts if not drawn)
             for job, picture in chain.from_iterable(missing):
                 metadata = {

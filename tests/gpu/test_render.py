@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from gpu_memory import DRY, free, peak_gib
 from peft import LoraConfig
 from PIL import Image
@@ -24,7 +25,7 @@ from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.sdxl import SDXL
 from lora_lab.launch.config import CONF, compose
 from lora_lab.sampling import generate as drawing
-from lora_lab.sampling.generate import Request, generate
+from lora_lab.sampling.generate import Control, Request, generate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,10 +84,11 @@ def photos(count: int) -> list[Request]:
     return [Request(PROMPT, seed, photo.size, photo, 0.5) for seed in range(count)]
 
 
-def draw(pipe, requests, sampler=SAMPLER, encoder=None) -> tuple[list[np.ndarray], list[float]]:
+def draw(base, requests, sampler=SAMPLER, encoder=None) -> tuple[list[np.ndarray], list[float]]:
     """The pictures, and when each of them was there, in seconds."""
     pictures, times = [], [time.perf_counter()]
-    for picture in generate(SDXL(pipe), requests, sampler, encoder):
+    base = base if isinstance(base, SDXL) else SDXL(base)
+    for picture in generate(base, requests, sampler, encoder):
         pictures.append(np.asarray(picture).astype(float))
         times.append(time.perf_counter())
     return pictures, times
@@ -115,6 +117,59 @@ def test_captured_and_fused_img2img_gives_the_same_pictures(pipe, lora, measured
     assert all(picture.std() > 1 for picture in drawn["eager"])
     assert apart["captured"] <= max(2 * again, 0.5)
     assert apart["captured, fused"] < apart["without the LoRA"]
+
+
+@pytest.fixture
+def controlled(pipe):
+    """The base with a ControlNet of SDXL's size, whose layers that begin as zeros have random weights."""
+    with torch.device(DEVICE):
+        network = ControlNetModel.from_unet(pipe.unet).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    base = SDXL(pipe)
+    base.controlnet = network.requires_grad_(False).eval()
+    return base
+
+
+def test_captured_img2img_with_a_controlnet_and_a_mask_gives_the_same_pictures(controlled, measured):
+    """Two graphs: with the ControlNet, and without it after the end of the control."""
+    edges, mask = Image.effect_noise((SIDE, SIDE), 90).convert("RGB"), Image.new("L", (SIDE, SIDE), 0)
+    mask.paste(255, (SIDE // 4, 0, SIDE, SIDE))
+    plain = photos(2 if DRY else 4)
+    controls = {"to the end": Control(edges, 0.8, 1.0), "to the half": Control(edges, 0.8, 0.5)}
+    requests = {name: [replace(request, control=control) for request in plain] for name, control in controls.items()}
+    requests["to the half, in a mask"] = [replace(request, mask=mask) for request in requests["to the half"]]
+    bare, _ = draw(controlled, plain)
+    for name, each in requests.items():
+        eager, _ = draw(controlled, each, replace(SAMPLER, capture=False))
+        again, _ = draw(controlled, each[:1], replace(SAMPLER, capture=False))
+        captured, times = draw(controlled, each, replace(SAMPLER, capture=True))
+        apart, noise = far(captured, eager), far(again, eager[:1])
+        seconds = statistics.median([round(after - before, 3) for before, after in pairwise(times)][1:])
+        measured(f"controlnet {name}", seconds_a_picture=seconds, apart=apart, again=noise, peak_gib=peak_gib())
+        assert apart <= max(2 * noise, 0.5) and far(eager, bare) > 1
+        if each[0].mask is not None:
+            outside = np.asarray(mask) == 0
+            assert all(np.array_equal(picture[outside], np.asarray(plain[0].photo)[outside]) for picture in captured)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_captured_network_follows_weights_that_change(pipe, lora, measured, fuse):
+    base, weights = SDXL(pipe), (1.0, 0.4, 1.0)
+    (request,) = photos(1)
+    alone = []
+    for weight in weights[:2]:
+        with lora_attached(base, lora, weight, fuse):
+            alone += draw(pipe, [request], replace(SAMPLER, capture=False))[0]
+    with lora_attached(base, lora, fuse=fuse) as attached:
+        requests = [replace(request, lora_weight=weight) for weight in weights]
+        images = [np.asarray(image).astype(float) for image in generate(base, requests, SAMPLER, lora=attached)]
+    first, second, third = images
+    apart = [far([first], alone[:1]), far([second], alone[1:]), far([third], alone[:1])]
+    measured(f"img2img, weights that change, fuse={fuse}", apart=apart, between_weights=far(alone[:1], alone[1:]))
+    assert max(apart) < far(alone[:1], alone[1:]) / 4
 
 
 @pytest.mark.parametrize("size", [2, 4])

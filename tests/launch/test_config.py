@@ -25,6 +25,7 @@ def needs(group, option):
     missing = {("stage", "img2img"): "stage.photo=me.jpg", ("stage", "compare"): "stage.folder=multirun/1",
                ("prior", "pictures"): "prior.root=data/CARTOONS",
                ("prior", "generated"): "prior.prompt='a cartoon character'"}  # fmt: skip
+    missing |= {("structure", kind): "structure.controlnet=me/controlnet" for kind in ("depth", "pose", "tile")}
     return [missing[group, option]] if (group, option) in missing else []
 
 

@@ -19,6 +19,7 @@ NEEDED = {
     "stage=compare": ["stage.folder=multirun/1"],
     "prior=pictures": ["prior.root=data/CARTOONS"],
     "prior=generated": ["prior.prompt='a cartoon character'"],
+    **{f"structure={kind}": ["structure.controlnet=me/controlnet"] for kind in ("depth", "pose", "tile")},
 }
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.yaml"))]
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from unloadable import unloadable_models
 
 from lora_lab.demo import PHOTOS
 from lora_lab.errors import InputError
+from lora_lab.images.edges import canny
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
 
@@ -199,3 +201,35 @@ def test_photos_of_long_names_have_images(tmp_path):
     result = draw(tmp_path / "run", f"stage.photo={tmp_path}", "stage.lora_weight=0", "stage.prompt=a")
     assert len({drawn.picture for drawn in result.pictures}) == 2
     assert all(Path(drawn.picture).is_file() for drawn in result.pictures)
+
+
+def test_a_mask_keeps_the_photo_outside_of_the_person_and_a_change_of_it_draws_again(tmp_path):
+    place = PHOTOS / "2.png"
+    options = f"stage.photo={place}", "stage.lora_weight=0", "stage.prompt='a green cup'", "model.resolution=256"
+    (first,) = draw(tmp_path / "run", *options, "stage.mask=person").pictures
+    drawn, photo = np.asarray(Image.open(first.picture)), np.asarray(Image.open(place).convert("RGB"))
+    mask = np.asarray(Image.open(tmp_path / "run/mask/2.png"))
+    assert np.array_equal(drawn[mask == 0], photo[mask == 0]) and 0.3 < (mask == 0).mean() < 0.9
+    assert np.abs(drawn[mask == 255].astype(int) - photo[mask == 255]).mean() > 10
+    before = Path(first.picture).stat().st_ino
+    draw(tmp_path / "run", *options, "stage.mask=person", f"resume={tmp_path / 'run'}")
+    assert Path(first.picture).stat().st_ino == before
+    draw(tmp_path / "run", *options, "stage.mask=person", "stage.feather=0.1", f"resume={tmp_path / 'run'}")
+    assert Path(first.picture).stat().st_ino != before
+
+
+def edge_agreement(photo, image):
+    """The share of the edges of either picture that have one of the other within two pixels: their harmonic mean."""
+    ours, theirs = (np.asarray(canny(picture, 100, 200))[..., 0] > 0 for picture in (photo, image))
+    near = [(distance_transform_edt(~b)[a] <= 2).mean() for a, b in ((ours, theirs), (theirs, ours))]
+    return 2 / sum(1 / max(share, 1e-9) for share in near)
+
+
+def test_the_bundled_controlnet_keeps_the_contours_of_the_photo(tmp_path):
+    photos, found = [str(PHOTOS / f"{number}.png") for number in (2, 4, 7)], {}
+    options = f"stage.photo={photos}", "stage.lora_weight=0", "stage.prompt='a person'", "sampler.batch_size=3"
+    for name in ("off", "canny"):
+        drawn = draw(tmp_path / name, *options, f"structure={name}", "stage.strength=1", "sampler.steps=6").pictures
+        pairs = [(Image.open(image.photo).convert("RGB").resize((128, 128)), image.picture) for image in drawn]
+        found[name] = np.mean([edge_agreement(photo, Image.open(picture)) for photo, picture in pairs])
+    assert found["off"] < 0.5 < 0.7 < found["canny"], found

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from experiments.tiny_base import augment, tokenizers, training
+from experiments.tiny_base import augment, models, tokenizers, train_controlnet, training
 from experiments.tiny_base.data import FREE, FULL, HELD_OUT, WRONG, Pictures, prepare
 from experiments.tiny_base.recipe import DRY, Training
+from experiments.tiny_base.render import to_image
 from experiments.tiny_base.train_vae import psnr
 from experiments.tiny_base.training import fit, load, save
+from lora_lab.images.edges import canny
 
 AVATARS = Path(__file__).with_name("avatars.jsonl.xz")
 TINY = replace(DRY, avatars=60, characters=60, details=5)
@@ -54,6 +56,29 @@ def test_tests_are_never_drawn_and_details_only_when_asked_for(pictures):
     assert not set(pictures.tests.tolist()) & set(drawn.tolist()) and drawn.max() < described
     assert len(pictures.tests) == described // HELD_OUT
     assert pictures.draw(4000, details=True)[0].max() >= described
+
+
+def test_the_edges_of_a_picture_are_those_that_structure_canny_finds(work, pictures):
+    few = torch.tensor([2, 5, 70])
+    np.save(work / "data" / "edges.npy", np.stack([train_controlnet._edges(work / "data", int(i)) for i in few]))
+    ground = torch.tensor([0, 2, 1])
+    edges = train_controlnet.Edges(work, "cpu").of(torch.arange(3), ground)
+    for i, seen in enumerate(pictures.rgb(few, ground)):
+        expected = np.asarray(canny(to_image(seen), 100, 200)) / 255
+        assert expected.any() and np.array_equal(edges[i].permute(1, 2, 0).numpy(), expected)
+
+
+def test_the_controlnet_begins_as_the_unet_and_adds_nothing():
+    unet, controlnet = models.unet().eval(), models.controlnet().eval()
+    train_controlnet.start(controlnet, unet)
+    assert torch.equal(controlnet.down_blocks[1].resnets[0].conv1.weight, unet.down_blocks[1].resnets[0].conv1.weight)
+    told = {"encoder_hidden_states": torch.randn(1, 77, 256), "return_dict": False}
+    told["added_cond_kwargs"] = {"text_embeds": torch.randn(1, 128), "time_ids": torch.zeros(1, 6)}
+    noisy, edges = torch.randn(1, 4, 32, 32), torch.ones(1, 3, 128, 128)
+    with torch.no_grad():
+        down, middle = controlnet(noisy, 500, controlnet_cond=edges, **told)
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        assert torch.equal(unet(noisy, 500, **added, **told)[0], unet(noisy, 500, **told)[0])
 
 
 def test_a_partner_shows_the_same_subject(pictures):
