@@ -348,7 +348,7 @@ def test_an_error_in_a_run_is_one_sentence_and_decides_the_exit_code(type_in, mo
 
 
 def test_an_unexpected_error_shows_its_traceback_and_exits_with_1(type_in, monkeypatch):
-    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder: {}["gone"])
+    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder, *_: {}["gone"])
     code, _, err = type_in("stage=check")
     assert code == 1 and "Traceback" in err and "KeyError: 'gone'" in err and "Error executing job" not in err
 
@@ -394,7 +394,9 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
 
 def test_the_jobs_of_a_sweep_are_one_group_for_the_tracker(type_in, monkeypatch):
     groups = []
-    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder: groups.append(config.tracker.group))
+    monkeypatch.setattr(
+        "lora_lab.launch.run_job.run_stage", lambda config, folder, *_: groups.append(config.tracker.group)
+    )
     assert type_in("-m", "stage=check", "seed=0,1")[0] == 0
     assert groups[0] is not None and groups == [groups[0]] * 2
     assert type_in("stage=check")[0] == 0

@@ -73,7 +73,7 @@ def test_hydra_composes_once_for_a_run(type_in, captions):
 def test_a_configuration_can_be_composed_within_another_one(type_in, captions, monkeypatch):
     ranks = []
     monkeypatch.setattr(
-        "lora_lab.launch.run_job.run_stage", lambda config, folder: ranks.append(compose("rank=7").rank)
+        "lora_lab.launch.run_job.run_stage", lambda config, folder, *_: ranks.append(compose("rank=7").rank)
     )
     assert type_in("stage=check")[0] == 0
     assert type_in("-m", "stage=check", "seed=0,1")[0] == 0

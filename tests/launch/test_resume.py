@@ -113,7 +113,7 @@ def test_a_resumed_sweep_is_the_unbroken_one(type_in, monkeypatch, words):
     make_folders()
     trained, stop_after = {}, None
 
-    def train(config, folder):
+    def train(config, folder, *_):
         if len(trained) == stop_after:
             raise KeyboardInterrupt
         trained[folder.name] = replace(config, tracker=replace(config.tracker, group=None))
@@ -141,7 +141,7 @@ def test_a_resumed_run_is_the_first_one(type_in, monkeypatch, words):
     swept = ("range", "glob", "2,4", "'4',", "choice", "TRUE", "hydra")
     words = [word for word in words if not any(mark in word for mark in swept)]
     configs = []
-    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder: configs.append(config))
+    monkeypatch.setattr("lora_lab.launch.run_job.run_stage", lambda config, folder, *_: configs.append(config))
     assert type_in("stage=check", *words, "hydra.run.dir=run")[0] == 0
     assert type_in("resume=run")[0] == 0 and type_in("resume=run")[0] == 0
     assert configs[0] == replace(configs[1], resume=None) == replace(configs[2], resume=None)
@@ -152,7 +152,7 @@ def contents(folder):
 
 
 def test_a_refused_resume_changes_nothing(type_in, monkeypatch, tmp_path):
-    def train(config, folder):
+    def train(config, folder, *_):
         log.info("a line of the log")
         if config.lr == 5e-5:
             raise InputError("was trained with lr=0.001, not 5e-05")
@@ -192,7 +192,7 @@ def test_the_words_of_a_killed_command_count_only_if_it_did_something(
 ):
     rates = []
 
-    def train(config, folder):
+    def train(config, folder, *_):
         log.info("a line of the log")
         rates.append(config.lr)
         if config.lr == 5e-5:
