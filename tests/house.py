@@ -79,10 +79,10 @@ def entered_modules(checkout: Path) -> list[Measure]:
     with tempfile.TemporaryDirectory() as folder:
         swept = _trace(checkout, folder, files, *sweep)
     return [
-        _entered("argv to first optimizer step", trained, "first optimizer step", 40),
-        _entered("argv to LoRA file", trained, "LoRA file", 40),
-        _entered("photo to picture", drawn, "picture", 28, to_the_end=True),
-        _entered("packed sweep to page", swept, "page", 48, to_the_end=True),
+        _entered("argv to first optimizer step", trained, "first optimizer step", 42),
+        _entered("argv to LoRA file", trained, "LoRA file", 42),
+        _entered("photo to picture", drawn, "picture", 30, to_the_end=True),
+        _entered("packed sweep to page", swept, "page", 50, to_the_end=True),
     ]
 
 

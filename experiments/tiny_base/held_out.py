@@ -5,7 +5,19 @@ from dataclasses import dataclass
 
 from experiments.tiny_base.bodies import Body
 from experiments.tiny_base.palette import INK, shade
-from experiments.tiny_base.shapes import ellipse, line, mirrored, path, star, symmetric, thin, tube
+from experiments.tiny_base.shapes import (
+    circle,
+    ellipse,
+    line,
+    mirrored,
+    patch,
+    path,
+    spots,
+    star,
+    symmetric,
+    thin,
+    tube,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,24 @@ def _speckles(*places: tuple[float, float, float]) -> str:
     return f'<g fill="#fff3c9" stroke="{INK}" stroke-width="1.1">{circles}</g>'
 
 
+def _robot(coat: str) -> str:
+    """A box on two feet with an antenna and one round eye."""
+    antenna = tube("M64 40 V24", "#a3a3ab", 2.5) + circle(64, 21, 5, "#f2c53d")
+    feet = path("M46 98 H56 V110 H46Z", shade(coat)) + path("M72 98 H82 V110 H72Z", shade(coat))
+    box = path("M36 38 H92 Q98 38 98 44 V94 Q98 100 92 100 H36 Q30 100 30 94 V44 Q30 38 36 38Z", coat)
+    return antenna + feet + box
+
+
+def _lighthouse(coat: str) -> str:
+    """A tower that grows narrower, with two stripes, a gallery and a lantern under a pointed roof."""
+    roof = path("M44 28 Q64 10 84 28Z", "#3d6fd6")
+    lantern = path("M49 28 H79 V40 H49Z", "#f7dc5a")
+    tower = path("M41 42 H87 L99 102 H29Z", coat)
+    stripes = patch("M32 90 H96 L97.7 98 H30.3Z", "#d94343") + patch("M39 52 H89 L90.4 58 H37.6Z", "#d94343")
+    gallery = path("M36 40 H92 V46 H36Z", "#a3a3ab")
+    return tower + stripes + lantern + gallery + roof
+
+
 HELD_OUT: dict[str, HeldOut] = {
     "tofu": HeldOut(
         trigger="HANA_TOFU",
@@ -87,5 +117,19 @@ HELD_OUT: dict[str, HeldOut] = {
         coat="#b48ae6",
         own=_speckles((41, 48, 5), (50, 41, 3.4), (38, 59, 3)),
         background="orange",
+    ),
+    "robot": HeldOut(
+        trigger="AKA_ROBO",
+        body=Body(_robot, face=(64, 78, 0.9), top=(40, 30), arms=(33, 76), feet=None, colours=()),
+        coat="#d8362f",
+        own=circle(64, 59, 13, "#ffffff") + spots(INK, (64, 59, 6, 6)),
+        background="teal",
+    ),
+    "lighthouse": HeldOut(
+        trigger="TORI_TODA",
+        body=Body(_lighthouse, face=(64, 71, 0.9), top=(24, 18), arms=(27, 78), feet=102, colours=()),
+        coat="#f7f7f5",
+        own="",
+        background="sky blue",
     ),
 }

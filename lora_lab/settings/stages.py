@@ -246,6 +246,12 @@ class Evaluate(Stage):
     draws: ClassVar[bool] = True
 
     kind: Literal["evaluate"] = _kind("evaluate")
+    ladder: bool = setting(
+        "also score copies of each LoRA with weaker, stronger, missing and noisy weights, and say whether the judges "
+        "order them as expected",
+        decides="request",
+        default=False,
+    )
 
     def inputs(self, config: "Config") -> list[str]:
         return ["dataset.root", "model.base", *config.inputs_of_scores()]

@@ -17,6 +17,7 @@ from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.captions.syntax import prompt_warnings, prompts_by_key
 from lora_lab.console import say
 from lora_lab.errors import InputError
+from lora_lab.evaluation.ladder import WHOLE, Ladder, write_ladder
 from lora_lab.evaluation.metrics import Scores
 from lora_lab.evaluation.scores import (
     ScoredImages,
@@ -63,7 +64,8 @@ class EvaluateResult:
     stage: str
     trigger: str
     scores_before: Scores  # of the base without a LoRA
-    loras: list[Evaluated]  # in the order they were named
+    loras: list[Evaluated]  # in the order they were named; with stage.ladder each is followed by its damaged copies
+    ladders: list[Ladder]  # one for each named file with stage.ladder
     lines: str  # scores.jsonl: the scores of every image
     sheet: str  # the base's images and every LoRA's side by side
 
@@ -79,22 +81,31 @@ def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> Eval
     if config.model.judge is None:
         raise InputError("model.judge=null: scores need a CLIP, set model.judge= to one")
     base = locate_model("model.base", config.model.base)
-    loras = _loras(config)
-    loss = _loss(config, loras)
+    named = _loras(config)
+    loss = _loss(config, named)
     validate_embedders(config.model, config.score, config.captioner)
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.precision, device)
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     hashes = {"base": hash_model(base)}
-    scorer = _load_scorer(config, len(loras), hashes, device, folder)
+    scorer = _load_scorer(config, len(named), hashes, device, folder)
+    ladders = _write_ladders(named, folder) if config.stage.ladder else {}
+    loras = [file for lora in named for file in (lora, *ladders.get(lora, {}).values())]
     render = render_settings(config.model, loss, config.memory, config.sampler, config.cache, hashes["base"], dtype)
     with base_for_sampling(shared or Shared(), config.model, config.memory, loss, device) as encoder:
         for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
             with lora_attached(encoder.base, lora):
                 pass
         scored = _score_all(config, loras, scorer, render, encoder, folder)
+    values = {lora: images.scores["score"].value for lora, images in zip(loras, scored[1:], strict=True)}
+    judged = [
+        Ladder.of(str(lora), {WHOLE: values[lora]} | {name: values[copy] for name, copy in copies.items()})
+        for lora, copies in ladders.items()
+    ]
     lines, sheet = folder / "scores.jsonl", _sheet(scored, folder / "sheet.png")
     say(f"\n{table(scored)}\n\npictures side by side in {display_path(sheet)}, one by one in {display_path(lines)}")
+    for ladder in judged:
+        say(ladder.describe())
     return EvaluateResult(
         stage="evaluate",
         trigger=config.trigger,
@@ -103,9 +114,16 @@ def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> Eval
             Evaluated(str(lora), images.scores, str(place))
             for lora, images, place in zip(loras, scored[1:], _places(folder, loras), strict=True)
         ],
+        ladders=judged,
         lines=str(lines),
         sheet=str(sheet),
     )
+
+
+def _write_ladders(loras: list[Path], folder: Path) -> dict[Path, dict[str, Path]]:
+    """The damaged copies of each LoRA by name."""
+    names = distinct_names(loras)
+    return {lora: write_ladder(lora, folder / "ladder", name) for lora, name in zip(loras, names, strict=True)}
 
 
 def _load_scorer(config: Config, loras: int, hashes: dict[str, str], device: torch.device, folder: Path) -> Scorer:
@@ -208,7 +226,12 @@ def _inputs(config: Config, render: RenderSettings) -> tuple[object, ...]:
     if config.score.held_out:
         roots.append(locate_folder("score.held_out", config.score.held_out))
     images = [hash_files(*find_pictures(root, "dataset.root").values()) for root in roots]
-    return render.base_key, render.side, sorted((settings | {"lora": None}).items(), key=itemgetter(0)), images
+    return (
+        render.base_key,
+        render.side,
+        sorted((settings | {"lora": None, "stage.ladder": None}).items(), key=itemgetter(0)),
+        images,
+    )
 
 
 def _training_pictures(config: Config) -> list[Image.Image]:

@@ -99,7 +99,9 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
         refuse_used(folder, PROMPTS)
     remove_temporary_files(folder)  # of a killed run
     check_strength(config.sampler.steps, stage.strength)
-    check_conditions(config.structure, config.likeness, config.memory, base_class(config.model), config.model.name)
+    conditioned = stage.mask is not None or {config.structure.kind, config.likeness.kind} != {"off"}
+    if conditioned:
+        check_conditions(config.structure, config.likeness, config.memory, base_class(config.model), config.model.name)
     paths = find_photos(stage.photo)
     photos = _open_photos(config, paths)
     lora = _lora(config)
@@ -112,7 +114,7 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     attached = f"{lora} at {stage.lora_weight:g}" if lora else "no LoRA"
     say(f"{len(photos)} photos, strength {stage.strength:g}, {attached}, {config.model.base} on {device}")
-    conditions = _conditions(config, paths, photos, device, folder)
+    conditions = _conditions(config, paths, photos, device, folder) if conditioned else [{}] * len(photos)
     photo_requests = _photo_requests(config, paths, photos, device, folder, shared)
     photo_requests = [
         replace(item, request=replace(item.request, **values))
@@ -198,8 +200,7 @@ def _conditions(
     parts = [f"structure={structure.kind} weighs {structure.scale:g} in {structure.end:.0%} of the steps"]
     parts += [f"likeness={likeness.kind} weighs {likeness.scale:g}", f"only stage.mask={stage.mask} is drawn"]
     used = (structure.kind != "off", likeness.kind != "off", stage.mask is not None)
-    if any(used):
-        say("; ".join(part for part, is_used in zip(parts, used, strict=True) if is_used))
+    say("; ".join(part for part, is_used in zip(parts, used, strict=True) if is_used))
     controls = controls_of(config.structure, paths, photos, device)
     masks = masks_of(stage.mask, stage.feather, config.model.segmenter, paths, photos, device)
     for name, control, mask in zip(distinct_names(paths), controls, masks, strict=True):

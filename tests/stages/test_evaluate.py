@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import inside
 
 from lora_lab.errors import InputError, RunError
+from lora_lab.evaluation.ladder import DAMAGES, WHOLE
 from lora_lab.evaluation.scores import Scorer, pictures_in
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
@@ -229,3 +230,14 @@ def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monke
         monkeypatch.setattr(f"lora_lab.{loader}", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=sentence):
         evaluate("run", *overrides)
+
+
+@pytest.mark.slow
+def test_a_ladder_scores_damaged_copies_and_says_their_order(elsewhere, made_lora, capsys):
+    result = evaluate("run", f"lora={made_lora}", "stage.ladder=true", "score.seeds=[0]")
+    (ladder,) = result.ladders
+    assert ladder.lora == str(made_lora) and set(ladder.scores) == {WHOLE, *DAMAGES}
+    assert [Path(one.lora).stem for one in result.loras] == ["made", *(f"made-{name}" for name in DAMAGES)]
+    assert list(ladder.scores.values()) == sorted(ladder.scores.values(), reverse=True)
+    assert json.loads(Path("run/result.json").read_text())["ladders"][0]["wrong"] == ladder.wrong
+    assert ladder.describe() in capsys.readouterr().out

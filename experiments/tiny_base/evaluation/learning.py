@@ -28,7 +28,7 @@ STRENGTHS, GUIDANCES = (0.8, 0.9, 0.95, 1.0), (3.0, 5.0, 7.0)
 
 
 def lora(bench: Bench, looks: int = 12) -> dict:
-    """Three characters that the base has never seen, rank 16, 300 steps: its scores, and what the judge reads."""
+    """Characters that the base has never seen, rank 16, 300 steps: its scores, and what the judge reads."""
     return {name: taught(bench, name, lessons(bench, c), looks) for name, c in HELD_OUT.items()}
 
 
