@@ -222,6 +222,7 @@ def test_a_folder_without_a_lora_and_an_unknown_name_are_refused(at_work):
         find_lora("zebra")
 
 
+@pytest.mark.slow
 def test_images_of_several_weights_are_those_of_the_file_attached_with_each(pipe, teacher, folder):
     """The file also changes the text encoders, so the prompts are encoded for each weight."""
     file, sampler = folder / "kohya.safetensors", compose("sampler.steps=3").sampler

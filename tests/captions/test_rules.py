@@ -297,6 +297,7 @@ def test_the_article_is_that_of_the_trigger(general, trigger, caption, refined):
     assert refine_caption(caption, trigger, general) == refined
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["rules", "avatars"])
 def test_words_that_no_rule_changes_stay_whatever_they_are(option):
     tags = [

@@ -405,6 +405,7 @@ def test_images_of_an_ip_adapter_are_bit_identical_to_diffusers(tmp_path, ip_ada
     assert np.array_equal(draw(base, request, guidance=guidance)[0], plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_lora_is_attached_to_a_unet_with_an_ip_adapter_and_a_controlnet(tmp_path, ip_adapters, fuse):
     base = loaded(tmp_path, random_controlnet(pipeline(NARROW).unet))

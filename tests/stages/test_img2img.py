@@ -203,6 +203,7 @@ def test_photos_of_long_names_have_images(tmp_path):
     assert all(Path(drawn.picture).is_file() for drawn in result.pictures)
 
 
+@pytest.mark.slow
 def test_a_mask_keeps_the_photo_outside_of_the_person_and_a_change_of_it_draws_again(tmp_path):
     place = PHOTOS / "2.png"
     options = f"stage.photo={place}", "stage.lora_weight=0", "stage.prompt='a green cup'", "model.resolution=256"
@@ -225,6 +226,7 @@ def edge_agreement(photo, image):
     return 2 / sum(1 / max(share, 1e-9) for share in near)
 
 
+@pytest.mark.slow
 def test_the_bundled_controlnet_keeps_the_contours_of_the_photo(tmp_path):
     photos, found = [str(PHOTOS / f"{number}.png") for number in (2, 4, 7)], {}
     options = f"stage.photo={photos}", "stage.lora_weight=0", "stage.prompt='a person'", "sampler.batch_size=3"

@@ -70,6 +70,7 @@ def test_jobs_of_a_sweep_load_once_and_draw_what_they_draw_alone(run, loads):
     assert sweep.drawn and len(sweep.runs) == 4 and Path("sweep/index.html").is_file()
 
 
+@pytest.mark.slow
 def test_what_decides_the_base_is_loaded_again_and_nothing_else(monkeypatch):
     monkeypatch.setattr(generate, "load_base_for_sampling", lambda *settings: object())
 
@@ -103,6 +104,7 @@ def test_a_base_is_freed_by_an_error_and_for_a_stage_that_does_not_draw(tmp_path
         assert base == "third"
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_leaves_the_others_as_they_are(run, loads, capsys):
     state = load_file("own.safetensors")
     save_file({key: value * 1e30 for key, value in state.items()}, "huge.safetensors")

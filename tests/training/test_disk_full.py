@@ -104,6 +104,7 @@ def test_wherever_the_space_ends_one_sentence_names_the_file_and_the_resumed_run
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_what_surely_does_not_fit_is_refused_before_the_first_step_and_what_may_not_fit_is_told(
     work, monkeypatch, capsys
 ):
