@@ -419,6 +419,19 @@ def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[No
             signal.signal(number, handler)
 
 
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Within the context the first signal waits for its end, where it arrives: the compiled code of a library may turn
+    the KeyboardInterrupt of a handler into an error of its own."""
+    received: list[int] = []
+    try:
+        with _on_signal(received, lambda: None):
+            yield
+    finally:
+        for number in received:
+            signal.raise_signal(number)
+
+
 def interrupt(number: int, frame: object) -> None:
     """A signal handler. Raises KeyboardInterrupt, which says what ended the program."""
     leave_terminal(number)

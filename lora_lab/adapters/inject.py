@@ -32,6 +32,7 @@ from lora_lab.adapters.tokens import installed_tokens, tokens_disabled, tokens_i
 from lora_lab.base.load import DTYPES
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
+from lora_lab.runs import signals_deferred
 
 EVERYWHERE = {"_target_", "r", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
 LYCORIS = EVERYWHERE | {"alpha", "rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}
@@ -253,12 +254,13 @@ def attached_components(base: BaseModel) -> list[str]:
 
 def _load_lora(base: BaseModel, lora: Path, weight: float) -> None:
     try:
-        with safe_open(str(lora), "pt") as file:
-            kind = adapter_kind(file.keys())
-        if kind == "LoRA":
-            base.load_lora(lora, ATTACHED)
-        else:  # diffusers refuses LoHa and LoKr, and reads DoRA without its magnitudes
-            load_own_keys(base, base.network_name, lora, ATTACHED)
+        with signals_deferred():
+            with safe_open(str(lora), "pt") as file:
+                kind = adapter_kind(file.keys())
+            if kind == "LoRA":
+                base.load_lora(lora, ATTACHED)
+            else:  # diffusers refuses LoHa and LoKr, and reads DoRA without its magnitudes
+                load_own_keys(base, base.network_name, lora, ATTACHED)
         names = attached_components(base)
         if not names:
             raise ValueError("it has no key of this base")
