@@ -130,6 +130,7 @@ class Scorer:
     clip: ReferenceEmbeddings
     dino: ReferenceEmbeddings | None
     references: Sequence[Image.Image]  # until score_base
+    reference_parts: Tensor | None  # (R, T, E) of DINOv2, until score_base; None without it
     baseline: Baseline | None = field(default=None, init=False)
 
     @classmethod
@@ -150,6 +151,7 @@ class Scorer:
         Raises InputError for such an embedder, and for wrong settings of the refiner."""
         embeddings = embed(model, [*training, *held_out], prompts.texts, device)
         references = held_out or training
+        stride = -(-len(references) // MAX_REFERENCES)
         return cls(
             prompts=prompts,
             model=model,
@@ -160,7 +162,8 @@ class Scorer:
             texts=embeddings.texts,
             clip=ReferenceEmbeddings.of(embeddings.clip, len(held_out)),
             dino=embeddings.dino and ReferenceEmbeddings.of(embeddings.dino.whole, len(held_out)),
-            references=references[:: -(-len(references) // MAX_REFERENCES)],
+            references=references[::stride],
+            reference_parts=embeddings.dino and embeddings.dino.parts[-len(references) :][::stride],
         )
 
     def score_base(self, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
@@ -168,17 +171,19 @@ class Scorer:
         pictures, files = render_base(self.prompts.specs, render, folder, encoder)
         embeddings = embed(self.model, pictures, [], self.device)
         captions = self._captions(pictures[: len(self.prompts.character)])
-        count = len(self.references)
-        parts = self._parts([*self.references, *pictures[: len(self.prompts.character)]], render.side, encoder)
-        self.references = ()
-        character = metrics.DistinctiveParts.of(parts[:count], parts[count:])
+        parts = self._parts(pictures, embeddings, render.side, encoder)
+        references = self.reference_parts
+        if references is None:
+            references = self._base_parts(self.references, render.side, encoder)
+        character = metrics.DistinctiveParts.of(references.to(self.device), parts)
+        self.references, self.reference_parts = (), None
         contrast, contrast_others = self._contrasts(embeddings)
         scale = Scale(
             contrast_before=contrast.mean().item(),
             attributes_before=self._attributes(captions).nanmean().item(),
             contrast_others_before=contrast_others.mean().item(),
         )
-        found = character.found(parts[count:]).cpu()
+        found = character.found(parts).cpu()
         self.baseline = Baseline(character, found, self._others(self._whole(embeddings)), scale)
         return self._scored(None, pictures, files, embeddings, captions, found)
 
@@ -191,13 +196,17 @@ class Scorer:
         files = [folder / f"{spec.name}.png" for spec in specs]
         embeddings = embed(self.model, pictures, [], self.device)
         captions = self._captions(pictures[: len(self.prompts.character)])
-        parts = self._parts(pictures[: len(self.prompts.character)], render.side, encoder)
+        parts = self._parts(pictures, embeddings, render.side, encoder)
         return self._scored(lora, pictures, files, embeddings, captions, self.baseline.character.found(parts).cpu())
 
-    def _parts(self, images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
-        """The vectors (N, T, D) of the images' parts, on the device: by DINOv2, else by the base's own network."""
-        if self.dino:
-            return embed(self.model, images, [], self.device).dino.parts.to(self.device)
+    def _parts(self, pictures: Sequence[Image.Image], embeddings: Embeddings, side: int, encoder: Encoder) -> Tensor:
+        """The vectors (N, T, D) of the parts of images with the trigger, on the device: by DINOv2, else by the base's
+        own network."""
+        if embeddings.dino:
+            return self._character(embeddings.dino.parts).to(self.device)
+        return self._base_parts(pictures[: len(self.prompts.character)], side, encoder)
+
+    def _base_parts(self, images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
         with lora_attached(encoder.base, None):
             return base_parts(images, side, encoder).to(self.device)
 
