@@ -364,13 +364,17 @@ def test_a_wrong_command_line_is_refused_without_importing_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch, chosen):
-    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
-    if chosen is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("chosen", "spin_count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
+)
+def test_threads_spin_a_short_time_unless_the_user_says_otherwise(monkeypatch, chosen, spin_count):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever the test does
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     prepare_process()
-    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count
 
 
 def test_the_module_runs_as_a_command(tmp_path):

@@ -54,7 +54,8 @@ def random_controlnet(unet, union=False):
 
 
 def structure_of(controlnet, kind="canny", **changes):
-    return replace(compose("structure=canny").structure, kind=kind, controlnet=str(controlnet), **changes)
+    images = {"images": str(PHOTOS)} if kind == "pose" else {}  # no model detects poses here
+    return replace(compose("structure=canny").structure, kind=kind, controlnet=str(controlnet), **images, **changes)
 
 
 def loaded(tmp_path, network, kind="canny"):

@@ -28,7 +28,7 @@ def clip(bench: Bench, size: int = 256) -> dict:
     rng = Random(f"{SEED}/clip")
 
     def see(pictures: list[Image.Image]) -> Tensor:
-        return embed(settings, pictures, [], torch.device("cpu")).clip.whole
+        return embed(settings, pictures, [], torch.device("cpu")).clip
 
     def understand(texts: list[str]) -> Tensor:
         tokens = processor(text=texts, return_tensors="pt", padding="max_length", truncation=True)
