@@ -1,7 +1,7 @@
 """What the demo's eight photos show, and how much of it a picture drawn from one keeps.
 
-The photos are DiceBear's avatars, drawn with options that lie beside them in options.jsonl; the looks follow from those.
-Pictures are read by judge/, which has learnt nothing and is not the captioner."""
+The photos are DiceBear's avatars, drawn with options that lie beside them in options.jsonl; the looks follow from
+those. Pictures are read by judge/, which has learnt nothing and is not the captioner."""
 
 import json
 from dataclasses import dataclass, replace
@@ -79,8 +79,9 @@ class Likeness:
 def likeness(image: Image.Image, photo: Photo, character: HeldOut) -> Likeness:
     """Read a picture (128 x 128) that was drawn from `photo`.
 
-    Of glasses and facial hair it counts that there are some (a stubble, which is hardly seen, does not count), of hair and shirt the colour, of the mouth the mood, and
-    only what the photo has; what is added is not counted. A character without anything that is its own has all of it."""
+    Of glasses and facial hair it counts that there are some, of hair and shirt the colour, of the mouth the mood. Only
+    what the photo has counts, without a stubble, which is hardly seen; what is added does not. A character without
+    anything that is its own has all of it."""
     truth = photo.look
     asked = replace(truth, subject=character.trigger, style=None, skin=None)
     reading = judge.read(image, asked, character)
