@@ -5,14 +5,17 @@ those. Pictures are read by judge/, which has learnt nothing and is not the capt
 
 import json
 from dataclasses import dataclass, replace
+from random import Random
 
 from PIL import Image
 
 from experiments.tiny_base import judge
 from experiments.tiny_base.avatars import STYLES
+from experiments.tiny_base.characters import NEUTRAL, draw
 from experiments.tiny_base.held_out import HeldOut
 from experiments.tiny_base.judge.colours import nearest, to_tensor
-from experiments.tiny_base.palette import COATS, HAIRS, SKINS
+from experiments.tiny_base.palette import BACKGROUNDS, COATS, HAIRS, SKINS
+from experiments.tiny_base.render import picture
 from experiments.tiny_base.vocabulary import Look
 from lora_lab import demo
 
@@ -55,6 +58,12 @@ def _look(style: str, options: dict) -> Look:
             values[key] = nearest(to_tensor(f"#{values[key]}"), palette)
     (name,) = (each for each in STYLES if each.replace("-", "") == style.lower())
     return STYLES[name].describe(values)
+
+
+def drawing(photo: Photo, character: HeldOut) -> Image.Image:
+    """The character with all that the photo has: what a perfect picture would be, and how well that is read."""
+    svg = draw(character.body, character.coat, photo.look, NEUTRAL, Random(0), character.own)
+    return picture(svg, BACKGROUNDS[photo.background])
 
 
 @dataclass(frozen=True)

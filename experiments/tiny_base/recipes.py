@@ -24,7 +24,7 @@ from experiments.tiny_base.characters import draw, random_look, random_pose
 from experiments.tiny_base.held_out import HELD_OUT, HeldOut
 from experiments.tiny_base.lessons import write
 from experiments.tiny_base.palette import BACKGROUNDS, COATS, HAIRS, INK, SKINS
-from experiments.tiny_base.photos import Photo, likeness, photos
+from experiments.tiny_base.photos import Photo, drawing, likeness, photos
 from experiments.tiny_base.render import picture
 from experiments.tiny_base.shapes import circle, spots
 from experiments.tiny_base.vocabulary import Look, full_caption
@@ -57,9 +57,12 @@ ROBOT_LOOKS = (
 )
 CHARACTERS: dict[str, HeldOut] = HELD_OUT | {"robot": ROBOT}
 
+DRAWN, BASE = "true drawings", "no LoRA"  # what the reader makes of perfect pictures, and of those of the base
 # Settings besides those of the demo (rank 16, lr 1e-3, 300 steps of 4). "captions" and "class" name folders of data().
 PEOPLE = "a cartoon person"
 RECIPES: dict[str, dict[str, object]] = {
+    DRAWN: {},
+    BASE: {},
     "default": {},
     "true captions": {"captions": "true"},
     "100 steps": {"steps": 100},
@@ -86,6 +89,8 @@ RECIPES: dict[str, dict[str, object]] = {
     "prior generated": {"prior": "generated", "prior.prompt": PEOPLE, "prior.number": 32},
     "prior people": {"prior": "pictures", "prior.root": "people"},
     "prior dressed": {"prior": "pictures", "prior.root": "dressed"},
+    "true captions, prior prediction": {"captions": "true", "prior": "prediction"},
+    "prior prediction, 200 steps": {"prior": "prediction", "steps": 200},
     "mixed people": {"mixed": "people"},
     "mixed dressed": {"mixed": "dressed"},
 }
@@ -167,13 +172,13 @@ class Bench:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return Path(result.lora), time.perf_counter() - started
 
-    def draw(self, lora: Path | None, trigger: str, weight: float, schedule: tuple[float, ...] = (1.0,)) -> list:
+    def draw(self, lora: Path | None, trigger: str, weight: float) -> list[Image.Image]:
         """The eight photos with a LoRA, as stage=img2img draws them."""
         requests = [
             photo_to_request(*pair, self.refiner, trigger, self.buckets, strength=self.strength).request
             for pair in zip(self.pictures, self.captions, strict=True)
         ]
-        requests = [replace(each, lora_weight=weight, lora_schedule=schedule) for each in requests]
+        requests = [replace(each, lora_weight=weight if lora else None) for each in requests]
         with lora_attached(self.encoder.base, lora, 1.0, self.sampler.fuse) as attached:
             return list(generate(self.encoder.base, requests, self.sampler, self.encoder, attached))
 
@@ -212,18 +217,23 @@ def class_caption(kind: str, rng: Random) -> str:
 
 def run(bench: Bench, job: Job, weights: Sequence[float]) -> Iterator[dict]:
     """The figures of a job at each weight."""
-    character = CHARACTERS[job.character]
-    lora = bench.out / "runs" / job.name / "lora" / "lora.safetensors"
-    lora, seconds = (lora, None) if lora.is_file() else bench.lora(job)
+    character, lora, seconds = CHARACTERS[job.character], None, None
+    if job.recipe not in (DRAWN, BASE):
+        lora = bench.out / "runs" / job.name / "lora" / "lora.safetensors"
+        if not lora.is_file():
+            lora, seconds = bench.lora(job)
     for weight in weights:
-        images = bench.draw(lora, character.trigger, weight)
+        if job.recipe == DRAWN:
+            images = [drawing(photo, character) for photo in bench.photos]
+        else:
+            images = bench.draw(lora, character.trigger, weight)
         sheet = Image.new("RGB", (SIDE * len(images), SIDE))
         for i, image in enumerate(images):
             sheet.paste(image, (i * SIDE, 0))
         (bench.out / "sheets").mkdir(exist_ok=True)
         sheet.save(bench.out / "sheets" / f"{job.name}-{weight:g}.png")
-        who = {"name": job.character, "recipe": job.recipe, "seed": job.seed}
-        yield who | {"weight": weight, "seconds": seconds} | figures(images, bench.photos, character)
+        row = {"name": job.character, "recipe": job.recipe, "seed": job.seed, "weight": weight, "seconds": seconds}
+        yield row | figures(images, bench.photos, character)
 
 
 def figures(images: Sequence[Image.Image], shown: Sequence[Photo], character: HeldOut) -> dict:
