@@ -90,7 +90,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "prior people": {"prior": "pictures", "prior.root": "people"},
     "prior dressed": {"prior": "pictures", "prior.root": "dressed"},
     "true captions, prior prediction": {"captions": "true", "prior": "prediction"},
-    "prior prediction, 200 steps": {"prior": "prediction", "steps": 200},
+    "prior prediction, 150 steps": {"prior": "prediction", "steps": 150},
     "mixed people": {"mixed": "people"},
     "mixed dressed": {"mixed": "dressed"},
 }
