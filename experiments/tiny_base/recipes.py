@@ -91,6 +91,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "prior dressed": {"prior": "pictures", "prior.root": "dressed"},
     "true captions, prior prediction": {"captions": "true", "prior": "prediction"},
     "prior prediction, 150 steps": {"prior": "prediction", "steps": 150},
+    "prior prediction, batch 2": {"prior": "prediction", "batch_size": 2},
     "mixed people": {"mixed": "people"},
     "mixed dressed": {"mixed": "dressed"},
 }
