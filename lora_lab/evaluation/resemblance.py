@@ -26,12 +26,12 @@ from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import say
 from lora_lab.evaluation.embedders import caption_images, image_parts
 from lora_lab.evaluation.metrics import Estimate, best_cosines, estimates
-from lora_lab.evaluation.scores import MAX_REFERENCES
 from lora_lab.images.scan import pictures
 from lora_lab.runs import display_path, hash_files
 from lora_lab.sampling.generate import image_side
 from lora_lab.settings.schema import Dataset, Model
 
+MAX_REFERENCES = 64  # images that are compared one by one: of more, every second, third, ...
 SIDE = 64  # pixels: images are compared in colour at this size
 BORDER, SHOULDERS = SIDE // 16, SIDE * 5 // 8  # of the background: its width; below, a subject may touch the sides
 BINS = (6, 7, 7)  # of OKLab's lightness, green to red and blue to yellow

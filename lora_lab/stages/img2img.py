@@ -18,16 +18,15 @@ from lora_lab.adapters.files import (
 from lora_lab.base.encode import key_of
 from lora_lab.base.layers import validate_quantization
 from lora_lab.base.load import base_class, layer_shapes, pick_device, token_counter, validate_prediction
-from lora_lab.base.locate import locate_folder, locate_model
+from lora_lab.base.locate import locate_model
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.captions.syntax import prompt_warnings
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.resemblance import mean_scores, references_of
-from lora_lab.images.dataset import say_unused
+from lora_lab.images.dataset import find_photos
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
-from lora_lab.images.scan import find_pictures
 from lora_lab.runs import (
     display_path,
     distinct_names,
@@ -90,7 +89,7 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     conditioned = stage.mask is not None or {config.structure.kind, config.likeness.kind} != {"off"}
     if conditioned:
         check_conditions(config.structure, config.likeness, config.memory, base_class(config.model), config.model.name)
-    paths = find_photos(stage.photo)
+    paths = find_photos(stage.photo, "stage.photo")
     photos = _open_photos(config, paths)
     lora = _lora(config)
     references = _references(config, lora)
@@ -136,22 +135,6 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     return Img2imgResult(
         "img2img", lora and str(lora), weight, None if auto else strength, images, str(folder / "sheet.png"), **means
     )
-
-
-def find_photos(value: object) -> list[Path]:
-    """The image files of `stage.photo`: an image, a folder of images, or a list of either.
-
-    Raises InputError for anything else, for a path that does not exist, and for a folder without images."""
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(item, str) for item in values):
-        raise InputError(f"stage.photo={value}: name a picture, a folder of pictures, or a list: [me.jpg,you.png]")
-    files: list[Path] = []
-    for item in values:
-        path = locate_folder("stage.photo", item)
-        files += find_pictures(path, "stage.photo").values() if path.is_dir() else [path]
-        if path.is_dir():
-            say_unused([path])
-    return files
 
 
 def _lora(config: Config) -> Path | None:
