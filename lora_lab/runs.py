@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -409,9 +410,16 @@ def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[No
         received.append(number)
         on_first()
 
+    with _handled(dict.fromkeys(_not_ignored(), handle)):
+        yield
+
+
+@contextmanager
+def _handled(handlers: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
+    """Within the context signals have these handlers; not in a thread, where they do not arrive."""
     previous = {}
-    if threading.current_thread() is threading.main_thread():  # in another one signals do not arrive
-        previous = {number: signal.signal(number, handle) for number in _not_ignored()}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
@@ -420,16 +428,25 @@ def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[No
 
 
 @contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Within the context the first signal waits for its end, where it arrives: the compiled code of a library may turn
-    the KeyboardInterrupt of a handler into an error of its own."""
-    received: list[int] = []
+def interrupts_kept() -> Iterator[None]:
+    """Raise the KeyboardInterrupt that the handler of a signal has raised within the context, whatever a library made
+    of it: compiled code may turn it into an error of its own, or drop it."""
+    raised: list[KeyboardInterrupt] = []
+
+    def handle(handler: Callable[[int, Any], None], number: int, frame: object) -> None:
+        try:
+            handler(number, frame)
+        except KeyboardInterrupt as interruption:
+            raised.append(interruption)
+            raise
+
+    handlers = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
     try:
-        with _on_signal(received, lambda: None):
+        with _handled({number: partial(handle, handler) for number, handler in handlers.items()}):
             yield
     finally:
-        for number in received:
-            signal.raise_signal(number)
+        if raised:
+            raise raised[0]
 
 
 def interrupt(number: int, frame: object) -> None:
