@@ -369,8 +369,7 @@ class SDXL:
         """Load the IP-Adapter of `likeness` into the UNet, and its image encoder; of likeness=off remove the last.
 
         Raises InputError if one of them cannot be read or was made for another base."""
-        if self.pipe.image_encoder is not None:
-            self.pipe.unload_ip_adapter()
+        self._unload_likeness()
         if likeness.kind == "off":
             return
         state, encoder = _load_ip_adapter(likeness, self.dtype)
@@ -380,6 +379,15 @@ class SDXL:
             self.pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
         self.pipe.unet.requires_grad_(False).eval()
         self.pipe.set_ip_adapter_scale(likeness.scale)
+
+    def unload_conditions(self) -> None:
+        """See PhotoConditioned."""
+        self.controlnet = None
+        self._unload_likeness()
+
+    def _unload_likeness(self) -> None:
+        if self.pipe.image_encoder is not None:
+            self.pipe.unload_ip_adapter()
 
     def likeness_conditioning(
         self, photos: Sequence[Image.Image], device: torch.device, offload: bool

@@ -319,7 +319,7 @@ def _draw(
     if not all(drawn for drawn, _ in parts):
         with ExitStack() as stack:
             encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, loss, device))
-            if isinstance(encoder.base, PhotoConditioned):  # an earlier job may have loaded others, or none
+            if isinstance(encoder.base, PhotoConditioned):
                 encoder.base.load_control(config.structure, device, config.memory.offload)
                 encoder.base.load_likeness(config.likeness, device)
             stack.enter_context(lora_attached(encoder.base, lora, config.stage.lora_weight, config.sampler.fuse))
