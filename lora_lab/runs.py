@@ -16,10 +16,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -410,16 +409,9 @@ def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[No
         received.append(number)
         on_first()
 
-    with _handled(dict.fromkeys(_not_ignored(), handle)):
-        yield
-
-
-@contextmanager
-def _handled(handlers: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
-    """Within the context signals have these handlers; not in a thread, where they do not arrive."""
     previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    if threading.current_thread() is threading.main_thread():  # in another one signals do not arrive
+        previous = {number: signal.signal(number, handle) for number in _not_ignored()}
     try:
         yield
     finally:
@@ -428,25 +420,19 @@ def _handled(handlers: Mapping[int, Callable[[int, Any], None]]) -> Iterator[Non
 
 
 @contextmanager
-def interrupts_kept() -> Iterator[None]:
-    """Raise the KeyboardInterrupt that the handler of a signal has raised within the context, whatever a library made
-    of it: compiled code may turn it into an error of its own, or drop it."""
-    raised: list[KeyboardInterrupt] = []
+def signals_deferred(message: str = "") -> Iterator[None]:
+    """Within the context the first signal waits for its end, where it arrives, and `message` is printed; a second one
+    raises KeyboardInterrupt at once.
 
-    def handle(handler: Callable[[int, Any], None], number: int, frame: object) -> None:
-        try:
-            handler(number, frame)
-        except KeyboardInterrupt as interruption:
-            raised.append(interruption)
-            raise
-
-    handlers = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+    The compiled code of a library may turn a KeyboardInterrupt into an error of its own, or drop it, and a library that
+    is interrupted while it starts a thread may leave one that never ends."""
+    received: list[int] = []
     try:
-        with _handled({number: partial(handle, handler) for number, handler in handlers.items()}):
+        with _on_signal(received, lambda: say(message) if message else None):
             yield
     finally:
-        if raised:
-            raise raised[0]
+        for number in received:
+            signal.raise_signal(number)
 
 
 def interrupt(number: int, frame: object) -> None:

@@ -19,7 +19,7 @@ from lora_lab.captions.blip import load_blip
 from lora_lab.demo import BASE, CAPTIONER
 from lora_lab.images.detect import people
 from lora_lab.launch.config import compose
-from lora_lab.runs import interrupts_kept, stop_on_signal
+from lora_lab.runs import signals_deferred, stop_on_signal
 
 CPU = torch.device("cpu")
 READING = {"base", "adapters", "captions", "evaluation", "images", "sampling", "stages", "training"}
@@ -42,7 +42,8 @@ def stopping_signal():
 
 
 def compiled_code(*_, error=SafetensorError, **__):
-    """A library that is interrupted, and raises `error` instead."""
+    """A library that two signals interrupt, and that raises `error` instead."""
+    signal.raise_signal(signal.SIGTERM)
     try:
         signal.raise_signal(signal.SIGTERM)
     except KeyboardInterrupt:
@@ -51,17 +52,24 @@ def compiled_code(*_, error=SafetensorError, **__):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError, SystemError, GeneratorExit, None])
-def test_a_signal_is_raised_whatever_a_library_makes_of_it(error):
+def test_a_deferred_signal_arrives_at_the_end_whatever_a_library_made_of_the_next_one(error):
     with stopping_signal():
-        with pytest.raises(KeyboardInterrupt, match=f"signal {int(signal.SIGTERM)}"), interrupts_kept():
+        with pytest.raises(KeyboardInterrupt, match=f"signal {int(signal.SIGTERM)}"), signals_deferred():
             compiled_code(error=error)
-        with pytest.raises(TypeError), interrupts_kept():
+        done = []
+        with pytest.raises(KeyboardInterrupt), signals_deferred():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("went on")
+        assert done
+        with pytest.raises(TypeError), signals_deferred():
             raise TypeError
 
 
-def test_a_signal_that_only_sets_a_flag_stays_one(tmp_path):
-    with stop_on_signal(tmp_path) as stopped, interrupts_kept():
-        signal.raise_signal(signal.SIGTERM)
+def test_a_signal_that_only_sets_a_flag_stays_one(tmp_path, capsys):
+    with stop_on_signal(tmp_path) as stopped:
+        with signals_deferred("the model is loaded first"):
+            signal.raise_signal(signal.SIGTERM)
+            assert not stopped() and "the model is loaded first" in capsys.readouterr().out
         assert stopped()
 
 
@@ -92,13 +100,13 @@ def test_a_signal_while_a_file_is_read_is_no_fault_of_the_file(loader, tmp_path,
         load(tmp_path / "latents" / "x.safetensors")
 
 
-def test_every_broad_handler_around_a_library_keeps_interrupts():
-    kept = {}
+def test_every_broad_handler_around_a_library_defers_signals():
+    deferred = {}
     for module in read_package(Path(__file__).parents[1]):
         for node in ast.walk(module.tree) if module.path.split("/")[0] in READING else ():
             if isinstance(node, ast.Try) and any(map(translates, node.handlers)):
-                kept[f"{module.path}:{node.lineno}"] = "interrupts_kept()" in "".join(map(ast.unparse, node.body))
-    assert len(kept) >= 9 and [place for place, keeps in kept.items() if not keeps] == []
+                deferred[f"{module.path}:{node.lineno}"] = "signals_deferred(" in "".join(map(ast.unparse, node.body))
+    assert len(deferred) >= 9 and [place for place, defers in deferred.items() if not defers] == []
 
 
 def translates(handler: ast.ExceptHandler) -> bool:

@@ -32,7 +32,7 @@ from lora_lab.adapters.tokens import installed_tokens, tokens_disabled, tokens_i
 from lora_lab.base.load import DTYPES
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
-from lora_lab.runs import interrupts_kept
+from lora_lab.runs import signals_deferred
 
 EVERYWHERE = {"_target_", "r", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
 LYCORIS = EVERYWHERE | {"alpha", "rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}
@@ -254,7 +254,7 @@ def attached_components(base: BaseModel) -> list[str]:
 
 def _load_lora(base: BaseModel, lora: Path, weight: float) -> None:
     try:
-        with interrupts_kept():
+        with signals_deferred():
             with safe_open(str(lora), "pt") as file:
                 kind = adapter_kind(file.keys())
             if kind == "LoRA":

@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from lora_lab.base.locate import locate_model
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
-from lora_lab.runs import interrupts_kept
+from lora_lab.runs import signals_deferred
 from lora_lab.settings.schema import Loss, Model
 from lora_lab.settings.setting import imported
 
@@ -80,7 +80,7 @@ def layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     base, shapes = base_class(model), {}
     root = Path(locate_model("model.base", model.base))
     unreadable = suppress(LocalEntryNotFoundError, HFValidationError, OSError, SafetensorError)
-    with unreadable, interrupts_kept():  # loading the base reports it
+    with unreadable, signals_deferred():  # loading the base reports it
         root = root if root.exists() else Path(snapshot_download(model.base, local_files_only=True))
         for component in (base.network_name, *base.embedding_keys):
             for file in (root / component).glob("*.safetensors"):
@@ -100,7 +100,7 @@ def token_counter(base: str) -> Callable[[str], int] | None:
     if Path(location).is_file():
         return None
     try:
-        with interrupts_kept():
+        with signals_deferred():
             tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer", trust_remote_code=False)
     except Exception:  # libraries raise nearly anything, and loading the base names the fault
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_lab import demo
 from lora_lab.errors import InputError
-from lora_lab.runs import hash_files, interrupts_kept
+from lora_lab.runs import hash_files, signals_deferred
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # to read such a file is to run what is in it
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -67,9 +67,9 @@ def loading(location: str, failure: str, hint: str = "") -> Iterator[None]:
     """Within the context a library loads the model at a location of `locate_model`.
 
     Raises InputError, with `failure`, the reason and `hint`, for any error: for files that are missing, damaged or of
-    another kind libraries raise nearly anything. What a signal raises is none."""
+    another kind libraries raise nearly anything. A signal waits, and is none."""
     try:
-        with interrupts_kept():
+        with signals_deferred("stopping once the model is loaded (Ctrl-C again stops at once)"):
             yield
     except InputError:
         raise
@@ -94,7 +94,7 @@ def _is_damaged(file: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with interrupts_kept():
+        with signals_deferred():
             if file.suffix == ".safetensors":
                 with safe_open(file, "np"):  # compares the header with the length of the file
                     return False
