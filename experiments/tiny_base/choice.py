@@ -1,12 +1,12 @@
 """How well the judge of resemblance chooses: its numbers beside what judge/ reads, which it does not know.
 
-python -m experiments.tiny_base.choice OUT NAME=LORA=FOLDER... [--seeds 0 1] [--budget 4]
+python -m experiments.tiny_base.choice OUT NAME=LORA=FOLDER... [--seeds 0 1] [--words stage.budget=6]
 
 draws the demo's eight photos with each LoRA of a character (tofu, mug, octopus, robot, lighthouse) whose training
-images are in FOLDER, once at weight 1 and the usual strength and once as stage.auto chooses. It prints for each how
-many of the usual and of the chosen pictures show the character's body, colour and own mark, what they keep of the photo,
-what the best draft of each photo could give, and how the judge ranks the drafts of a photo beside the reading (Spearman,
-mean over photos)."""
+images are in FOLDER, once at weight 1 and the usual strength and once as stage.auto chooses. For each it prints how
+many of the usual and of the chosen pictures show the character's body, colour and own mark, what they keep of the
+photo, what the best draft of each photo could give, and how the judge ranks the drafts of a photo beside the reading
+(Spearman, mean over photos)."""
 
 import argparse
 import json
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("loras", nargs="+", help="NAME=LORA=FOLDER of its training images")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--budget", type=int, default=4)
+    parser.add_argument("--words", nargs="+", default=[], help="settings of the choice")
     asked = parser.parse_args()
     shown = {photo.file: photo for photo in photos()}
     for text in asked.loras:
@@ -83,7 +83,7 @@ def main() -> None:
         seeds, place = f"stage.seeds={asked.seeds}".replace(" ", ""), asked.out / f"{name}-{Path(lora).stem}"
         asked.out.mkdir(parents=True, exist_ok=True)
         usual = draw(lora, references, name, Path(f"{place}-usual"), seeds, "stage.lora_weight=1")
-        chosen = draw(lora, references, name, Path(f"{place}-auto"), seeds, f"stage.budget={asked.budget}")
+        chosen = draw(lora, references, name, Path("-".join([f"{place}-auto", *asked.words])), seeds, *asked.words)
         drafts = [[read(draft, shown, name, line["photo"]) for draft in line["drafts"]] for line in chosen]
         figures = {
             "name": name,
