@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d, normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
 from lora_lab.base.encode import Encoder, on_device
-from lora_lab.base.locate import loading_failure, locate_model
+from lora_lab.base.locate import loading, locate_model
 from lora_lab.captions.captioner import load_captioner, run_captioner
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
@@ -89,6 +89,19 @@ def _dino(location: str, images: Sequence[Image.Image], device: torch.device) ->
     return ImageEmbeddings(normalize(whole, dim=-1), parts)
 
 
+def image_parts(model: Model, images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
+    """The vectors (N, T, D) of the parts of RGB images, on the device of `encoder`: DINOv2's patches, or without
+    `model.dino` what `base_parts` gives.
+
+    Raises InputError for a DINOv2 that cannot be loaded, RunError for non-finite values."""
+    if model.dino is None:
+        return base_parts(images, side, encoder).to(encoder.device)
+    with torch.inference_mode():
+        parts = _dino(locate_model("model.dino", model.dino), images, encoder.device).parts
+    _free_gpu_memory(encoder.device)
+    return parts.to(encoder.device)
+
+
 @torch.no_grad()
 def base_parts(images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
     """The vectors (N, T, D) of the parts of RGB images, cut to a square of `side` pixels, in the base's own network;
@@ -120,7 +133,8 @@ def caption_images(captioner: Mapping[str, Any], images: Sequence[Image.Image], 
 def _load(key: str, location: str, kind: str, network: type, processor: type, device: torch.device) -> tuple:
     quiet_loading()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    try:
+    hint = f"; name another or a local folder, or set {key}=null"
+    with loading(location, f"{key}={location}: cannot be loaded", hint):
         model_type = AutoConfig.from_pretrained(location, trust_remote_code=False).model_type
         if not model_type.startswith(kind):  # it would load, with random weights
             raise InputError(
@@ -128,13 +142,6 @@ def _load(key: str, location: str, kind: str, network: type, processor: type, de
             )
         model = network.from_pretrained(location, dtype=dtype, trust_remote_code=False)
         images = processor.from_pretrained(location, trust_remote_code=False)
-    except InputError:
-        raise
-    except Exception as error:  # not found, offline, damaged: libraries raise nearly anything
-        raise InputError(
-            f"{key}={location}: cannot be loaded ({loading_failure(location, error)}); name another or a local folder, "
-            f"or set {key}=null"
-        ) from error
     return model.to(device).eval(), images
 
 
