@@ -320,6 +320,13 @@ def read_metadata(lora: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def hash_of_dataset(lora: Path) -> str | None:
+    """runs.hash_files of the images that the file was trained on; None where it does not say. Raises InputError for an
+    unreadable file."""
+    found = re.match(r"lora_lab \S+, dataset (\w+)", read_metadata(lora).get("ss_training_comment", ""))
+    return found and found[1]
+
+
 @contextmanager
 def _opened(lora: Path) -> Iterator[safe_open]:
     """A safetensors file, whose header has been checked. Raises InputError, also for what goes wrong within."""

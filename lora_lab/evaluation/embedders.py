@@ -89,6 +89,19 @@ def _dino(location: str, images: Sequence[Image.Image], device: torch.device) ->
     return ImageEmbeddings(normalize(whole, dim=-1), parts)
 
 
+def image_parts(model: Model, images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
+    """The vectors (N, T, D) of the parts of RGB images, on the device of `encoder`: DINOv2's patches, or without
+    `model.dino` what `base_parts` gives.
+
+    Raises InputError for a DINOv2 that cannot be loaded, RunError for non-finite values."""
+    if model.dino is None:
+        return base_parts(images, side, encoder).to(encoder.device)
+    with torch.inference_mode():
+        parts = _dino(locate_model("model.dino", model.dino), images, encoder.device).parts
+    _free_gpu_memory(encoder.device)
+    return parts.to(encoder.device)
+
+
 @torch.no_grad()
 def base_parts(images: Sequence[Image.Image], side: int, encoder: Encoder) -> Tensor:
     """The vectors (N, T, D) of the parts of RGB images, cut to a square of `side` pixels, in the base's own network;

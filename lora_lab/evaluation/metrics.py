@@ -60,10 +60,10 @@ class DistinctiveParts:
         """For references (M, T, D) and images of the base (K, T, D), vectors of parts of any length."""
         deviation, mean = torch.std_mean(torch.cat([references, before]), dim=(0, 1), correction=0)
         references, before = (normalize((x - mean) / (deviation + 1e-5), dim=-1) for x in (references, before))
-        among = _best_cosines(references, references)
+        among = best_cosines(references, references)
         own = torch.eye(len(references), dtype=torch.bool, device=references.device)
         alike = among.masked_fill(own[:, None], torch.nan).nanmean(dim=2) if len(references) > 1 else among[..., 0]
-        base = _best_cosines(references, before).mean(dim=2)
+        base = best_cosines(references, before).mean(dim=2)
         gain = (alike - base).clamp(min=0)
         return cls(mean, deviation, references, base, gain / gain.square().sum().clamp(min=1e-9))
 
@@ -71,11 +71,11 @@ class DistinctiveParts:
         """How much of the character each of images (N, T, D) contains (N,): 0 as the base's images on average, 1 as
         the references among each other, below 0 for what resembles nothing that either shows."""
         images = normalize((images - self.mean) / (self.deviation + 1e-5), dim=-1)
-        gained = _best_cosines(self.references, images) - self.before[..., None]
+        gained = best_cosines(self.references, images) - self.before[..., None]
         return (gained * self.weights[..., None]).sum(dim=(0, 1))
 
 
-def _best_cosines(references: Tensor, images: Tensor) -> Tensor:
+def best_cosines(references: Tensor, images: Tensor) -> Tensor:
     """For every part of references (M, T, D) the cosine of its best counterpart in each of images (N, T, D): (M, T, N).
 
     All are unit vectors."""

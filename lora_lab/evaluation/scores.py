@@ -21,13 +21,23 @@ from lora_lab.errors import InputError
 from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, base_parts, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Estimate, Scale, Scores
+from lora_lab.evaluation.photos import PhotoScorer, ScoredPhoto
+from lora_lab.evaluation.resemblance import MAX_REFERENCES
 from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_json, write_text
-from lora_lab.sampling.generate import ImageSpec, RenderSettings, image_specs, render_base, render_with_lora
+from lora_lab.sampling.generate import (
+    ImageSpec,
+    RenderSettings,
+    check_strength,
+    image_specs,
+    render_base,
+    render_with_lora,
+    save_image,
+)
 from lora_lab.settings.schema import Model, Score
 
-MAX_REFERENCES = 64  # whose parts are compared one by one: of more, every second, third, ...
+OF_PHOTOS = ("resemblance", "kept", "character")  # Resemblance.scores that a LoRA has
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,10 @@ class ScorePrompts:
 def validate_embedders(model: Model, score: Score, captioner: Mapping[str, Any]) -> None:
     """Raise InputError for a missing model that the scores need."""
     locate_embedders(model)
-    if score.attributes:
+    if score.attributes or score.photos is not None:
         check_captioner(captioner)
+    if score.photos is not None:
+        check_strength(score.photo_steps, model.strength, "score.photo_steps")
 
 
 def held_out_pictures(model: Model, score: Score) -> list[Image.Image]:
@@ -88,7 +100,7 @@ class ScoredImages:
     name: str  # for people
     scores: Scores
     lines: list[dict]  # one per image: lora, prompt, seed, picture, caption, and its scores
-    pictures: list[Image.Image]  # those with the trigger in the order of prompts and seeds, then the others
+    pictures: list[Image.Image]  # those with the trigger in the order of prompts and seeds, the others, the photos'
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class Scorer:
     dino: ReferenceEmbeddings | None
     references: Sequence[Image.Image]  # until score_base
     reference_parts: Tensor | None  # (R, T, E) of DINOv2, until score_base; None without it
+    photos: PhotoScorer | None
     baseline: Baseline | None = field(default=None, init=False)
 
     @classmethod
@@ -143,20 +156,23 @@ class Scorer:
         trigger: str,
         training: Sequence[Image.Image],
         held_out: Sequence[Image.Image],
+        score: Score,
         device: torch.device,
     ) -> "Scorer":
         """Embed what the LoRAs were trained on; they are compared with `held_out`, if there are any images in it.
+        `score` has the photos.
 
         To be called before the base is loaded: an embedder that cannot be loaded then costs seconds, not a training.
         Raises InputError for such an embedder, and for wrong settings of the refiner."""
         embeddings = embed(model, [*training, *held_out], prompts.texts, device)
         references = held_out or training
         stride = -(-len(references) // MAX_REFERENCES)
+        rewriter = load_refiner(refiner)
         return cls(
             prompts=prompts,
             model=model,
             captioner=captioner,
-            refiner=load_refiner(refiner),
+            refiner=rewriter,
             trigger=trigger,
             device=device,
             texts=embeddings.texts,
@@ -164,6 +180,7 @@ class Scorer:
             dino=embeddings.dino and ReferenceEmbeddings.of(embeddings.dino.whole, len(held_out)),
             references=references[::stride],
             reference_parts=embeddings.dino and embeddings.dino.parts[-len(references) :][::stride],
+            photos=PhotoScorer.load(score, model, captioner, rewriter, trigger, device),
         )
 
     def score_base(self, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
@@ -176,6 +193,7 @@ class Scorer:
         if references is None:
             references = self._base_parts(self.references, render.side, encoder)
         character = metrics.DistinctiveParts.of(references.to(self.device), parts)
+        photos = self.photos.score_base(self.references, render.sampler, encoder) if self.photos else []
         self.references, self.reference_parts = (), None
         contrast, contrast_others = self._contrasts(embeddings)
         scale = Scale(
@@ -185,7 +203,8 @@ class Scorer:
         )
         found = character.found(parts).cpu()
         self.baseline = Baseline(character, found, self._others(self._whole(embeddings)), scale)
-        return self._scored(None, pictures, files, embeddings, captions, found)
+        scored = self._scored(None, pictures, files, embeddings, captions, found, photos)
+        return self._with_photos(scored, None, photos, folder / "drawn")
 
     def score(self, lora: Path, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
         """Render with the LoRA file into `folder` and score that, after score_base.
@@ -197,7 +216,27 @@ class Scorer:
         embeddings = embed(self.model, pictures, [], self.device)
         captions = self._captions(pictures[: len(self.prompts.character)])
         parts = self._parts(pictures, embeddings, render.side, encoder)
-        return self._scored(lora, pictures, files, embeddings, captions, self.baseline.character.found(parts).cpu())
+        photos = self.photos.score(lora, render.sampler, encoder) if self.photos else []
+        found = self.baseline.character.found(parts).cpu()
+        scored = self._scored(lora, pictures, files, embeddings, captions, found, photos)
+        return self._with_photos(scored, lora, photos, folder)
+
+    def _with_photos(
+        self, scored: ScoredImages, lora: Path | None, photos: Sequence[ScoredPhoto], folder: Path
+    ) -> ScoredImages:
+        """`scored`, and the images over photos, which are saved into `folder`."""
+        lines = []
+        for each in photos:
+            request, file = each.request, folder / f"photo-{each.name}.png"
+            save_image(
+                file, each.image, ImageSpec(each.name, request.prompt, request.seed), lora.name if lora else "none"
+            )
+            lines.append(
+                {"lora": lora and str(lora), "prompt": request.prompt, "seed": request.seed, "picture": str(file)}
+                | {"photo": str(each.photo), "caption": None, "scores": each.judged.scores}
+            )
+        images = [each.image for each in photos]
+        return replace(scored, lines=[*scored.lines, *lines], pictures=[*scored.pictures, *images])
 
     def _parts(self, pictures: Sequence[Image.Image], embeddings: Embeddings, side: int, encoder: Encoder) -> Tensor:
         """The vectors (N, T, D) of the parts of images with the trigger, on the device: by DINOv2, else by the base's
@@ -234,6 +273,7 @@ class Scorer:
         embeddings: Embeddings,
         captions: list[str | None],
         parts: Tensor,
+        photos: Sequence[ScoredPhoto],
     ) -> ScoredImages:
         prompts, baseline = self.prompts, self.baseline
         of_character, of_others, of_seeds = self._measure(embeddings, captions, parts)
@@ -248,8 +288,10 @@ class Scorer:
             line["scores"] = {name: _rounded(numbers[index].item()) for name, numbers in values.items()}
         # Image by image: how much a prompt's background resembles the references' adds no uncertainty about the LoRA.
         gained = {"gained": parts - baseline.parts}
-        estimates = metrics.estimates([of_character | of_seeds | gained, of_others], self._combined)
-        scores = {name: estimates[name] for name in ("score", *of_character, *of_others, *of_seeds)}
+        of_photos = {name: torch.tensor([p.judged.scores[name] for p in photos]) for name in OF_PHOTOS if photos}
+        groups = [of_character | of_seeds | gained, of_others, *([of_photos] if photos else [])]
+        estimates = metrics.estimates(groups, self._combined)
+        scores = {name: estimates[name] for name in ("score", *of_photos, *of_character, *of_others, *of_seeds)}
         return ScoredImages(lora.stem if lora else "without a LoRA", scores, lines, pictures)
 
     def _measure(
@@ -294,7 +336,8 @@ class Scorer:
 
     def _combined(self, means: Mapping[str, Tensor]) -> Tensor:
         names = ("gained", "contrast", "attributes", "contrast_others")
-        return metrics.combined(*(means[name] for name in names), self.baseline.scale)
+        score = metrics.combined(*(means[name] for name in names), self.baseline.scale)
+        return (score * means["resemblance"]).sqrt() if self.photos else score
 
     def _contrasts(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
         """metrics.contrast of images with the trigger (N,), and of images without (M,)."""

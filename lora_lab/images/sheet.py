@@ -1,7 +1,8 @@
 """Contact sheets: images and captions side by side in a labelled grid."""
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -43,6 +44,33 @@ def contact_sheet(
         for column, content in zip(range(len(column_titles)), cells, strict=True):
             _cell(sheet, content, left + column * (cell + gap), y, cell, size)
     return sheet
+
+
+def labelled(image: Image.Image, text: str, side: int = 256) -> Image.Image:
+    """The image, its longer side `side` pixels, with `text` beneath it."""
+    fitted = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    size = max(11, side // 15)
+    height = _tallest([text], size, fitted.width) + size // 2
+    whole = Image.new("RGB", (fitted.width, fitted.height + height), PANEL)
+    whole.paste(fitted, (0, 0))
+    _text(ImageDraw.Draw(whole), text, (0, fitted.height, fitted.width, height), size, INK)
+    return whole
+
+
+def montage(images: Sequence[Image.Image], framed: Collection[int] = ()) -> Image.Image:
+    """RGB images of about one size in a grid about as wide as high; those with the numbers `framed` have a frame."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    gap = max(4, width // 32)
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), PANEL)
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(images):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
+        if i in framed:
+            draw.rectangle((x - gap, y - gap, x + width + gap - 1, y + height + gap - 1), INK)
+        grid.paste(image, (x, y))
+    return grid
 
 
 def _cell(sheet: Image.Image, content: Cell, x: int, y: int, cell: int, size: int) -> None:

@@ -64,11 +64,13 @@ class Request:
         return size, strength, *conditions, self.lora_weight, self.lora_schedule
 
 
-def check_strength(steps: int, strength: float) -> None:
-    """Raise InputError where int(steps * strength), the steps that diffusers runs, is 0: it crashes there."""
+def check_strength(steps: int, strength: float, key: str = "sampler.steps") -> None:
+    """Raise InputError where int(steps * strength), the steps that diffusers runs, is 0: it crashes there.
+
+    `key` is that of `steps`."""
     if int(steps * strength) < 1:
         raise InputError(
-            f"stage.strength={strength} with sampler.steps={steps} leaves no step to run: "
+            f"stage.strength={strength} with {key}={steps} leaves no step to run: "
             f"use a strength of at least {math.ceil(100 / steps) / 100} or more steps"
         )
 

@@ -230,8 +230,9 @@ class Config(Section):
         """The keys that name what scoring needs; [] where nothing is scored."""
         if self.model.judge is None:
             return []
-        readers = ["captioner", "refiner"] if self.score.attributes else []  # they read the drawn images back
-        return ["model.judge", "model.dino", "score.held_out", *readers]
+        # They read the drawn images back.
+        readers = ["captioner", "refiner"] if self.score.attributes or self.score.photos is not None else []
+        return ["model.judge", "model.dino", "score.held_out", "score.photos", *readers]
 
 
 def unfit_for_a_file(name: str) -> str | None:

@@ -11,6 +11,7 @@ from lora_lab.settings.setting import (
     AnyPath,
     DatasetRoot,
     FolderPath,
+    FolderPaths,
     MaskSource,
     ModelLocation,
     Section,
@@ -519,6 +520,12 @@ class Score(Section):
         decides="request",
         default=None,
     )
+    photos: FolderPaths | None = setting(
+        "photos that the LoRA also draws over: the score then asks for resemblance too; an image, a folder or a list",
+        decides="request",
+        default=None,
+    )
+    photo_steps: int = setting("of photos: denoising steps", decides="request", default=8, ge=1)
 
     def __post_init__(self) -> None:
         for key in ("prompts", "other_prompts", "seeds"):

@@ -205,15 +205,39 @@ class Img2img(Stage):
     prompt: str | None = setting(
         "prompt instead of the photo's caption; {trigger} is replaced", decides="request", default=None
     )
-    strength: float = setting(
-        "fraction of denoising done again: 0.3 keeps the photo, 1.0 only the prompt",
+    auto: bool | None = setting(
+        "choose LoRA weight and strength for each photo and seed by drafts, which are scored for character and photo; "
+        "null: where neither is given and dataset.root has the LoRA's training images",
         decides="request",
-        default_from="model.strength",
+        default=None,
+    )
+    resemblance: bool = setting(
+        "score the images for character and photo, where dataset.root has the LoRA's training images",
+        decides="request",
+        default=True,
+    )
+    budget: int = setting("of auto: drafts for each photo and seed", decides="request", default=4, ge=1, le=6)
+    draft_steps: int = setting("of auto: sampler.steps of a draft", decides="request", default=8, ge=1)
+    choices: int = setting(
+        "of auto: images for each photo and seed, of the best drafts that differ", decides="request", default=1, ge=1
+    )
+    strength: float | None = setting(
+        "fraction of denoising done again: 0.3 keeps the photo, 1.0 only the prompt; null: chosen by auto, else "
+        "model.strength",
+        decides="request",
+        default=None,
         gt=0,
         le=1,
     )
     seeds: list[Seed] = setting("one image for each photo and seed", decides="request", default_factory=lambda: [0])
-    lora_weight: float = setting("scale of the LoRA; 0 leaves it out", decides="request", default=1.0)
+    lora_weight: float | None = setting(
+        "scale of the LoRA; 0 leaves it out; null: chosen by auto, else 1", decides="request", default=None
+    )
+    lora_schedule: list[float] = setting(
+        "factors of lora_weight over the sampling steps, evenly spaced and interpolated: [0.5,1] rises",
+        decides="request",
+        default_factory=lambda: [1.0],
+    )
     mask: PhotoPart | None = setting(
         "part of the photo that is drawn, the rest stays: person, background, or an image or folder of images whose "
         "white is drawn; null draws all",
@@ -232,6 +256,26 @@ class Img2img(Stage):
     def __post_init__(self) -> None:
         if not self.seeds:
             raise InputError("stage.seeds=[]: name at least one seed")
+        if not self.lora_schedule:
+            raise InputError("stage.lora_schedule=[]: name at least one factor")
+        if self.choices > self.budget:
+            raise InputError(
+                f"stage.choices={self.choices}: of stage.budget={self.budget} drafts, name at most as many"
+            )
+        if self.auto and not self.resemblance:
+            raise InputError("stage.auto=true chooses by scores: leave out stage.resemblance=false")
+        if self.auto and self.lora_weight == 0:
+            raise InputError("stage.auto=true compares drafts with a LoRA: leave out stage.lora_weight=0")
+        if self.auto and self.lora_weight is not None and self.strength is not None:
+            raise InputError(
+                f"stage.auto=true chooses what stage.lora_weight={self.lora_weight:g} and "
+                f"stage.strength={self.strength:g} give: leave one of them out"
+            )
+
+    @property
+    def usual_weight(self) -> float:
+        """The LoRA's weight where it is not chosen."""
+        return 1.0 if self.lora_weight is None else self.lora_weight
 
     def inputs(self, config: "Config", name: str = "stage") -> list[str]:
         words = [] if self.prompt else ["captioner", "refiner"]

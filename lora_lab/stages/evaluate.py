@@ -31,6 +31,7 @@ from lora_lab.evaluation.scores import (
     validate_embedders,
     write_lines,
 )
+from lora_lab.images.dataset import find_photos
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import (
@@ -143,7 +144,15 @@ def _load_scorer(config: Config, loras: int, hashes: dict[str, str], device: tor
     )
     write_manifest(folder, device, hashes)
     return Scorer.load(
-        prompts, config.model, config.captioner, config.refiner, config.trigger, training, held_out, device
+        prompts,
+        config.model,
+        config.captioner,
+        config.refiner,
+        config.trigger,
+        training,
+        held_out,
+        config.score,
+        device,
     )
 
 
@@ -226,6 +235,8 @@ def _inputs(config: Config, render: RenderSettings) -> tuple[object, ...]:
     if config.score.held_out:
         roots.append(locate_folder("score.held_out", config.score.held_out))
     images = [hash_files(*find_pictures(root, "dataset.root").values()) for root in roots]
+    if config.score.photos is not None:
+        images.append(hash_files(*find_photos(config.score.photos, "score.photos")))
     return (
         render.base_key,
         render.side,

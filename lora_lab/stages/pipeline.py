@@ -11,6 +11,7 @@ an overview image: photo, caption and prompt, without the LoRA, with the LoRA. A
 """
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     check_captioner(config.captioner)
     check_refiner(config.refiner)
     dataset = prepare_dataset(config, folder)
+    root = config.dataset.root
     config = replace(config, dataset=replace(config.dataset, root=str(dataset)))
     if not (config.resume and passed_check(folder)):
         run_stage("check", config, Check(), folder)
@@ -67,8 +69,9 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     run_stage("refine", config, Refine(), folder)
     trained = run_stage("train", config, config.stage.train, folder, resume=resume_training(config.resume, folder))
     img2img, images = config.stage.img2img, folder / "img2img"
-    before = run_stage("img2img", config, replace(img2img, lora_weight=0.0), images / "before")
+    before = run_stage("img2img", config, replace(img2img, lora_weight=0.0, auto=None), images / "before")
     after = run_stage("img2img", config, img2img, images / "after", lora=trained.lora)
+    best = after.pictures[:: len(after.pictures) // len(before.pictures)]  # the first of stage.img2img.choices
     result = PipelineResult(
         stage="pipeline",
         name=config.name,
@@ -80,10 +83,10 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
         loss=trained.loss,
         scores_before=trained.scores_before,
         scores=trained.scores,
-        overview=str(draw_overview(before.pictures, after.pictures, folder / "overview.png")),
+        overview=str(draw_overview(before.pictures, best, folder / "overview.png")),
         dataset=str(dataset),
     )
-    say(summary(result, config.model.name, folder))
+    say(summary(result, config.model.name, str(root), folder))
     return result
 
 
@@ -145,15 +148,16 @@ def draw_overview(before: "Sequence[GeneratedImage]", after: "Sequence[Generated
     return write_atomically(path, sheet.save)
 
 
-def summary(result: PipelineResult, model_name: str, folder: Path) -> str:
+def summary(result: PipelineResult, model_name: str, root: str, folder: Path) -> str:
     """The last lines of the run: the result, the overview, and the command for the user's own photo."""
     score = f" (score {result.scores['score'].value:.2f})" if result.scores else ""
     base = "" if model_name == "tiny" else f"model={model_name} "
+    own = "" if root.startswith("demo:") else f"trigger={result.trigger} {shlex.quote(f'dataset.root={root}')} "
     lora = result.name if result.model else display_path(folder)
     return "\n".join(
         [
             f"\n{result.trigger} was learnt in {result.steps} steps{score}: {display_path(Path(result.lora))}",
             f"look at {display_path(Path(result.overview))}: photo, caption, without the LoRA, with it",
-            f"next, your own photo: python -m lora_lab stage=img2img {base}lora={lora} stage.photo=me.jpg",
+            f"next, your own photo: python -m lora_lab stage=img2img {base}lora={lora} {own}stage.photo=me.jpg",
         ]
     )

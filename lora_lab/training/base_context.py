@@ -100,6 +100,7 @@ def _load_scorer(training: ResolvedTraining) -> Scorer:
         training.trigger,
         [image.picture for image in training.images.fitted],
         training.images.references,
+        training.score,
         training.device,
     )
 

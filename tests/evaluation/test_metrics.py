@@ -53,7 +53,7 @@ def test_the_base_has_found_0_and_the_references_1_of_each_other():
     others = []
     for i in range(4):  # each among the others, by a formula of its own
         rest = [k for k in range(4) if k != i]
-        cosines = metrics._best_cosines(character.references[rest], character.references[i : i + 1])[..., 0]
+        cosines = metrics.best_cosines(character.references[rest], character.references[i : i + 1])[..., 0]
         others.append(((cosines - character.before[rest]) * character.weights[rest]).sum())
     assert sum(others).item() / 3 == pytest.approx(1, abs=0.35)
 

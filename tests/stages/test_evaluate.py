@@ -29,6 +29,8 @@ FAST = (
     "refiner=off",
     "device=cpu",
     "sampler.steps=2",
+    "score.photos=demo:photos/4.png",
+    "score.photo_steps=2",
     *PROMPTS,
 )
 
@@ -66,7 +68,7 @@ def test_every_file_gets_its_scores_and_the_base_too(scored):
 def test_every_picture_is_kept_with_its_numbers(scored):
     folder, result = scored
     lines = [json.loads(line) for line in (folder / "run/scores.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 * (2 * 2 + 2)
+    assert len(lines) == 3 * (2 * 2 + 2 + 1)
     for line in lines:
         assert Image.open(folder / line["picture"]).text["prompt"] == line["prompt"]
         assert "{" not in line["prompt"]
@@ -76,6 +78,20 @@ def test_every_picture_is_kept_with_its_numbers(scored):
     assert all("HANA_TOFU" in line["caption"] for line in mine[:4]) and mine[4]["caption"] is None
     assert mine[4]["prompt"] == "A character with a teal background" and "leakage" in mine[4]["scores"]
     assert Image.open(result.sheet).width > 4 * 256
+    assert mine[6]["photo"].endswith("photos/4.png") and mine[6]["prompt"].startswith("HANA_TOFU, a mini cartoon")
+    assert mine[6]["scores"]["kept"] == pytest.approx(result.loras[1].scores["kept"].value, abs=1e-3)
+    assert Image.open(folder / mine[6]["picture"]).size == (128, 128)
+
+
+def test_the_score_asks_for_resemblance_to_photos_too(scored, monkeypatch):
+    folder, before = scored
+    monkeypatch.chdir(folder)
+    (with_photo,) = [lora.scores for lora in before.loras if lora.lora == "weak.safetensors"]
+    (without,) = [lora.scores for lora in evaluate("plain", "lora=weak.safetensors", "score.photos=null").loras]
+    product = without["score"].value * with_photo["resemblance"].value
+    assert with_photo["score"].value == pytest.approx(product**0.5, abs=2e-3)
+    assert "resemblance" not in without and without["parts"] == with_photo["parts"]
+    assert before.scores_before["character"].value == before.scores_before["resemblance"].value == 0
 
 
 @pytest.mark.slow

@@ -235,3 +235,99 @@ def test_the_bundled_controlnet_keeps_the_contours_of_the_photo(tmp_path):
         pairs = [(Image.open(image.photo).convert("RGB").resize((128, 128)), image.picture) for image in drawn]
         found[name] = np.mean([edge_agreement(photo, Image.open(picture)) for photo, picture in pairs])
     assert found["off"] < 0.5 < 0.7 < found["canny"], found
+
+
+AUTO = ("stage=img2img", "device=cpu", "sampler.steps=4", "stage.draft_steps=3", "stage.budget=2")
+
+
+@pytest.fixture
+def references(tmp_path, made_lora):
+    """The settings of a LoRA whose training images are known, which are its own drawings."""
+    folder = tmp_path / "references"
+    drawn = ("stage.prompt='A {trigger}'", "stage.strength=1", f"stage.photo={PHOTOS / '2.png'}", "stage.seeds=[1,2,3]")
+    for drawing in draw(tmp_path / "own", f"lora={made_lora}", *drawn).pictures:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(drawing.picture, folder)
+    return f"lora={made_lora}", f"dataset.root={folder}", "dataset=folder", "refiner=avatars"
+
+
+def test_weight_and_strength_are_chosen_for_each_photo_by_its_drafts(tmp_path, references):
+    settings = (*AUTO, *references, f"stage.photo=[{PHOTOS / '1.png'},{PHOTOS / '4.png'}]")
+    folder = tmp_path / "run"
+    result = run_stage(compose(*settings), folder)
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert len(rows) == len(result.pictures) == 2
+    for row in rows:
+        assert len(row["drafts"]) == 2 and all(Path(draft["picture"]).is_file() for draft in row["drafts"])
+        best = max(row["drafts"], key=lambda draft: draft["scores"]["resemblance"])
+        assert (row["lora_weight"], row["strength"]) == (best["lora_weight"], best["strength"])
+        scores = row["scores"]
+        assert scores["resemblance"] == pytest.approx((scores["character"] * scores["kept"]) ** 0.5, abs=1e-3)
+        assert scores["kept"] == pytest.approx(sum(row["kept"].values()) / len(row["kept"]), abs=1e-3)
+        assert "colours of the background" in row["kept"]
+    whole = json.loads((folder / "result.json").read_text())
+    for name in ("resemblance", "kept", "character"):
+        values = [row["scores"][name] for row in rows]
+        assert whole[name]["value"] == pytest.approx(sum(values) / 2, abs=1e-3)
+        assert whole[name]["low"] <= whole[name]["value"] <= whole[name]["high"]
+    assert (whole["lora_weight"], whole["strength"]) == (None, None)
+
+
+def test_where_weight_or_strength_is_given_the_images_are_only_scored(tmp_path, references):
+    settings = (*AUTO, *references, f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}, smiling'")
+    (drawn,) = run_stage(compose(*settings, "stage.strength=0.6"), tmp_path / "scored").pictures
+    assert (drawn.lora_weight, drawn.strength, drawn.drafts) == (1.0, 0.6, None) and "smiling" in drawn.kept
+    plain = run_stage(compose(*settings, "stage.strength=0.6", "stage.resemblance=false"), tmp_path / "plain")
+    assert plain.resemblance is None and plain.pictures[0].scores is None
+    assert np.array_equal(*(np.asarray(Image.open(image.picture)) for image in (drawn, plain.pictures[0])))
+
+
+@pytest.mark.slow
+def test_a_choice_that_was_killed_resumes_to_the_same_images(tmp_path, references):
+    settings = (*AUTO, *references, f"stage.photo=[{PHOTOS / '1.png'},{PHOTOS / '4.png'}]", "stage.choices=2")
+
+    def contents(folder):
+        lines = (folder / "prompts.jsonl").read_text().replace(str(folder), "")
+        return lines, {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.png")}
+
+    whole = tmp_path / "whole"
+    result = run_stage(compose(*settings), whole)
+    names = [Path(image.picture).name for image in result.pictures]
+    assert names == ["1-s0.png", "1-s0-2.png", "4-s0.png", "4-s0-2.png"]
+    first, second = result.pictures[:2]
+    assert (first.lora_weight, first.strength) != (second.lora_weight, second.strength)
+    killed = Path(shutil.copytree(whole, tmp_path / "killed"))
+    for file in (*killed.glob("*.png"), *killed.glob("drafts/*/4*.png"), killed / "result.json"):
+        file.unlink()  # what a kill before the last draft leaves
+    run_stage(compose(*settings, f"resume={killed}"), killed)
+    assert contents(killed) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("stage.auto=true",), "set dataset.root to their folder"),
+        (("stage.auto=true", "stage.lora_weight=.8", "stage.strength=.5"), "leave one of them out"),
+        (("stage.auto=true", "stage.resemblance=false"), "leave out stage.resemblance=false"),
+        (("stage.auto=true", "stage.lora_weight=0"), "leave out stage.lora_weight=0"),
+        (("stage.choices=3", "stage.budget=2"), "stage.choices=3"),
+        (("stage.lora_schedule=[]",), "stage.lora_schedule=[]"),
+    ],
+)
+def test_a_choice_that_has_nothing_to_compare_is_refused(tmp_path, made_lora, words, sentence):
+    settings = (*AUTO, *unloadable_models(tmp_path), f"lora={made_lora}", f"stage.photo={PHOTOS / '1.png'}")
+    with pytest.raises(InputError) as refusal:
+        run_stage(compose(*settings, *words), tmp_path / "run")
+    assert sentence in str(refusal.value)
+
+
+def test_the_weight_may_change_over_the_steps(tmp_path, made_lora):
+    settings = f"lora={made_lora}", f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'"
+
+    def pixels(name, *words):
+        return np.asarray(Image.open(draw(tmp_path / name, *settings, *words).pictures[0].picture)).astype(int)
+
+    half = pixels("half", "stage.lora_schedule=[0.5,0.5]")
+    assert np.array_equal(half, pixels("weight", "stage.lora_weight=0.5"))
+    rising, falling = pixels("rising", "stage.lora_schedule=[0,1]"), pixels("falling", "stage.lora_schedule=[1,0]")
+    assert np.abs(rising - falling).mean() > 1 and np.abs(rising - half).mean() > 1

@@ -13,6 +13,7 @@ from experiments.tiny_base.characters import random_look
 from experiments.tiny_base.evaluation.bench import SEED, SIZE, Bench, lessons, pictures_in, spread, tally
 from experiments.tiny_base.held_out import HELD_OUT, HeldOut
 from experiments.tiny_base.palette import BACKGROUNDS
+from experiments.tiny_base.photos import TOFU_LIKE
 from experiments.tiny_base.vocabulary import full_caption, parsed
 from lora_lab import demo
 from lora_lab.adapters.inject import lora_attached
@@ -23,7 +24,6 @@ from lora_lab.stages.train import TrainResult, train
 
 # The sweep: the bundled tofu with these settings, two training seeds; then the best LoRA's img2img with those.
 TRAININGS = ((8, 1e-3, 300), (16, 5e-4, 300), (16, 1e-3, 200), (16, 1e-3, 300), (16, 1e-3, 400), (16, 2e-3, 300))
-TOFU_LIKE = 0.75  # of the silhouettes, intersection over union; a person's is below
 STRENGTHS, GUIDANCES = (0.8, 0.9, 0.95, 1.0), (3.0, 5.0, 7.0)
 
 
