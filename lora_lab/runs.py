@@ -420,12 +420,15 @@ def _on_signal(received: list[int], on_first: Callable[[], None]) -> Iterator[No
 
 
 @contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Within the context the first signal waits for its end, where it arrives: the compiled code of a library may turn
-    the KeyboardInterrupt of a handler into an error of its own."""
+def signals_deferred(message: str = "") -> Iterator[None]:
+    """Within the context the first signal waits for its end, where it arrives, and `message` is printed; a second one
+    raises KeyboardInterrupt at once.
+
+    The compiled code of a library may turn a KeyboardInterrupt into an error of its own, or drop it, and a library that
+    is interrupted while it starts a thread may leave one that never ends."""
     received: list[int] = []
     try:
-        with _on_signal(received, lambda: None):
+        with _on_signal(received, lambda: say(message) if message else None):
             yield
     finally:
         for number in received:

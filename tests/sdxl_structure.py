@@ -11,7 +11,14 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from lora_lab import demo
 
@@ -245,3 +252,42 @@ def outputs(pipe: StableDiffusionXLPipeline) -> tuple[Tensor, Tensor, Tensor]:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
     return tokens, pooled, pipe.unet(latents, 500, tokens, added_cond_kwargs=conditions).sample
+
+
+def save_ip_adapters(unet: UNet2DConditionModel, place: Path) -> Path:
+    """Into the folder `place`, which is returned, an IP-Adapter for `unet`, a "plus" one, and their image encoder:
+    plain.safetensors, plus.safetensors and encoder, all of random weights."""
+    torch.manual_seed(2)
+    clip = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=12,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(clip).save_pretrained(place / "encoder")
+    cross = unet.config.cross_attention_dim
+    attention, number = {}, 1
+    for name in unet.attn_processors:
+        if "attn2" in name:
+            width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            attention |= {f"ip_adapter.{number}.{part}_ip.weight": (width, cross) for part in ("to_k", "to_v")}
+            number += 2
+    plain = {"proj.weight": (4 * cross, 12), "proj.bias": (4 * cross,), "norm.weight": (cross,), "norm.bias": (cross,)}
+    for name, projection in (("plain", plain), ("plus", _resampler(cross, 16))):
+        shapes = attention | {f"image_proj.{key}": shape for key, shape in projection.items()}
+        save_file({key: torch.randn(shape) for key, shape in shapes.items()}, place / f"{name}.safetensors")
+    return place
+
+
+def _resampler(cross: int, embed: int, width: int = 8, layers: int = 4) -> dict[str, tuple[int, ...]]:
+    """Tensors of the image projection of a "plus" adapter in its own names: attention over the image's patches."""
+    shapes = {
+        "latents": (1, 4, width), "proj_in.weight": (width, embed), "proj_in.bias": (width,),
+        "proj_out.weight": (cross, width), "proj_out.bias": (cross,), "norm_out.weight": (cross,),
+        "norm_out.bias": (cross,),
+    }  # fmt: skip
+    for layer in range(layers):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            shapes |= {f"layers.{layer}.{norm}.{name}": (width,) for name in ("weight", "bias")}
+        shapes |= {f"layers.{layer}.0.to_q.weight": (64, width), f"layers.{layer}.0.to_kv.weight": (128, width)}
+        shapes |= {f"layers.{layer}.0.to_out.weight": (width, 64), f"layers.{layer}.1.1.weight": (4 * width, width)}
+        shapes |= {f"layers.{layer}.1.3.weight": (width, 4 * width)}
+    return shapes

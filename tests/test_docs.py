@@ -124,6 +124,29 @@ def test_every_key_of_a_configuration_has_a_row_in_the_page_of_settings(composed
     assert len(keys) > 90 and keys - open_keys <= rows
 
 
+def slow_tests(file: Path) -> set[bool]:
+    """Whether the tests of a file are slow: of each, or of its cases, one answer."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if any(re.match(r"pytestmark = .*pytest\.mark\.slow", ast.unparse(node)) for node in tree.body):
+        return {True}
+    answers = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            marks = [ast.unparse(mark) for mark in node.decorator_list]
+            slow = "pytest.mark.slow" in marks
+            answers |= {True, False} if not slow and "pytest.mark.slow" in " ".join(marks) else {slow}
+    return answers
+
+
+def test_the_promises_say_which_tests_are_slow():
+    rows = re.findall(r"^\| .*", (HOME / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M)
+    named = [match for row in rows for match in re.findall(r"`([\w/]*test_\w+\.py)`(?: \((slow in part|slow))?", row)]
+    marks = {(True,): "slow", (False,): "", (False, True): "slow in part"}
+    assert len(named) > 30
+    for file, mark in named:
+        assert mark == marks[tuple(sorted(slow_tests(HOME / "tests" / file)))], file
+
+
 def test_the_changelog_has_this_version():
     assert f"\n## [{lora_lab.__version__}]" in (HOME / "CHANGELOG.md").read_text(encoding="utf-8")
 

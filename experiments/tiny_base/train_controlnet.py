@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.tiny_base import models, tokenizers
-from experiments.tiny_base.data import FREE, Pictures
+from experiments.tiny_base.data import Pictures
 from experiments.tiny_base.recipe import BACKGROUNDS_EACH, PIXELS, Recipe
 from experiments.tiny_base.render import composite
-from experiments.tiny_base.train_unet import MIN_SNR, Latents, encode, time_ids
+from experiments.tiny_base.train_unet import Latents, denoising_loss
 from experiments.tiny_base.training import autocast, fit, load
 from lora_lab.images.edges import canny
 
@@ -36,32 +36,17 @@ def train(work: Path, recipe: Recipe, pictures: Pictures, until: float, log: Cal
     controlnet = models.controlnet().to(device, memory_format=torch.channels_last)
     start(controlnet, unet)
     edges, latents = Edges(work, device), Latents(work, pictures)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2
-    kept = torch.cumprod(1 - betas, 0)
-    snr = kept / (1 - kept)
-    weights = snr.clamp(max=MIN_SNR) / snr
-    batch = recipe.controlnet.batch
 
-    def loss() -> Tensor:
-        index, ground = pictures.draw(batch)
-        clean = latents.sample(index, ground)
-        caption = torch.randint(len(FREE), (batch,), device=device)
-        with torch.no_grad():
-            states, pooled = encode(texts, pictures.clip[index, ground, caption].long())
-        said = (torch.rand(batch, device=device) > NO_CAPTION).float()
-        states, pooled = states * said[:, None, None], pooled * said[:, None]
-        noise = torch.randn_like(clean)
-        t = torch.randint(1000, (batch,), device=device)
-        amount = kept[t][:, None, None, None]
-        noisy = (amount.sqrt() * clean + (1 - amount).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        conditions = {"text_embeds": pooled, "time_ids": time_ids(batch, device)}
+    def predict(
+        noisy: Tensor, t: Tensor, states: Tensor, conditions: dict[str, Tensor], index: Tensor, ground: Tensor
+    ) -> Tensor:
         told = {"encoder_hidden_states": states, "added_cond_kwargs": conditions, "return_dict": False}
         with autocast(device):
             down, middle = controlnet(noisy, t, controlnet_cond=edges.of(index, ground), **told)
             added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-            predicted = unet(noisy, t, **added, **told)[0].float()
-        return ((predicted - noise).square().mean((1, 2, 3)) * weights[t]).mean()
+            return unet(noisy, t, **added, **told)[0].float()
 
+    loss = denoising_loss(texts, pictures, latents, recipe.controlnet.batch, predict, NO_CAPTION)
     return fit(
         work / "parts" / "controlnet.safetensors", {"controlnet": controlnet}, loss, recipe.controlnet, until, log
     )

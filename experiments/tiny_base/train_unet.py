@@ -28,29 +28,52 @@ def train(work: Path, recipe: Recipe, pictures: Pictures, until: float, log: Cal
     unet = models.unet().to(device, memory_format=torch.channels_last)
     texts = [models.text_encoder(clip).to(device), models.text_encoder_2(clip).to(device)]
     latents = Latents(work, pictures)
-    predict = torch.compile(_predict) if device == "cuda" else _predict
+    predicted = torch.compile(_predicted) if device == "cuda" else _predicted
+
+    def predict(noisy: Tensor, t: Tensor, states: Tensor, conditions: dict[str, Tensor], *_: Tensor) -> Tensor:
+        return predicted(unet, noisy, t, states, conditions)
+
+    loss = denoising_loss(texts, pictures, latents, recipe.unet.batch, predict, NO_CAPTION, NOISE_OFFSET)
+    modules = {"unet": unet, "text_encoder": texts[0], "text_encoder_2": texts[1]}
+    return fit(work / "parts" / "unet.safetensors", modules, loss, recipe.unet, until, log)
+
+
+def denoising_loss(
+    texts: list,
+    pictures: Pictures,
+    latents: "Latents",
+    batch: int,
+    predict: Callable[..., Tensor],
+    no_caption: float,
+    noise_offset: float = 0.0,
+) -> Callable[[], Tensor]:
+    """What a step of a training for noise minimizes: its error, weighted by min-SNR.
+
+    `predict` gets the noisy latents (B, 4, h, w), timesteps (B,), text states (B, 77, D), the other conditions, and
+    which pictures on which backgrounds (B,) each; the text of a share `no_caption` of them is zeros."""
+    device = pictures.device
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, device=device) ** 2
     kept = torch.cumprod(1 - betas, 0)
     snr = kept / (1 - kept)
     weights = snr.clamp(max=MIN_SNR) / snr
-    batch = recipe.unet.batch
 
     def loss() -> Tensor:
         index, ground = pictures.draw(batch)
         clean = latents.sample(index, ground)
         caption = torch.randint(len(FREE), (batch,), device=device)
         states, pooled = encode(texts, pictures.clip[index, ground, caption].long())
-        said = (torch.rand(batch, device=device) > NO_CAPTION).float()
-        noise = torch.randn_like(clean) + NOISE_OFFSET * torch.randn(batch, 4, 1, 1, device=device)
+        said = (torch.rand(batch, device=device) > no_caption).float()
+        noise = torch.randn_like(clean)
+        if noise_offset:
+            noise = noise + noise_offset * torch.randn(batch, 4, 1, 1, device=device)
         t = torch.randint(1000, (batch,), device=device)
         amount = kept[t][:, None, None, None]
         noisy = (amount.sqrt() * clean + (1 - amount).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        states, pooled = states * said[:, None, None], pooled * said[:, None]
-        predicted = predict(unet, noisy, t, states, pooled, time_ids(batch, device))
+        conditions = {"text_embeds": pooled * said[:, None], "time_ids": time_ids(batch, device)}
+        predicted = predict(noisy, t, states * said[:, None, None], conditions, index, ground)
         return ((predicted - noise).square().mean((1, 2, 3)) * weights[t]).mean()
 
-    modules = {"unet": unet, "text_encoder": texts[0], "text_encoder_2": texts[1]}
-    return fit(work / "parts" / "unet.safetensors", modules, loss, recipe.unet, until, log)
+    return loss
 
 
 def encode(texts: list, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +95,8 @@ def time_ids(batch: int, device: str) -> Tensor:
     return torch.cat([size, crop, whole], 1)
 
 
-def _predict(unet, noisy: Tensor, t: Tensor, states: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+def _predicted(unet, noisy: Tensor, t: Tensor, states: Tensor, conditions: dict[str, Tensor]) -> Tensor:
     with autocast(noisy.device.type):
-        conditions = {"text_embeds": pooled, "time_ids": ids}
         return unet(noisy, t, states, added_cond_kwargs=conditions, return_dict=False)[0].float()
 
 

@@ -24,7 +24,7 @@ from lora_lab import __version__
 from lora_lab.base.locate import refuse_pickle
 from lora_lab.console import cut, printable
 from lora_lab.errors import InputError
-from lora_lab.runs import read_result, write_atomically
+from lora_lab.runs import read_result, signals_deferred, write_atomically
 from lora_lab.settings.schema import Loss
 
 MODELS = Path("models") / "lora"  # in the user's working folder
@@ -333,7 +333,7 @@ def _opened(lora: Path) -> Iterator[safe_open]:
     if lora.suffix != ".safetensors":
         raise InputError(f"{lora}: is not a .safetensors file by its name, and no other kind is read")
     try:
-        with safe_open(str(lora), "pt") as file:
+        with signals_deferred(), safe_open(str(lora), "pt") as file:
             yield file
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = printable(" ".join(str(error).split()), 200)
@@ -484,7 +484,8 @@ def save_lora(path: Path, state: dict[str, Tensor], dtype: torch.dtype, metadata
 def same_tensors(first: Path, second: Path) -> bool:
     """Whether two files hold the same LoRA. Their bytes may differ: safetensors writes metadata in no fixed order."""
     try:
-        one, other = load_file(str(first)), load_file(str(second))
+        with signals_deferred():
+            one, other = load_file(str(first)), load_file(str(second))
     except SafetensorError:
         return False
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -529,7 +530,8 @@ def read_tokens(lora: Path) -> tuple[str, dict[str, Tensor]] | None:
         return None
     file, trigger, count = embeddings_path(lora), metadata[TRIGGER], metadata[COUNT]
     try:
-        vectors = load_file(str(file))
+        with signals_deferred():
+            vectors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{lora}: its trigger {printable(trigger, 80)} is {printable(count, 20)} new tokens, whose embeddings "

@@ -6,7 +6,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from lora_lab.base.locate import loading_failure, locate_model, refuse_pickle
+from lora_lab.base.locate import loading, locate_model, refuse_pickle
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Structure
 
@@ -24,7 +24,7 @@ def load_controlnet(
     name = structure.controlnet
     refuse_pickle("structure.controlnet", name)
     location = locate_model("structure.controlnet", name)
-    try:
+    with loading(location, f"structure.controlnet={name}: cannot be loaded as a ControlNet"):
         if Path(location).is_file():
             network = _controlnet_from_file(location, unet)
         else:
@@ -32,10 +32,6 @@ def load_controlnet(
             union = "num_control_type" in config or "Union" in config.get("_class_name", "")
             kind = ControlNetUnionModel if union else ControlNetModel
             network = kind.from_pretrained(location, dtype=dtype, use_safetensors=True)  # never a pickle
-    except Exception as error:
-        raise InputError(
-            f"structure.controlnet={name}: cannot be loaded as a ControlNet ({loading_failure(location, error)})"
-        ) from error
     _refuse_unfit(network, structure, unet, pixels_per_latent)
     return network.to(dtype).requires_grad_(False).eval()
 

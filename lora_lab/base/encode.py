@@ -22,7 +22,7 @@ from lora_lab.base.cuda_graph import GraphPool
 from lora_lab.base.protocol import BaseModel, Conditioning, Forms
 from lora_lab.console import bar, say
 from lora_lab.errors import DiskFullError, RunError
-from lora_lab.runs import hash_text, write_atomically
+from lora_lab.runs import hash_text, signals_deferred, write_atomically
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cache:
         if self.folder is None or not (file := self._file(kind, key)).is_file():
             return None
         try:
-            with safe_open(file, "pt") as opened:
+            with signals_deferred(), safe_open(file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
                 intact = (opened.metadata() or {}).get("sha256") == _checksum(tensors)
         except (OSError, SafetensorError):
@@ -57,7 +57,8 @@ class Cache:
         metadata = {"sha256": _checksum(tensors)}
         try:
             # A file that a power failure damages is recognized by its checksum.
-            write_atomically(self._file(kind, key), lambda file: save_file(tensors, file, metadata), durable=False)
+            with signals_deferred():
+                write_atomically(self._file(kind, key), lambda file: save_file(tensors, file, metadata), durable=False)
         except (OSError, SafetensorError, DiskFullError) as error:
             raise RunError(
                 f"cache={self.folder}: cannot be written ({error}): free some space, or use cache=null"

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 from lora_lab.base.locate import locate_model
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
+from lora_lab.runs import signals_deferred
 from lora_lab.settings.schema import Loss, Model
 from lora_lab.settings.setting import imported
 
@@ -78,7 +79,8 @@ def layer_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     base's files; {} where these have other names, or are not on this disk."""
     base, shapes = base_class(model), {}
     root = Path(locate_model("model.base", model.base))
-    with suppress(LocalEntryNotFoundError, HFValidationError, OSError, SafetensorError):  # loading the base reports it
+    unreadable = suppress(LocalEntryNotFoundError, HFValidationError, OSError, SafetensorError)
+    with unreadable, signals_deferred():  # loading the base reports it
         root = root if root.exists() else Path(snapshot_download(model.base, local_files_only=True))
         for component in (base.network_name, *base.embedding_keys):
             for file in (root / component).glob("*.safetensors"):
@@ -98,7 +100,8 @@ def token_counter(base: str) -> Callable[[str], int] | None:
     if Path(location).is_file():
         return None
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer", trust_remote_code=False)
+        with signals_deferred():
+            tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer", trust_remote_code=False)
     except Exception:  # libraries raise nearly anything, and loading the base names the fault
         return None
     return lambda text: len(tokenizer(text[:LONGEST_COUNTED]).input_ids)

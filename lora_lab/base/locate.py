@@ -4,11 +4,13 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_lab import demo
 from lora_lab.errors import InputError
-from lora_lab.runs import hash_files
+from lora_lab.runs import hash_files, signals_deferred
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # to read such a file is to run what is in it
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -60,9 +62,23 @@ def hash_model(location: str) -> str:
     return hash_files(Path(location)) if Path(location).exists() else f"hub:{location}"
 
 
-def loading_failure(location: str, error: Exception) -> str:
-    """Why a library could not load the model at a location of `locate_model`: its damaged file, code of its own, or the
-    first line of the error, without a full stop."""
+@contextmanager
+def loading(location: str, failure: str, hint: str = "") -> Iterator[None]:
+    """Within the context a library loads the model at a location of `locate_model`.
+
+    Raises InputError, with `failure`, the reason and `hint`, for any error: for files that are missing, damaged or of
+    another kind libraries raise nearly anything. A signal waits, and is none."""
+    try:
+        with signals_deferred("stopping once the model is loaded (Ctrl-C again stops at once)"):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{failure} ({_reason(location, error)}){hint}") from error
+
+
+def _reason(location: str, error: Exception) -> str:
+    """The damaged file, code of its own, or the first line of the error, without a full stop."""
     path = Path(location)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     damaged = next((file for file in files if file.is_file() and _is_damaged(file)), None)
@@ -78,11 +94,12 @@ def _is_damaged(file: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "np"):  # compares the header with the length of the file
-                return False
-        if file.suffix == ".json":
-            json.loads(file.read_bytes())
+        with signals_deferred():
+            if file.suffix == ".safetensors":
+                with safe_open(file, "np"):  # compares the header with the length of the file
+                    return False
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
     except (OSError, SafetensorError, ValueError, RecursionError):
         return True
     return False

@@ -220,6 +220,9 @@ class PhotoConditioned(Protocol):
     def load_likeness(self, likeness: Likeness, device: torch.device) -> None:
         """Load the IP-Adapter of `likeness` into the network, or remove the last. Raises InputError."""
 
+    def unload_conditions(self) -> None:
+        """Remove the ControlNet and the IP-Adapter, if there are any."""
+
     def likeness_conditioning(
         self, photos: Sequence[Image.Image], device: torch.device, offload: bool
     ) -> list[tuple[Conditioning, Conditioning]]:

@@ -26,10 +26,10 @@ from lora_lab.base.load import (
     validate_prediction_type,
     with_prediction_type,
 )
-from lora_lab.base.locate import loading_failure, locate_model, refuse_pickle
+from lora_lab.base.locate import loading, locate_model, refuse_pickle
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
 from lora_lab.console import quiet_loading, say
-from lora_lab.errors import InputError, RunError
+from lora_lab.errors import RunError
 from lora_lab.settings.schema import Likeness, Loss, Model, Structure
 from lora_lab.settings.setting import call_target
 
@@ -76,13 +76,9 @@ class SDXL:
         dtype = pick_dtype(model.precision, device)
         base = locate_model("model.base", model.base)
         vae = None if model.vae is None else _load_vae(model.vae, dtype)
-        try:
+        with loading(base, f"model.base={model.base}: cannot be loaded as SDXL"):
             pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
             _refuse_missing_tensors(pipe)
-        except Exception as error:  # depending on what is wrong with the files, libraries raise nearly anything
-            raise InputError(
-                f"model.base={model.base}: cannot be loaded as SDXL ({loading_failure(base, error)})"
-            ) from error
         for component in _components(pipe).values():
             component.requires_grad_(False).eval()
         split_geglu_(pipe.unet)
@@ -373,22 +369,25 @@ class SDXL:
         """Load the IP-Adapter of `likeness` into the UNet, and its image encoder; of likeness=off remove the last.
 
         Raises InputError if one of them cannot be read or was made for another base."""
-        if self.pipe.image_encoder is not None:
-            self.pipe.unload_ip_adapter()
+        self._unload_likeness()
         if likeness.kind == "off":
             return
         state, encoder = _load_ip_adapter(likeness, self.dtype)
         encoder.to(next(self.pipe.unet.parameters()).device)
         self.pipe.register_modules(image_encoder=encoder.requires_grad_(False).eval())
-        try:
+        with loading(likeness.weights, f"likeness.weights={likeness.weights}: it is no IP-Adapter of this base"):
             self.pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
-        except Exception as error:  # tensors of other shapes, or missing ones
-            raise InputError(
-                f"likeness.weights={likeness.weights}: it is no IP-Adapter of this base "
-                f"({loading_failure(likeness.weights, error)})"
-            ) from error
         self.pipe.unet.requires_grad_(False).eval()
         self.pipe.set_ip_adapter_scale(likeness.scale)
+
+    def unload_conditions(self) -> None:
+        """See PhotoConditioned."""
+        self.controlnet = None
+        self._unload_likeness()
+
+    def _unload_likeness(self) -> None:
+        if self.pipe.image_encoder is not None:
+            self.pipe.unload_ip_adapter()
 
     def likeness_conditioning(
         self, photos: Sequence[Image.Image], device: torch.device, offload: bool
@@ -437,29 +436,23 @@ class SDXL:
 
 def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     location = locate_model("model.vae", name)
-    try:
+    with loading(location, f"model.vae={name}: cannot be loaded"):
         if Path(location).is_file():
             return AutoencoderKL.from_single_file(location, dtype=dtype)
         return AutoencoderKL.from_pretrained(location, dtype=dtype)
-    except Exception as error:
-        raise InputError(f"model.vae={name}: cannot be loaded ({loading_failure(location, error)})") from error
 
 
 def _load_ip_adapter(likeness: Likeness, dtype: torch.dtype) -> tuple[dict, CLIPVisionModelWithProjection]:
     """The tensors of an IP-Adapter as diffusers takes them, and its image encoder."""
     refuse_pickle("likeness.weights", likeness.weights)
     location = locate_model("likeness.adapter", likeness.adapter)
-    try:
+    names = f"likeness.weights={likeness.weights} and likeness.encoder={likeness.encoder}"
+    with loading(location, f"likeness.adapter={likeness.adapter}: cannot be loaded with {names}"):
         file = Path(location) / likeness.weights
         state = load_file(file if Path(location).is_dir() else hf_hub_download(location, likeness.weights))
         encoder = CLIPVisionModelWithProjection.from_pretrained(
             location, subfolder=likeness.encoder, dtype=dtype, use_safetensors=True
         )
-    except Exception as error:
-        raise InputError(
-            f"likeness.adapter={likeness.adapter}: cannot be loaded with likeness.weights={likeness.weights} and "
-            f"likeness.encoder={likeness.encoder} ({loading_failure(location, error)})"
-        ) from error
     parts = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in state.items():
         part, _, name = key.partition(".")

@@ -256,6 +256,7 @@ function translate() {
   showEffects();
   showControls();
   showMatrix();
+  showTradeoff();
   showCurves();
   showTable();
   showMarked();

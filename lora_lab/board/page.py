@@ -4,6 +4,7 @@ The page says in one sentence which run is the best. That of a sweep is rewritte
 tracker at the end."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -150,6 +151,24 @@ def _reasons(
         yield say("ties", runs=format_value, number=len(ties))
     elif len(ranking) > 1 and score.low < score.high:
         yield say("clear")
+
+
+def resemblances(sweep: Sweep) -> dict[int, tuple[float, float]]:
+    """`kept` and `character` of the done runs that have both."""
+    scores = {i: run.scores for i, run in enumerate(sweep.runs) if run.status == "done"}
+    both = {i: each for i, each in scores.items() if "kept" in each and "character" in each}
+    return {i: (each["kept"].value, each["character"].value) for i, each in both.items()}
+
+
+def frontier(points: Mapping[int, tuple[float, float]]) -> tuple[int, ...]:
+    """The Pareto frontier of `points`, by the first number: no other point is as high in both and higher in one."""
+    found: list[int] = []
+    highest = -math.inf
+    for i in sorted(points, key=points.__getitem__, reverse=True):
+        if points[i][1] > highest or (found and points[i] == points[found[-1]]):
+            found.append(i)
+            highest = points[i][1]
+    return tuple(reversed(found))
 
 
 def fault(run: TrainedRun, best: TrainedRun, measure: str | None) -> str | None:
@@ -337,6 +356,7 @@ def page_data(sweep: Sweep, verdict: Verdict, training: list[str], assets: Path)
     prompts = list(dict.fromkeys(p.prompt for run in sweep.runs for p in run.pictures))
     rows, columns = axes(sweep)
     best = sweep.runs[verdict.ranking[0]] if verdict.ranking else None
+    points = resemblances(sweep)
     faults = {i: fault(sweep.runs[i], best, verdict.measure) for i in verdict.ranking}
     return {
         "title": sweep.title,
@@ -347,6 +367,8 @@ def page_data(sweep: Sweep, verdict: Verdict, training: list[str], assets: Path)
         "ranking": verdict.ranking,
         "ties": verdict.ties,
         "sentence": verdict.sentence,
+        "points": sorted(points, key=points.__getitem__) if len(points) > 1 else [],
+        "frontier": frontier(points),
         "axes": {"rows": rows, "columns": columns},
         "training": training,
         "words": words(),

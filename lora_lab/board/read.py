@@ -135,7 +135,7 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
         settings=settings,
         step=metrics[-1][0] if metrics else 0,
         seconds=result["seconds"] if is_number(result.get("seconds")) else None,
-        scores=(_scores(result) or _means(pictures if result else ())) if draws else _scores(result.get("scores")),
+        scores=_all_scores(result) or _means(pictures if result and draws else ()),
         scores_before=_scores(result.get("scores_before")),
         loss=metrics,
         validation_loss=validation,
@@ -164,6 +164,13 @@ def _read_points(sweep: Path) -> list[tuple[int, list[str], dict[str, Any]]]:
     except (InputError, TypeError, KeyError, ValueError, AttributeError) as error:
         say(f"{sweep / 'points.json'} is damaged, so jobs that were not started are left out ({error!r:.200})")
         return []
+
+
+def _all_scores(result: dict[str, Any]) -> dict[str, ScoreInterval]:
+    """Those in `scores` of a result.json, and then those beside it, such as `kept` and `character` of photos."""
+    scores = result.get("scores")
+    scores = scores if isinstance(scores, dict) else {}
+    return _scores({**scores, **result, **scores})
 
 
 def _scores(content: object) -> dict[str, ScoreInterval]:

@@ -1,4 +1,95 @@
-// All runs: their curves, and the table with their commands.
+// All runs: character against kept, their curves, and the table with their commands.
+
+// ---- character against kept: a point for each run, which opens its row of the table
+
+const MOST_INTERVALS = 40; // of more runs they would hide the points
+function ticksOf(numbers) {
+  // round numbers, at most eight, that enclose `numbers`
+  const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
+  const rough = (high - low || Math.abs(high) || 1) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const unit = power * [1, 2, 5, 10].find((n) => n * power >= rough);
+  const first = Math.floor(low / unit);
+  return Array.from({ length: Math.max(1, Math.ceil(high / unit) - first) + 1 }, (_, i) => (first + i) * unit);
+}
+function positioned(node, [left, top]) {
+  node.style.left = `${left}%`;
+  node.style.top = `${top}%`;
+  return node;
+}
+function showTradeoff() {
+  $("tradeoff").hidden = !data.points.length;
+  if (!data.points.length) return;
+  const names = ["kept", "character"];
+  const withIntervals = data.points.length <= MOST_INTERVALS;
+  const ticks = names.map((name) =>
+    ticksOf(data.points.flatMap((run) => runs[run].scores[name].slice(0, withIntervals ? 3 : 1))),
+  );
+  const [x, y] = ticks.map((all, axis) => (value) => {
+    const share = (100 * (value - all[0])) / (all.at(-1) - all[0]);
+    return axis ? 100 - share : share; // of the plot, from the left and from the top
+  });
+  const cross = (run) => {
+    const [[kept, left, right], [character, bottom, top]] = names.map((name) => runs[run].scores[name]);
+    return `M${x(left)} ${y(character)}H${x(right)}M${x(kept)} ${y(bottom)}V${y(top)}`;
+  };
+  const place = (run) => [x(runs[run].scores.kept[0]), y(runs[run].scores.character[0])];
+  const grid = [...ticks[0].map((value) => `M${x(value)} 0V100`), ...ticks[1].map((value) => `M0 ${y(value)}H100`)];
+  $("plot-grid").setAttribute("d", grid.join(""));
+  $("plot-intervals").setAttribute("d", withIntervals ? data.points.map(cross).join("") : "");
+  $("plot-frontier").setAttribute("d", `M${data.frontier.map((run) => place(run).join(" ")).join("L")}`);
+  $("plot-ticks").replaceChildren(
+    ...ticks[0].map((value) => positioned(make("span", {}, number(value)), [x(value), 100])),
+    ...ticks[1].map((value) => positioned(make("span", { className: "y" }, number(value)), [0, y(value)])),
+  );
+  $("plot-points").replaceChildren(...data.points.map((run) => positioned(pointOf(run), place(run))));
+  $("plot-points").firstChild.tabIndex = 0; // one stop for the whole plot
+  $("plot-text").textContent = describeRun(data.frontier.includes(best) ? best : data.frontier[0]);
+}
+function pointOf(run) {
+  const text = describeRun(run);
+  const show = () => {
+    $("plot-text").textContent = text;
+  };
+  return make("button", {
+    type: "button",
+    className: run === best ? "best" : data.frontier.includes(run) ? "frontier" : "",
+    "aria-label": text,
+    "data-point": run,
+    title: text,
+    tabIndex: -1,
+    onfocus: show,
+    onmouseenter: show,
+    onclick: () => reveal(run),
+  });
+}
+function describeRun(run) {
+  const scores = ["character", "kept"].map((name) => {
+    const [value, low, high] = runs[run].scores[name].map((value) => value.toFixed(2));
+    return `${say(name)} ${value}${low === high ? "" : ` (${low}–${high})`}`;
+  });
+  return [...new Set([runs[run].name, runs[run].label]), ...scores].join(" · ");
+}
+$("plot-points").addEventListener("keydown", (event) => {
+  const move = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }[event.key];
+  if (!move) return;
+  event.preventDefault();
+  const points = [...$("plot-points").children];
+  const next = points[points.indexOf(event.target) + move];
+  if (!next) return;
+  event.target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+});
+function reveal(run) {
+  // the row of the table, opened
+  opened.add(run);
+  revealed = run;
+  showTable();
+  const button = $("table").querySelector(`[data-run="${run}"] .open`);
+  button.focus({ preventScroll: true });
+  button.closest("tr").scrollIntoView({ block: "center" });
+}
 
 // ---- curves
 
@@ -102,6 +193,7 @@ let sorted = {
   down: !!data.measure && !lowerIsBetter,
 };
 const opened = new Set();
+let revealed = null; // the run whose point was chosen
 function ordered() {
   const { of } = columns.find((column) => column.id === sorted.id);
   const sign = sorted.down ? -1 : 1;
@@ -168,7 +260,7 @@ function row(index) {
   );
   return make(
     "tr",
-    { className: index === best ? "best" : "", "data-run": index },
+    { className: `${index === best ? "best" : ""} ${index === revealed ? "revealed" : ""}`, "data-run": index },
     ...columns.map((column) => {
       if (column.id === "run") return make("td", {}, button);
       if (column.id === "status") {

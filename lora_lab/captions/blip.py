@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, PositiveInt
 
-from lora_lab.base.locate import loading_failure, locate_model
+from lora_lab.base.locate import loading, locate_model
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
 
@@ -117,19 +117,13 @@ def load_blip(
 
     quiet_loading()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    try:
+    hint = ": check the name, or without a network name a local folder with captioner.base="
+    with loading(base, f"the captioner {base} cannot be loaded", hint):
         model_type = AutoConfig.from_pretrained(base, trust_remote_code=False).model_type
         if model_type != "blip":  # it would load, with random weights
             raise InputError(f"captioner.base={base} is a {model_type} model, not BLIP: name a BLIP captioning model")
         processor = BlipProcessor.from_pretrained(base, backend="pil", trust_remote_code=False)  # no torchvision needed
         model = BlipForConditionalGeneration.from_pretrained(base, dtype=dtype, trust_remote_code=False)
-    except InputError:
-        raise
-    except Exception as error:  # not found, offline, damaged: libraries raise nearly anything
-        raise InputError(
-            f"the captioner {base} cannot be loaded ({loading_failure(base, error)}): check the name, or without a "
-            f"network name a local folder with captioner.base="
-        ) from error
     return Blip(processor, model.to(device).eval(), prompt, max_tokens, beams, batch_size)
 
 

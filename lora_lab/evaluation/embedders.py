@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d, normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
 from lora_lab.base.encode import Encoder, on_device
-from lora_lab.base.locate import loading_failure, locate_model
+from lora_lab.base.locate import loading, locate_model
 from lora_lab.captions.captioner import load_captioner, run_captioner
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
@@ -133,7 +133,8 @@ def caption_images(captioner: Mapping[str, Any], images: Sequence[Image.Image], 
 def _load(key: str, location: str, kind: str, network: type, processor: type, device: torch.device) -> tuple:
     quiet_loading()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    try:
+    hint = f"; name another or a local folder, or set {key}=null"
+    with loading(location, f"{key}={location}: cannot be loaded", hint):
         model_type = AutoConfig.from_pretrained(location, trust_remote_code=False).model_type
         if not model_type.startswith(kind):  # it would load, with random weights
             raise InputError(
@@ -141,13 +142,6 @@ def _load(key: str, location: str, kind: str, network: type, processor: type, de
             )
         model = network.from_pretrained(location, dtype=dtype, trust_remote_code=False)
         images = processor.from_pretrained(location, trust_remote_code=False)
-    except InputError:
-        raise
-    except Exception as error:  # not found, offline, damaged: libraries raise nearly anything
-        raise InputError(
-            f"{key}={location}: cannot be loaded ({loading_failure(location, error)}); name another or a local folder, "
-            f"or set {key}=null"
-        ) from error
     return model.to(device).eval(), images
 
 

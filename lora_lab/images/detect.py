@@ -16,7 +16,7 @@ from transformers import (
     VitPoseForPoseEstimation,
 )
 
-from lora_lab.base.locate import loading_failure, locate_model
+from lora_lab.base.locate import loading, locate_model
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
 
@@ -103,16 +103,12 @@ def people(key: str, name: str, photos: Sequence[Image.Image], device: torch.dev
 def _load(key: str, name: str, kind: type, device: torch.device) -> tuple[Any, Any]:
     quiet_loading()
     location = locate_model(key, name)
-    try:
+    with loading(location, f"{key}={name}: cannot be loaded", "; name another"):
         model_type = AutoConfig.from_pretrained(location, trust_remote_code=False).model_type
         if kind is VitPoseForPoseEstimation and model_type != "vitpose":  # it would load, with random weights
             raise ValueError(f"it is a {model_type} model, not ViTPose")
         processor = AutoImageProcessor.from_pretrained(location, backend="pil", trust_remote_code=False)
         model = kind.from_pretrained(location, trust_remote_code=False, use_safetensors=True)
-    except Exception as error:  # not found, offline, damaged, of another kind: libraries raise nearly anything
-        raise InputError(
-            f"{key}={name}: cannot be loaded ({loading_failure(location, error)}); name another"
-        ) from error
     return model.to(device).eval(), processor
 
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -389,15 +389,20 @@ def load_base_for_sampling(model: Model, memory: Memory, loss: Loss, device: tor
     return Encoder(base, device, Cache(None), memory.offload)  # a few prompts are encoded sooner than looked up
 
 
+@contextmanager
 def base_for_sampling(
     shared: Shared, model: Model, memory: Memory, loss: Loss, device: torch.device
-) -> AbstractContextManager[Encoder]:
+) -> Iterator[Encoder]:
     """A context with what `load_base_for_sampling` gives; jobs with the same files and the same settings, as far as
-    those decide the base, share it. Raises InputError."""
+    those decide the base, share it. What is loaded for photos within the context is removed at its end. Raises
+    InputError."""
     sections = (model, memory, validate_prediction(model, loss))  # a LoRA file may state the base's own prediction
     settings = {v.key: v.value for s in sections for v in values_of(s) if {"images", "cost"} & {*v.facts.decides}}
     key = hash_model(locate_model("model.base", model.base)), settings, device
-    return shared.base(key, lambda: load_base_for_sampling(model, memory, loss, device))
+    with shared.base(key, lambda: load_base_for_sampling(model, memory, loss, device)) as encoder:
+        yield encoder
+        if isinstance(encoder.base, PhotoConditioned):
+            encoder.base.unload_conditions()
 
 
 def render_with_lora(

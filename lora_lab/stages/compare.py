@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lab.base.locate import locate_folder
-from lora_lab.board.page import verdict, write_page
+from lora_lab.board.page import frontier, resemblances, verdict, write_page
 from lora_lab.board.read import read_sweep
 from lora_lab.console import say
 from lora_lab.errors import InputError
@@ -25,6 +25,7 @@ class CompareResult:
     reason: str
     ranking: list[str]  # folders, the best first
     ties: list[str]  # folders of the runs that are as good as the winner
+    frontier: list[str]  # folders of the runs that no other run beats in both `kept` and `character`
     damaged: dict[str, list[str]]  # folders of runs with files that could not be read, and why
 
 
@@ -59,6 +60,7 @@ def compare(config: Config, folder: Path) -> CompareResult:
         reason=ranked.sentence["en"],
         ranking=ranking,
         ties=[run_folders[i] for i in ranked.ties],
+        frontier=[run_folders[i] for i in frontier(resemblances(sweep))],
         damaged={str(run.folder): list(run.damage) for run in sweep.runs if run.damage},
     )
 

@@ -112,7 +112,7 @@ class PhotoImages:
         """The base with what the photos need beside it, until `stack` ends."""
         config = self.config
         encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, self.loss, self.device))
-        if isinstance(encoder.base, PhotoConditioned):  # an earlier job may have loaded others, or none
+        if isinstance(encoder.base, PhotoConditioned):
             encoder.base.load_control(config.structure, self.device, config.memory.offload)
             encoder.base.load_likeness(config.likeness, self.device)
         return encoder

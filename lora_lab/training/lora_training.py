@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lora_lab.adapters.files import START
 from lora_lab.console import say
 from lora_lab.errors import InputError, RunError
-from lora_lab.runs import disk_full_named, display_path, hash_content, hash_text, sync
+from lora_lab.runs import disk_full_named, display_path, hash_content, hash_text, signals_deferred, sync
 from lora_lab.settings.schema import Schedule, Train, compare_fingerprints
 from lora_lab.training.loss import Objective
 from lora_lab.training.text_encoders import TrainableTextEncoders
@@ -360,10 +360,11 @@ def _damage_of_unverified(checkpoint: Path) -> str | None:
         return None  # of a format that validate_fingerprint refuses
     for name in (WEIGHTS, STATE):
         try:
-            if name == STATE:
-                torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-            elif not all(weights.isfinite().all() for weights in load_file(str(checkpoint / WEIGHTS)).values()):
-                return f"{WEIGHTS} has values that are not finite"
+            with signals_deferred():
+                if name == STATE:
+                    torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+                elif not all(weights.isfinite().all() for weights in load_file(str(checkpoint / WEIGHTS)).values()):
+                    return f"{WEIGHTS} has values that are not finite"
         except Exception:  # torch and pickle raise nearly anything for a damaged file
             return f"{name} cannot be read"
     return None

@@ -388,3 +388,44 @@ def test_drawn_photos_are_rows_beside_what_each_run_drew(chromium, tmp_path):
         shown = page.inner_text("body")
         for english in ("Photo", "photo\n", "Draw", "kept", "resemblance", "run"):
             assert english not in shown.replace("stage.photo=", ""), english
+
+
+def test_character_is_plotted_against_kept_with_the_frontier(chromium, tmp_path):
+    folders = write_sweep(tmp_path / "sweep", LRS)
+    known = ((0.3, 0.8), (0.6, 0.6), (0.5, 0.5), (0.8, 0.2), (0.8, 0.1))
+    for folder, (kept, character) in zip(folders, known, strict=False):
+        of_photos = {"kept": (kept, kept - 0.1, kept + 0.1), "character": (character, character, character)}
+        finish(folder, score=(character, character, character), **of_photos)
+    with opened(chromium, rewrite_page(tmp_path / "sweep")) as page:
+        points = page.locator("#plot-points button")
+        assert [point.get_attribute("data-point") for point in points.all()] == ["0", "2", "1", "4", "3"]
+        assert page.locator("#plot-points .frontier").count() == 2 and page.locator("#plot-points .best").count() == 1
+        assert page.get_attribute("#plot-intervals", "d").count("M") == 2 * 5
+        assert page.get_attribute("#plot-frontier", "d").count("L") == 2, "a line through three points"
+        first, last = (points.nth(i).bounding_box() for i in (0, 4))
+        assert first["x"] < last["x"] and first["y"] < last["y"], "kept to the right, character up"
+        assert texts(page, "#plot-text") == ["0 · lr 1e-5, rank 4 · character 0.80 · kept 0.30 (0.20–0.40)"]
+        points.nth(1).hover()
+        assert page.inner_text("#plot-text").startswith("2 · lr 0.001, rank 4 · character 0.50")
+        points.nth(0).focus()
+        for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight", "Enter"):
+            page.keyboard.press(key)
+        row = page.locator("#table tr.revealed")
+        assert row.get_attribute("data-run") == "1" and texts(page, ".details code")[1].endswith("lr=1e-05 rank=16")
+        assert page.evaluate("document.activeElement.closest('tr').dataset.run") == "1"
+        points.nth(4).click()
+        assert page.locator("#table tr.revealed").get_attribute("data-run") == "3"
+        assert page.locator('[data-run="3"] .open').evaluate("row => row.getBoundingClientRect().top") < 860
+    finish(folders[0], score=(0.5, 0.4, 0.6), kept=(0.3, 0.2, 0.4))
+    for folder in folders[2:]:
+        finish(folder, score=(0.5, 0.4, 0.6), character=(0.3, 0.2, 0.4))
+    with opened(chromium, rewrite_page(tmp_path / "sweep")) as page:
+        assert not page.locator("#tradeoff").is_visible(), "one run has both"
+
+
+def test_the_plot_of_many_runs_has_no_intervals(chromium, tmp_path):
+    for number, folder in enumerate(write_sweep(tmp_path / "sweep", {"rank": list(range(1, 43))})):
+        finish(folder, kept=(number / 50, 0, 1), character=(0.5, 0, 1))
+    with opened(chromium, rewrite_page(tmp_path / "sweep"), viewport={"width": 360, "height": 740}) as page:
+        assert page.locator("#plot-points button").count() == 42 and page.get_attribute("#plot-intervals", "d") == ""
+        assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -61,6 +61,7 @@ def test_runs_are_ranked_by_their_mean_resemblance(folders):
     assert ranked.sentence["en"] == why, "a mean has no interval"
     assert sweep.runs[2].scores["resemblance"].high == 0.8 and sweep.runs[0].scores["kept"].value == 0.8
     data = page_data(sweep, ranked, [], folders[0].parent / "page")
+    assert data["points"] == [] and data["frontier"] == (), "no run has a number for the character"
     assert data["drawn"] and data["runs"][1]["pictures"][-1][5]["scores"] == {"kept": 0.3, "resemblance": 0.7} | {
         "kept": pytest.approx(0.3)
     }

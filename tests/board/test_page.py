@@ -156,11 +156,13 @@ def test_the_commands_of_a_run_are_accepted_by_the_program(sweep):
 
 
 def test_stage_compare_writes_the_page_of_a_sweep_and_returns_the_winner(sweep, composed, capsys):
-    finish(sweep / "2", score=(0.45, 0.3, 0.6))
+    photos = {"kept": (0.5, 0.5, 0.5), "character": (0.4, 0.4, 0.4)}
+    finish(sweep / "2", score=(0.45, 0.3, 0.6), **photos)
     result = run_stage(composed("stage=compare", f"stage.folder={sweep}"), Path("out"))
     assert result.page == f"{sweep}/index.html" and Path(result.picture).is_file()
     result_file = json.loads(Path("out/result.json").read_text())
     assert result_file["winner"] == f"{sweep}/0" and result_file["ties"] == [f"{sweep}/2"]
+    assert result_file["frontier"] == [f"{sweep}/2"]
     assert result_file["ranking"] == [f"{sweep}/0", f"{sweep}/2"]
     assert result_file["runs"] == {"done": 2, "failed": 1, "unfinished": 0, "missing": 1}
     output = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from sweep_folders import draw, fail, finish, measure, stop, write_run, write_sweep
 
-from lora_lab.board.page import axes, fault, format_value, label, verdict
+from lora_lab.board.page import axes, fault, format_value, frontier, label, page_data, resemblances, verdict
 from lora_lab.board.read import final_validation_loss, read_sweep
 
 LRS = {"lr": [1e-5, 1e-3, 3e-2]}
@@ -219,6 +220,46 @@ def test_without_any_measure_there_is_no_best_run(three):
 def test_the_first_axes_show_what_was_swept(tmp_path, swept, expected):
     write_sweep(tmp_path / "sweep", swept)
     assert axes(read_sweep([tmp_path / "sweep"])) == expected
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ({}, ()),
+        ({3: (0.5, 0.5)}, (3,)),
+        ({0: (0.2, 0.9), 1: (0.5, 0.6), 2: (0.4, 0.6), 3: (0.8, 0.1), 4: (0.7, 0.1)}, (0, 1, 3)),
+        ({0: (0.5, 0.5), 1: (0.5, 0.5), 2: (0.5, 0.4), 3: (0.4, 0.5)}, (1, 0)),
+        ({0: (0.1, 0.2), 1: (0.9, 0.8)}, (1,)),
+    ],
+)
+def test_no_run_beats_one_of_the_frontier_in_both(points, expected):
+    assert frontier(points) == expected
+
+
+def test_the_frontier_is_that_of_its_definition():
+    generator = random.Random(0)
+    for _ in range(50):
+        points = {i: (generator.randint(0, 6), generator.randint(0, 6)) for i in range(generator.randint(1, 30))}
+        pairs = {*points.values()}
+        beaten = {i for i, (x, y) in points.items() if any(a >= x and b >= y for a, b in pairs - {(x, y)})}
+        found = frontier(points)
+        assert {*found} == {*points} - beaten and list(map(points.get, found)) == sorted(map(points.get, found))
+
+
+def test_scores_of_photos_stand_among_those_of_a_training_or_beside_them(three):
+    finish(three[0], score=(0.5, 0.4, 0.6), kept=(0.3, 0.2, 0.4), character=(0.8, 0.8, 0.8))
+    own = {name: {"value": value, "low": 0, "high": 1} for name, value in (("kept", 0.6), ("character", 0.4))}
+    among = {"score": {"value": 0.4, "low": 0.4, "high": 0.4}, "kept": {"value": 0.7, "low": 0.7, "high": 0.7}}
+    (three[1] / "result.json").write_text(json.dumps({"stage": "train", "scores": among, **own}))
+    finish(three[2], score=(0.45, 0.4, 0.6), kept=(0.9, 0.9, 0.9))
+    ranked, sweep = verdict_of(three)
+    assert resemblances(sweep) == {0: (0.3, 0.8), 1: (0.7, 0.4)} and ranked.measure == "score"
+    data = page_data(sweep, ranked, [], three[0].parent / "page")
+    assert data["points"] == [0, 1] and data["frontier"] == (0, 1)
+    fail(three[1], "the loss is nan")
+    ranked, sweep = verdict_of(three)
+    data = page_data(sweep, ranked, [], three[0].parent / "page")
+    assert data["points"] == [], "one run alone has no frontier"
 
 
 def test_numbers_are_written_as_one_types_them():

@@ -163,6 +163,8 @@ def test_names_and_texts_of_a_record_are_only_text_in_the_page(type_in, tmp_path
         record.write_text(yaml.safe_dump([*yaml.safe_load(record.read_text()), *(f"+{n}={number}" for n in NAMES)]))
         change_config(run, **dict.fromkeys(NAMES, number))
         scores = {name: dict.fromkeys(("value", "low", "high"), 0.1 * number)}
+        largest = dict.fromkeys(("value", "low", "high"), (-1) ** number * 1.7e308)
+        scores |= {"kept": largest, "character": largest}
         (run / "result.json").write_text(json.dumps({"seconds": 1, "scores": scores, "scores_before": scores}))
     compare(type_in)
     page, errors = chromium.new_page(), []

@@ -17,9 +17,8 @@ from diffusers import (
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
-from sdxl_structure import NARROW, pipeline, unet_of
+from sdxl_structure import NARROW, pipeline, save_ip_adapters, unet_of
 from toy_base import ToyBase
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lora_lab.adapters.files import kohya_state, save_lora
 from lora_lab.adapters.inject import lora_attached
@@ -336,45 +335,9 @@ def test_masks_of_person_background_and_file(tmp_path):
             mask_of(name, image=image)
 
 
-def resampler(cross, embed, width=8, layers=4):
-    """Tensors of the image projection of a "plus" adapter in its own names: attention over the image's patches."""
-    shapes = {
-        "latents": (1, 4, width), "proj_in.weight": (width, embed), "proj_in.bias": (width,),
-        "proj_out.weight": (cross, width), "proj_out.bias": (cross,), "norm_out.weight": (cross,),
-        "norm_out.bias": (cross,),
-    }  # fmt: skip
-    for layer in range(layers):
-        for norm in ("0.norm1", "0.norm2", "1.0"):
-            shapes |= {f"layers.{layer}.{norm}.{name}": (width,) for name in ("weight", "bias")}
-        shapes |= {f"layers.{layer}.0.to_q.weight": (64, width), f"layers.{layer}.0.to_kv.weight": (128, width)}
-        shapes |= {f"layers.{layer}.0.to_out.weight": (width, 64), f"layers.{layer}.1.1.weight": (4 * width, width)}
-        shapes |= {f"layers.{layer}.1.3.weight": (width, 4 * width)}
-    return shapes
-
-
 @pytest.fixture(scope="module")
 def ip_adapters(tmp_path_factory):
-    """A folder with an IP-Adapter for NARROW, a "plus" one, and their image encoder, all of random weights."""
-    place = tmp_path_factory.mktemp("ip")
-    torch.manual_seed(2)
-    clip = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
-        projection_dim=12,
-    )  # fmt: skip
-    CLIPVisionModelWithProjection(clip).save_pretrained(place / "encoder")
-    unet = pipeline(NARROW).unet
-    cross = unet.config.cross_attention_dim
-    attention, number = {}, 1
-    for name in unet.attn_processors:
-        if "attn2" in name:
-            width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-            attention |= {f"ip_adapter.{number}.{part}_ip.weight": (width, cross) for part in ("to_k", "to_v")}
-            number += 2
-    plain = {"proj.weight": (4 * cross, 12), "proj.bias": (4 * cross,), "norm.weight": (cross,), "norm.bias": (cross,)}
-    for name, projection in (("plain", plain), ("plus", resampler(cross, 16))):
-        shapes = attention | {f"image_proj.{key}": shape for key, shape in projection.items()}
-        save_file({key: torch.randn(shape) for key, shape in shapes.items()}, place / f"{name}.safetensors")
-    return place
+    return save_ip_adapters(pipeline(NARROW).unet, tmp_path_factory.mktemp("ip"))
 
 
 @pytest.mark.parametrize(

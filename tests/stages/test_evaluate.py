@@ -83,6 +83,7 @@ def test_every_picture_is_kept_with_its_numbers(scored):
     assert Image.open(folder / mine[6]["picture"]).size == (128, 128)
 
 
+@pytest.mark.slow
 def test_the_score_asks_for_resemblance_to_photos_too(scored, monkeypatch):
     folder, before = scored
     monkeypatch.chdir(folder)
@@ -102,6 +103,7 @@ def test_the_same_file_gets_the_same_scores_again(scored, monkeypatch):
     assert after.loras[0].scores == before.loras[1].scores and after.scores_before == before.scores_before
 
 
+@pytest.mark.slow
 def test_held_out_pictures_take_the_training_pictures_place(scored, pictures, tmp_path, monkeypatch):
     folder, before = scored
     monkeypatch.chdir(folder)

@@ -273,6 +273,7 @@ def test_weight_and_strength_are_chosen_for_each_photo_by_its_drafts(tmp_path, r
     assert (whole["lora_weight"], whole["strength"]) == (None, None)
 
 
+@pytest.mark.slow
 def test_where_weight_or_strength_is_given_the_images_are_only_scored(tmp_path, references):
     settings = (*AUTO, *references, f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}, smiling'")
     (drawn,) = run_stage(compose(*settings, "stage.strength=0.6"), tmp_path / "scored").pictures
@@ -321,6 +322,7 @@ def test_a_choice_that_has_nothing_to_compare_is_refused(tmp_path, made_lora, wo
     assert sentence in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_the_weight_may_change_over_the_steps(tmp_path, made_lora):
     settings = f"lora={made_lora}", f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'"
 

@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from sdxl_structure import save_ip_adapters
 
-from lora_lab.base.load import pick_device
+from lora_lab.base.load import load_base, pick_device
 from lora_lab.board.read import read_sweep
 from lora_lab.demo import PHOTOS
 from lora_lab.launch.config import compose
@@ -72,7 +74,7 @@ def test_jobs_of_a_sweep_load_once_and_draw_what_they_draw_alone(run, loads):
 
 @pytest.mark.slow
 def test_what_decides_the_base_is_loaded_again_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(generate, "load_base_for_sampling", lambda *settings: object())
+    monkeypatch.setattr(generate, "load_base_for_sampling", lambda *settings: SimpleNamespace(base=None))
 
     def base(shared, config):
         device = pick_device(config.device)
@@ -171,3 +173,24 @@ def test_a_sweep_of_evaluate_loads_the_base_once(run, loads):
     assert run(*small, "lora=foreign.safetensors", "hydra.run.dir=alone") == 0
     one, other = (json.loads(Path(job, "result.json").read_text()) for job in ("sweep/1", "alone"))
     assert one["loras"][0]["scores"] == other["loras"][0]["scores"]
+
+
+@pytest.mark.slow
+def test_a_job_without_structure_and_likeness_has_the_base_without_them(run, loads):
+    place = save_ip_adapters(load_base(compose().model, pick_device("cpu")).network, Path("ip").absolute())
+    keeping = ("structure=canny", "likeness=ip_adapter", f"likeness.adapter={place}", "likeness.encoder=encoder",
+               "likeness.weights=plain.safetensors")  # fmt: skip
+    small = ("stage=evaluate", "device=cpu", "sampler.steps=2", "score.prompts=['A {trigger}']", "score.seeds=[0]")
+    lora, shared = "lora=own.safetensors", Shared()
+    loads.clear()
+
+    def results(name: str, *overrides: str, shared: Shared | None = None) -> dict[str, bytes | str]:
+        run_stage(compose(*overrides, lora), Path(name).absolute(), shared)
+        return files(Path(name))
+
+    with_both = results("first", *DRAW, *keeping, shared=shared)
+    scored = results("second", *small, "cache=null", shared=shared)
+    plain = results("third", *DRAW, shared=shared)
+    assert results("fourth", *DRAW, *keeping, shared=shared) == with_both != plain
+    assert loads["load_base"] == 1
+    assert scored == results("scored", *small, "cache=null") and plain == results("plain", *DRAW)
