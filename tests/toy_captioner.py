@@ -33,6 +33,12 @@ class ToyCaptioner:
             self.hook(image.getpixel((0, 0)))
         return [f"a toy of colour {image.getpixel((0, 0))[0]}" for image in images]
 
+    def phrases(self, images: list[Image.Image]) -> list[list[tuple[str, float]]]:
+        """More certain of a hat the redder an image is, and never of the subject."""
+        colours = [image.getpixel((0, 0))[0] / 10 for image in images]
+        captions = zip(self.caption(images), colours, strict=True)
+        return [[(caption, 0.0), ("with a hat", red), ("smiling", 0.9)] for caption, red in captions]
+
 
 @dataclass
 class ToyRefiner:

@@ -5,7 +5,7 @@ The file is only appended to, so it also keeps the captioner's own captions afte
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +28,9 @@ class CaptionUpdate:
     follow_links: bool = False
     _own: dict[Path, bytes] = field(default_factory=dict)  # what was written, of which no backup is needed
 
-    def add(self, captions: Mapping[str, str]) -> dict[str, str]:
+    def add(self, captions: Mapping[str, str], left_out: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
         """Write these captions, unless the image has got another one meanwhile; returns those that were written.
+        `left_out`, by image, are phrases for the journal only.
 
         Raises InputError where the caption files cannot be read any more, and as write_captions()."""
         current = read_captions(self.root, self.follow_links)
@@ -38,7 +39,7 @@ class CaptionUpdate:
             say(f"{name} has got another caption meanwhile, which is kept")
         new = {name: text for name, text in captions.items() if name not in changed}
         if any(text != current.get(name) for name, text in new.items()):
-            record(self.root, self.by, current, new)
+            record(self.root, self.by, current, new, left_out)
             paths = write_captions(self.root, current | new, own=self._own)
             self._own = {path: path.read_bytes() for path in paths}
         return new
@@ -49,16 +50,24 @@ class CaptionUpdate:
         return list(self._own)
 
 
-def record(root: Path, by: str, before: Mapping[str, str], after: Mapping[str, str]) -> int:
+def record(
+    root: Path,
+    by: str,
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    left_out: Mapping[str, Sequence[str]] | None = None,
+) -> int:
     """Append a row for each caption of `after` that differs from `before`; returns the number of rows.
 
-    `by`, the author, is REFINE (or begins with "refine:") for a refined caption, else the captioner's name. A row that
-    is the image's last one already is not repeated: a kill came between the journal and the caption file.
+    `by`, the author, is REFINE (or begins with "refine:") for a refined caption, else the captioner's name; `left_out`
+    has what the captioner left out of an image's caption. A row that is the image's last one already is not repeated: a
+    kill came between the journal and the caption file.
     Raises InputError if the journal is a link, or its folder lies elsewhere."""
     path = Path(root) / HISTORY
     last = {row["file_name"]: row for row in _rows(path)}
     rows = [
         {"file_name": name, "text": text, "by": by, "was": before.get(name, "")}
+        | ({"left_out": [*left_out[name]]} if left_out and left_out.get(name) else {})
         for name, text in after.items()
         if text != before.get(name, "")
     ]

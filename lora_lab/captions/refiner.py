@@ -74,7 +74,8 @@ def foreign_hints(captions: Mapping[str, str], hints: Mapping[str, str]) -> list
         for language in _languages(hint) - _languages(caption):
             names.setdefault(language, []).append(name)
     return [
-        f"{list_names(named)}: the hint is {language} and stays in the caption" for language, named in names.items()
+        f"{list_names(named)}: the hint is {language} and stays in the caption: CLIP reads English, so translate it"
+        for language, named in names.items()
     ]
 
 

@@ -29,6 +29,10 @@ FUNCTION_WORDS = (
     "has|have|sits|stands|lies|looks|smiles|holds|wears|waves|rides|made|it|its|his|her|their"
 )
 
+# A participle, which may also follow a subject ("a cat smiling"): a vowel comes before its ending, unlike in "red",
+# "bed" and "king".
+PARTICIPLE = r"[^\Waeiouy]*[aeiouy][\w-]*(?:ing|(?<!e)ed)"
+
 # Words that introduce a second mention of the trigger and are removed with it.
 _LED = r"(?:\b(?:and|with|of|by|next\s+to)\s+)?(?:\b(?:a|an|the)\s+)?"
 
@@ -136,14 +140,16 @@ def name_subject(caption: str, trigger: str, subjects: Iterable[str], article: s
     >>> name_subject("a cartoon white ghost with a purple background, smiling", "HANA_TOFU", ["ghost"], "A")
     'A HANA_TOFU with a purple background, smiling'
 
-    A caption with the trigger, or without a subject, is returned unchanged."""
-    nouns = "|".join(r"\s+".join(map(re.escape, noun.split())) for noun in subjects)
+    "cartoon ..." is a cartoon of anything, up to the next function word or participle. A caption with the trigger, or
+    without a subject, is returned unchanged."""
+    word = rf"(?!(?:{FUNCTION_WORDS}|\w+ing)\b)[\w'-]+"
+    parts = {"...": rf"{word}(?:\s+{word}){{0,6}}?"}
+    nouns = "|".join(r"\s+".join(parts.get(part) or re.escape(part) for part in noun.split()) for noun in subjects)
     if not nouns or trigger in caption:
         return caption
-    word = rf"(?!(?:{FUNCTION_WORDS}|\w+ing)\b)[\w'-]+\s+"
     subject = re.compile(
-        rf"(?:(?:a|an|the|one)\s+)?(?:\w+ing\s+)?(?:{word}|and\s+){{0,6}}(?:{nouns})s?"
-        rf"(?=$|['.:;!?(]|\s+(?:(?:{FUNCTION_WORDS})\b|[\w-]+(?:ing|ed)\b))",
+        rf"(?:(?:a|an|the|one)\s+)?(?:\w+ing\s+)?(?:{word}\s+|and\s+){{0,6}}(?:{nouns})s?"
+        rf"(?=$|['.:;!?(]|\s+(?:(?:{FUNCTION_WORDS})\b|(?:{PARTICIPLE})\b))",
         re.IGNORECASE,
     )
     phrases = _phrases(caption)

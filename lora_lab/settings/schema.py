@@ -81,7 +81,10 @@ BOUNDS_OF_OPTIMIZER = {
     "decay_rate": Bounds(lt=0),
 }
 TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article"}
-BOUNDS_OF_CAPTIONER = dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1)
+BOUNDS_OF_CAPTIONER = {
+    **dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1),
+    "min_confidence": Bounds(ge=0, le=1),
+}
 
 # What a file name may not have on one of the systems to which a LoRA may be copied.
 LONGEST_NAME = 200  # bytes; the system's 255 less what is put behind a name: step, number, suffix, that of a new file

@@ -65,6 +65,12 @@ class Model(Section):
     resolution: int = setting("px; a bucket has about resolution^2 pixels", decides=BOTH, default=1024)
     bucket_step: int = setting("px; the sides of a bucket are multiples of it", decides=BOTH, default=64, ge=8)
     strength: float = setting("default of img2img's strength", decides="request", default=0.7, gt=0, le=1)
+    draft_steps: int = setting(
+        "default of img2img's draft_steps: with more of them a draft tells better what the image will be",
+        decides="request",
+        default=8,
+        ge=1,
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "number format of the frozen base; auto is bf16, else fp16, and fp32 on a CPU", decides=BOTH, default="auto"
     )

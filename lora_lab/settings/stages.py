@@ -217,7 +217,9 @@ class Img2img(Stage):
         default=True,
     )
     budget: int = setting("of auto: drafts for each photo and seed", decides="request", default=4, ge=1, le=6)
-    draft_steps: int = setting("of auto: sampler.steps of a draft", decides="request", default=8, ge=1)
+    draft_steps: int = setting(
+        "of auto: sampler.steps of a draft", decides="request", default_from="model.draft_steps", ge=1
+    )
     choices: int = setting(
         "of auto: images for each photo and seed, of the best drafts that differ", decides="request", default=1, ge=1
     )

@@ -9,11 +9,14 @@ from lora_lab.base.load import pick_device
 from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.captioner import (
     Captioner,
+    Settings,
     captioner_name,
+    certain_captions,
     check_captioner,
     images_per_call,
+    left_out_line,
     load_captioner,
-    run_captioner,
+    min_confidence,
 )
 from lora_lab.captions.files import PROPOSED, read_captions, refuse_links
 from lora_lab.captions.history import CaptionUpdate, machine_made
@@ -32,6 +35,7 @@ class CaptionResult:
     captions: dict[str, str]  # image name -> new caption
     kept: int  # number of images whose caption was not changed
     written: str | None  # the file with the new captions
+    left_out: dict[str, list[str]]  # image name -> phrases of which the captioner was not certain enough
 
 
 def caption(config: Config, folder: Path) -> CaptionResult:
@@ -46,7 +50,7 @@ def caption(config: Config, folder: Path) -> CaptionResult:
     names = select_images(paths, captions, machine_made(root), mode)
     if not names:
         say(f"all {len(paths)} pictures of {root} have a caption, which stage.mode={mode} does not change")
-        return CaptionResult("caption", {}, len(paths), None)
+        return CaptionResult("caption", {}, len(paths), None, {})
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     check_captioner(settings)
@@ -55,13 +59,17 @@ def caption(config: Config, folder: Path) -> CaptionResult:
     author, device = captioner_name(settings), pick_device(config.device)
     say(f"captioning {len(names)} pictures with {author} on {device}")
     captioner = load_captioner(settings, device)
-    batches = _captions({n: paths[n] for n in names}, captioner, images_per_call(settings))
+    left_out: dict[str, list[str]] = {}
+    batches = _captions({n: paths[n] for n in names}, captioner, settings, left_out)
     if mode == "propose":
         written, new_captions = propose(root, batches)
     else:
-        written, new_captions = _write(root, CaptionUpdate(root, author, captions, follow_links), batches)
+        written, new_captions = _write(root, CaptionUpdate(root, author, captions, follow_links), batches, left_out)
     say(f"captioned {len(new_captions)} of {len(paths)} pictures with {author}, written to {written}")
-    return CaptionResult("caption", new_captions, len(paths) - len(new_captions), str(written))
+    left_out = {name: phrases for name, phrases in left_out.items() if name in new_captions}
+    if line := left_out_line([*left_out.values()], min_confidence(settings)):
+        say(line)
+    return CaptionResult("caption", new_captions, len(paths) - len(new_captions), str(written), left_out)
 
 
 def select_images(
@@ -86,24 +94,31 @@ def propose(root: Path, batches: Iterable[Mapping[str, str]]) -> tuple[Path, dic
     return path, captions
 
 
-def _write(root: Path, update: CaptionUpdate, batches: Iterable[Mapping[str, str]]) -> tuple[Path, dict[str, str]]:
+def _write(
+    root: Path, update: CaptionUpdate, batches: Iterable[Mapping[str, str]], left_out: Mapping[str, list[str]]
+) -> tuple[Path, dict[str, str]]:
     """Write the captions into the folder's caption file as they come; returns its path and those that were written."""
     captions = {}
     for batch in batches:
         try:
-            captions |= update.add(batch)
+            captions |= update.add(batch, left_out)
         except InputError as error:  # somebody has just damaged the file; what was captioned must not be lost
             path, _ = propose(root, [captions | batch])
             raise InputError(f"{error}; until then the new captions are in {path}") from error
     return next(iter(update.files), root), captions
 
 
-def _captions(paths: dict[str, Path], captioner: Captioner, batch_size: int) -> Iterator[dict[str, str]]:
-    """Yield the captions of `batch_size` image files at a time, by name."""
-    names = list(paths)
+def _captions(
+    paths: dict[str, Path], captioner: Captioner, settings: Settings, left_out: dict[str, list[str]]
+) -> Iterator[dict[str, str]]:
+    """Yield the captions of captioner.batch_size image files at a time, by name; what each leaves out is put into
+    `left_out` before."""
+    names, batch_size = list(paths), images_per_call(settings)
     with bar(total=len(names), desc="caption", unit="picture") as progress:
         for start in range(0, len(names), batch_size):
             batch = names[start : start + batch_size]
-            texts = run_captioner(captioner, [open_picture(paths[name]) for name in batch])
-            yield dict(zip(batch, texts, strict=True))
+            images = [open_picture(paths[name]) for name in batch]
+            certain = certain_captions(captioner, images, min_confidence(settings))
+            left_out |= {name: [*phrases] for name, (_, phrases) in zip(batch, certain, strict=True) if phrases}
+            yield {name: text for name, (text, _) in zip(batch, certain, strict=True)}
             progress.update(len(batch))

@@ -154,6 +154,11 @@ def test_the_examples_in_the_docstrings_hold(module):
         ("with a star background, a cat smiling", "A HANA_TOFU smiling, with a star background"),
         ("a square background with a hat", "HANA_TOFU, a square background with a hat"),
         ("holding a cat", "HANA_TOFU, holding a cat"),
+        ("a cartoon red bell with a red background, smiling", "A HANA_TOFU with a red background, smiling"),
+        ("a close up of a cartoon striped rocket covered in snow", "A HANA_TOFU covered in snow"),
+        ("an inked cartoon purple bell", "A HANA_TOFU"),
+        ("a cat dressed as a king", "A HANA_TOFU dressed as a king"),
+        *((f"a cat {noun} in a box", f"HANA_TOFU, a cat {noun} in a box") for noun in ("bed", "king", "ring", "seed")),
         ("", "HANA_TOFU"),
     ],
 )
@@ -215,6 +220,12 @@ def test_a_hint_is_added_once_and_may_name_the_character(general):
         refine_caption("a cat, at night, waving", "HANA_TOFU", general, "at night") == "A HANA_TOFU, at night, waving"
     )
     assert refine_caption("a cat", "HANA_TOFU", general, "a hana_tofu at night") == "A HANA_TOFU, at night"
+
+
+def test_a_subject_with_an_ellipsis_is_any_noun_up_to_a_function_word():
+    anything = compile_rules(subjects=["red ...", "mug"])
+    assert refine_caption("a big red wooden lighthouse on a hill", "HANA_TOFU", anything) == "A HANA_TOFU on a hill"
+    assert refine_caption("a red, a mug in the snow", "HANA_TOFU", anything) == "A HANA_TOFU in the snow, a red"
 
 
 def test_rules_cannot_change_the_trigger():
@@ -323,9 +334,10 @@ def test_words_that_no_rule_changes_stay_whatever_they_are(option):
 def test_a_hint_in_another_language_than_its_caption_is_named():
     captions = {"1.png": "a cat", "2.png": "a cat, 눈 속", "3.png": "고양이", "4.png": "a cat", "5.png": "a café"}
     hints = {"1.png": "눈 속에서", "2.png": "눈 속", "3.png": "눈 속", "4.png": "赤い帽子", "5.png": "im Schnee, süß"}
+    advice = "stays in the caption: CLIP reads English, so translate it"
     assert foreign_hints(captions, hints) == [
-        "1.png, 2.png: the hint is Korean and stays in the caption",
-        "4.png: the hint is Japanese and stays in the caption",
+        f"1.png, 2.png: the hint is Korean and {advice}",
+        f"4.png: the hint is Japanese and {advice}",
     ]
 
 

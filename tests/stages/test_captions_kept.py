@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from toy_captioner import Hook
+from toy_captioner import Hook, ToyCaptioner
 
 from lora_lab.captions.files import read_captions, write_captions
 from lora_lab.errors import InputError
@@ -36,15 +36,15 @@ def settings(stage: str, *overrides: str):
     return compose("dataset=folder", "device=cpu", f"stage={stage}", "dataset.root=.", *overrides)
 
 
-def do(root: Path, stage: str, hook: Hook, *overrides: str):
+def do(root: Path, stage: str, hook: Hook, *overrides: str, least: float = 0):
     config = settings(stage, *overrides)
-    captioner = {"_target_": "toy_captioner.ToyCaptioner", "name": "toy", "hook": hook}
+    captioner = {"_target_": "toy_captioner.ToyCaptioner", "name": "toy", "hook": hook, "min_confidence": least}
     refiner = {"_target_": "toy_captioner.ToyRefiner", "hook": hook}
     dataset = replace(config.dataset, root=str(root))
     return run_stage(replace(config, dataset=dataset, captioner=captioner, refiner=refiner), root.parent / "run")
 
 
-def killed(root: Path, stage: str, at: int) -> Hook:
+def killed(root: Path, stage: str, at: int, least: float) -> Hook:
     """Leave `root` as a kill before caption number `at` would, whatever the stage does when it is interrupted."""
     snapshot = root.with_name("snapshot")
 
@@ -54,7 +54,7 @@ def killed(root: Path, stage: str, at: int) -> Hook:
 
     hook = Hook(at, kill)
     with pytest.raises(KeyboardInterrupt):
-        do(root, stage, hook)
+        do(root, stage, hook, least=least)
     shutil.rmtree(root)
     snapshot.rename(root)
     return hook
@@ -65,8 +65,8 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "txt"])
-@pytest.mark.parametrize("stage", ["caption", "refine"])
-def test_an_interrupted_stage_equals_an_uninterrupted_one(tmp_path, stage, form):
+@pytest.mark.parametrize(("stage", "least"), [("caption", 0), ("caption", 0.5), ("refine", 0)])
+def test_an_interrupted_stage_equals_an_uninterrupted_one(tmp_path, stage, least, form):
     uninterrupted = None
     for at in (-1, 0, 1, NUMBER - 2):
         root = lay_out(tmp_path / str(at) / "data")
@@ -74,16 +74,44 @@ def test_an_interrupted_stage_equals_an_uninterrupted_one(tmp_path, stage, form)
         write_captions(root, mine, form)
         hook = Hook()
         if at >= 0:
-            hook = killed(root, stage, at)
+            hook = killed(root, stage, at, least)
             done = sum(text not in mine.values() for text in read_captions(root).values())
             assert done == (hook.count if stage == "caption" else hook.count // 8 * 8), "written as they come"
-        do(root, stage, hook)
+        do(root, stage, hook, least=least)
         uninterrupted = uninterrupted or files(root)
         assert files(root) == uninterrupted
         assert stage == "refine" or not list(root.glob("*.bak")), "adding captions loses nothing"
         if stage == "caption":
             assert len(hook.seen) == NUMBER - 1, "the second start captions only the missing"
             assert read_captions(root)["3.png"] == "my own words"
+
+
+@pytest.mark.parametrize("mode", ["missing", "propose"])
+def test_uncertain_phrases_are_left_out_told_and_recorded(root, mode, capsys):
+    result = do(root, "caption", Hook(), f"stage.mode={mode}", least=0.5)
+    assert result.captions["4.png"] == "a toy of colour 4, smiling", (
+        "the first phrase, however uncertain, is the subject"
+    )
+    assert result.captions["5.png"] == "a toy of colour 5, with a hat, smiling"
+    assert result.left_out == {f"{i}.png": ["with a hat"] for i in range(5)}
+    told = "left out of 5 captions as uncertain, by captioner.min_confidence=0.5: 5 x 'with a hat'"
+    assert told in capsys.readouterr().out.splitlines()
+    if mode == "missing":
+        journal = [json.loads(line) for line in (root / "captions.history.jsonl").read_text().splitlines()]
+        assert {row["file_name"]: row["left_out"] for row in journal if "left_out" in row} == result.left_out
+        do(root, "caption", Hook(), "stage.mode=replace")
+        assert read_captions(root)["4.png"] == "a toy of colour 4", "0 asks for no confidence"
+        assert do(root, "caption", Hook(), "stage.mode=replace", least=0.95).left_out["9.png"] == [
+            "with a hat",
+            "smiling",
+        ]
+
+
+def test_a_captioner_that_tells_no_confidence_is_named(root, monkeypatch):
+    monkeypatch.delattr(ToyCaptioner, "phrases")
+    with pytest.raises(InputError, match=r"captioner\.min_confidence=0\.5: ToyCaptioner does not tell its confidence"):
+        do(root, "caption", Hook(), least=0.5)
+    assert len(do(root, "caption", Hook()).captions) == NUMBER
 
 
 @pytest.mark.parametrize("form", ["jsonl", "txt"])
