@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("loras", nargs="+", help="NAME=LORA=FOLDER of its training images")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--words", nargs="+", default=[], help="settings of the choice")
+    parser.add_argument("--words", nargs="+", default=[], help="settings of the choice, or of what takes its place")
     asked = parser.parse_args()
     shown = {photo.file: photo for photo in photos()}
     for text in asked.loras:
@@ -84,15 +84,16 @@ def main() -> None:
         asked.out.mkdir(parents=True, exist_ok=True)
         usual = draw(lora, references, name, Path(f"{place}-usual"), seeds, "stage.lora_weight=1")
         chosen = draw(lora, references, name, Path("-".join([f"{place}-auto", *asked.words])), seeds, *asked.words)
-        drafts = [[read(draft, shown, name, line["photo"]) for draft in line["drafts"]] for line in chosen]
         figures = {
             "name": name,
             "usual": summary([read(line, shown, name, line["photo"]) for line in usual]),
             "chosen": summary([read(line, shown, name, line["photo"]) for line in chosen]),
-            "best drafts": summary([max(each, key=both) for each in drafts]),
-            "agreement": agreement(chosen, drafts),
             "variants": [[line["lora_weight"], line["strength"]] for line in chosen],
         }
+        if all(line["drafts"] for line in chosen):
+            drafts = [[read(draft, shown, name, line["photo"]) for draft in line["drafts"]] for line in chosen]
+            figures["best drafts"] = summary([max(each, key=both) for each in drafts])
+            figures["agreement"] = agreement(chosen, drafts)
         print(json.dumps(figures), flush=True)
 
 
