@@ -224,8 +224,7 @@ class Img2img(Stage):
         "of auto: images for each photo and seed, of the best drafts that differ", decides="request", default=1, ge=1
     )
     strength: float | None = setting(
-        "fraction of denoising done again: 0.3 keeps the photo, 1.0 only the prompt; null: chosen by auto, else "
-        "model.strength",
+        "fraction of denoising done again: 0.3 keeps the photo; null: by auto or model",
         decides="request",
         default=None,
         gt=0,

@@ -341,7 +341,12 @@ def ip_adapters(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "guidance"), [("plain", 5.0), ("plus", 5.0), pytest.param("plus", 1.0, marks=pytest.mark.slow)]
+    ("name", "guidance"),
+    [
+        ("plain", 5.0),
+        pytest.param("plus", 5.0, marks=pytest.mark.slow),
+        pytest.param("plus", 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_images_of_an_ip_adapter_are_bit_identical_to_diffusers(tmp_path, ip_adapters, name, guidance):
     """With a ControlNet beside it; without the adapter the images are those of before."""

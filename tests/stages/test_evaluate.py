@@ -122,6 +122,7 @@ def content(folder):
     return lines.replace(str(Path(folder).absolute()), ""), {f.relative_to(folder): f.read_bytes() for f in files}
 
 
+@pytest.mark.slow
 def test_training_images_are_freed_before_the_first_lora_is_rendered(elsewhere, made_lora, monkeypatch):
     opened = []
 

@@ -127,6 +127,7 @@ def test_a_resumed_run_refuses_to_become_another_one():
         train("run", "steps=1", f"resume={Path('run').absolute()}")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_key_is_resumed_and_the_key_named(capsys):
     train("run", "steps=2")
     record = Path("run/checkpoints/step-000002/training.json")

@@ -368,6 +368,7 @@ def test_wearing_a_file_leaves_nothing_behind(trained):
     assert torch.equal(again["prompt_embeds"], plain["prompt_embeds"])
 
 
+@pytest.mark.slow
 def test_a_run_of_all_goes_on_to_the_bit(trained, monkeypatch):
     """Without the validation pictures of the one that was not stopped, which so change nothing either."""
     how = [*ALL, "steps=4", "stage.ema_decay=0.5"]
