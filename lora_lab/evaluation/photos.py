@@ -13,10 +13,9 @@ from lora_lab.base.encode import Encoder
 from lora_lab.captions.refiner import Refiner
 from lora_lab.evaluation.embedders import caption_images
 from lora_lab.evaluation.resemblance import DrawnImage, Resemblance, ResemblanceJudge
-from lora_lab.images.dataset import find_photos
 from lora_lab.images.pixels import aspect_buckets, open_picture
 from lora_lab.runs import distinct_names
-from lora_lab.sampling.generate import Request, generate, photo_to_request
+from lora_lab.sampling.generate import Request, find_photos, generate, photo_to_request
 from lora_lab.settings.schema import Model, Sampler, Score
 
 

@@ -145,6 +145,11 @@ def clean(images: Tensor, known: Tensor, level: float) -> Tensor:
     return (best_cosines(images, known).amax(dim=2).mean(dim=1) / level).clamp(0, 1)
 
 
+def reference_stride(count: int) -> int:
+    """Of `count` images every which one is compared, so that these are at most MAX_REFERENCES."""
+    return -(-count // MAX_REFERENCES) or 1
+
+
 def references_of(lora: Path, dataset: Dataset) -> list[Path]:
     """The images of dataset.root, at most MAX_REFERENCES, if the file was trained on them; else []. Where others lie in
     a folder of the user's, these count, which is printed if the file names its own.
@@ -159,7 +164,7 @@ def references_of(lora: Path, dataset: Dataset) -> list[Path]:
         if known:
             root = ", ".join(display_path(folder).as_posix() for folder in folders)
             say(f"{lora.name} was trained on other images than {root} has: its images are compared with these")
-    return files[:: -(-len(files) // MAX_REFERENCES) or 1]
+    return files[:: reference_stride(len(files))]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from lora_lab.evaluation import metrics
 from lora_lab.evaluation.embedders import Embeddings, base_parts, caption_images, embed, locate_embedders
 from lora_lab.evaluation.metrics import Estimate, Scale, Scores
 from lora_lab.evaluation.photos import PhotoScorer, ScoredPhoto
-from lora_lab.evaluation.resemblance import MAX_REFERENCES
-from lora_lab.images.pixels import aspect_buckets, fit, nearest_bucket, open_picture
+from lora_lab.evaluation.resemblance import reference_stride
+from lora_lab.images.pixels import aspect_buckets, open_fitted, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_json, write_text
 from lora_lab.sampling.generate import (
@@ -89,8 +89,7 @@ def held_out_pictures(model: Model, score: Score) -> list[Image.Image]:
 def pictures_in(root: Path, key: str, model: Model, follow_links: bool = False) -> list[Image.Image]:
     """Every image under `root`, cropped to its bucket. Raises InputError, naming `key`, where there is none."""
     buckets = aspect_buckets(model.resolution, model.bucket_step)
-    images = map(open_picture, find_pictures(root, key, follow_links).values())  # one large image in memory at a time
-    return [fit(image, nearest_bucket(image.size, buckets)).picture for image in images]
+    return [open_fitted(path, buckets) for path in find_pictures(root, key, follow_links).values()]
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class Scorer:
         Raises InputError for such an embedder, and for wrong settings of the refiner."""
         embeddings = embed(model, [*training, *held_out], prompts.texts, device)
         references = held_out or training
-        stride = -(-len(references) // MAX_REFERENCES)
+        stride = reference_stride(len(references))
         rewriter = load_refiner(refiner)
         return cls(
             prompts=prompts,

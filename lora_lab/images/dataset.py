@@ -194,22 +194,6 @@ def say_unused(roots: Sequence[Path], follow_links: bool = False) -> None:
         say(line)
 
 
-def find_photos(value: object, key: str) -> list[Path]:
-    """The image files of the setting `key`: an image, a folder of images, or a list of either.
-
-    Raises InputError for anything else, for a path that does not exist, and for a folder without images."""
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(item, str) for item in values):
-        raise InputError(f"{key}={value}: name a picture, a folder of pictures, or a list: [me.jpg,you.png]")
-    files: list[Path] = []
-    for item in values:
-        path = locate_folder(key, item)
-        files += find_pictures(path, key).values() if path.is_dir() else [path]
-        if path.is_dir() and not item.startswith("demo:"):
-            say_unused([path])
-    return files
-
-
 def frames_line(paths: Mapping[str, Path]) -> str:
     """One line about the images by name of which only the first frame is used; "" if there are none."""
     frames = {name: count for name, path in paths.items() if (count := count_frames(path)) > 1}

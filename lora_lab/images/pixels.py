@@ -193,6 +193,12 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] * size[1] / (bucket[1] * size[0]))))
 
 
+def open_fitted(path: Path, buckets: Sequence[Size]) -> Image.Image:
+    """The image file, cut to the nearest of `buckets` (width, height). Raises InputError as open_picture does."""
+    picture = open_picture(path)
+    return fit(picture, nearest_bucket(picture.size, buckets)).picture
+
+
 def enlargement(size: Size, bucket: Size) -> float:
     """The factor by which `size` is scaled to cover `bucket`; above 1 the image is blurred."""
     return max(bucket[0] / size[0], bucket[1] / size[1])

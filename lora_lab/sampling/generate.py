@@ -20,12 +20,14 @@ from lora_lab.base.cuda_graph import GraphedCallable, GraphPool, Tensors
 from lora_lab.base.encode import Cache, Encoder, key_of, on_device
 from lora_lab.base.layers import quantize_
 from lora_lab.base.load import load_base, vae_remedy, validate_prediction
-from lora_lab.base.locate import hash_model, locate_model
+from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.base.protocol import BaseModel, Conditioning, PhotoConditioned, Solver
 from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError, RunError
+from lora_lab.images.dataset import say_unused
 from lora_lab.images.pixels import Size, fit, nearest_bucket
+from lora_lab.images.scan import find_pictures
 from lora_lab.runs import save_picture
 from lora_lab.settings.schema import Loss, Memory, Model, Sampler, base_image_settings, values_of
 from lora_lab.shared import Shared
@@ -460,6 +462,22 @@ def _stored_image(file: Path) -> Image.Image | None:
     except (OSError, SyntaxError):
         say(f"{file} is damaged: it is drawn again")
         return None
+
+
+def find_photos(value: object, key: str) -> list[Path]:
+    """The image files of the setting `key`: an image, a folder of images, or a list of either.
+
+    Raises InputError for anything else, for a path that does not exist, and for a folder without images."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(item, str) for item in values):
+        raise InputError(f"{key}={value}: name a picture, a folder of pictures, or a list: [me.jpg,you.png]")
+    files: list[Path] = []
+    for item in values:
+        path = locate_folder(key, item)
+        files += find_pictures(path, key).values() if path.is_dir() else [path]
+        if path.is_dir() and not item.startswith("demo:"):
+            say_unused([path])
+    return files
 
 
 @dataclass(frozen=True)

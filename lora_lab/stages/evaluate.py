@@ -31,7 +31,6 @@ from lora_lab.evaluation.scores import (
     validate_embedders,
     write_lines,
 )
-from lora_lab.images.dataset import find_photos
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import (
@@ -42,7 +41,7 @@ from lora_lab.runs import (
     write_atomically,
     write_manifest,
 )
-from lora_lab.sampling.generate import RenderSettings, base_for_sampling, render_settings
+from lora_lab.sampling.generate import RenderSettings, base_for_sampling, find_photos, render_settings
 from lora_lab.settings.schema import Config, Loss, values_of
 from lora_lab.shared import Shared
 
@@ -212,10 +211,9 @@ def _score_all(
             else:
                 images = scorer.score(lora, render, place, encoder)
                 save_scored(place, images, key)
-            thumbnails = [
-                ImageOps.contain(picture, (CELL, CELL), Image.Resampling.LANCZOS) for picture in images.pictures
-            ]
-            scored.append(replace(images, pictures=thumbnails))  # of many LoRA files, whole images fill the memory
+            scored.append(
+                replace(images, pictures=_thumbnails(images))
+            )  # of many LoRA files, whole images fill the memory
             write_lines(folder, scored)
     except (Exception, KeyboardInterrupt):
         say(f"{len(scored) - 1} of {len(loras)} LoRA are scored, the others will be with resume={display_path(folder)}")
