@@ -23,7 +23,6 @@ from experiments.tiny_base.recipes import CHARACTERS, SIDE, Bench
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.evaluation.resemblance import DrawnImage, Resemblance, ResemblanceJudge
 from lora_lab.images.pixels import fit, nearest_bucket, open_picture
-from lora_lab.launch.config import compose
 from lora_lab.sampling.generate import photo_to_request
 
 LETTERS = ascii_uppercase + ascii_lowercase
@@ -65,7 +64,7 @@ def score(bench: Bench, name: str, sheets: Sequence[Path]) -> list[list[Resembla
         photo_to_request(*pair, bench.refiner, trigger, bench.buckets, strength=bench.strength).request
         for pair in zip(bench.pictures, bench.captions, strict=True)
     ]
-    before, config = bench.draw(None, trigger, 1.0), compose("stage=img2img", "lora=x", "tracker=off")
+    before, config = bench.draw(None, trigger, 1.0), bench.config
     found = []
     with lora_attached(bench.encoder.base, None):
         judge = ResemblanceJudge.load(

@@ -117,7 +117,7 @@ class Bench:
         self.photos = photos()
         self.pictures = [open_picture(demo.PHOTOS / photo.file) for photo in self.photos]
         config = compose("tracker=off", "stage=img2img", "lora=x", f"stage.photo={demo.PHOTOS}", "refiner=avatars")
-        self.sampler, self.strength = config.sampler, config.model.strength
+        self.config, self.sampler, self.strength = config, config.sampler, config.model.strength
         self.buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
         self.captioner, self.refiner = load_captioner(config.captioner, CPU), load_refiner(config.refiner)
         self.least = min_confidence(config.captioner)
