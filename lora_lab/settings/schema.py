@@ -80,10 +80,12 @@ BOUNDS_OF_OPTIMIZER = {
     **dict.fromkeys(("weight_decay", "r", "weight_lr_power"), Bounds(ge=0)),
     "decay_rate": Bounds(lt=0),
 }
-TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article"}
+TEXTS_OF_OPEN_GROUPS = {
+    "captioner.name", "captioner.base", "captioner.prompt", "captioner.system", "captioner.exclude", "refiner.article",
+}  # fmt: skip
 BOUNDS_OF_CAPTIONER = {
-    **dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1),
-    "min_confidence": Bounds(ge=0, le=1),
+    **dict.fromkeys(("max_tokens", "beams", "longest_side", "batch_size"), AT_LEAST_1),
+    **dict.fromkeys(("min_confidence", "general_threshold", "character_threshold"), Bounds(ge=0, le=1)),
 }
 
 # What a file name may not have on one of the systems to which a LoRA may be copied.
