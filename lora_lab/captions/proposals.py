@@ -9,26 +9,21 @@ from typing import Any
 from lora_lab.captions.captioner import Settings
 from lora_lab.runs import hash_content, hash_text, write_text
 
-DECIDE_NOTHING = ("name", "batch_size")  # keys of the captioner
+DECIDE_NOTHING = ("name", "batch_size", "cache", "key_file", "retries", "timeout")  # keys of the captioner
 
 
 @dataclass
 class Proposals:
-    """The captions in `file`, which is written after each batch, so that a killed run goes on where it was."""
+    """The captions in a file, which is written after each batch, so that a killed run goes on where it was."""
 
-    file: Path
-    hashes: Mapping[str, str]  # image name, in order -> what decides its caption: its content, and the captioner
+    place: Path  # the file
+    hashes: Mapping[str, str]  # image name, in order -> what decides its caption: content, hint, and the captioner
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # by image name
 
     @property
     def captions(self) -> dict[str, str]:
         """Image name -> caption, in the order of the images."""
         return {name: self.rows[name]["text"] for name in self.hashes if name in self.rows}
-
-    @property
-    def files(self) -> list[Path]:
-        """The file that is written."""
-        return [self.file]
 
     @property
     def left_out(self) -> dict[str, list[str]]:
@@ -41,16 +36,17 @@ class Proposals:
             row = {"file_name": name, "text": text, "hash": self.hashes[name]}
             self.rows[name] = row | ({"left_out": [*left_out[name]]} if left_out.get(name) else {})
         lines = (json.dumps(self.rows[name], ensure_ascii=False) for name in self.hashes if name in self.rows)
-        write_text(self.file, "".join(f"{line}\n" for line in lines))
+        write_text(self.place, "".join(f"{line}\n" for line in lines))
         return dict(captions)
 
 
-def read_proposals(file: Path, paths: Mapping[str, Path], settings: Settings) -> Proposals:
-    """The proposals in `file` that this captioner wrote for the present images, whose files are `paths`; maybe none.
+def read_proposals(file: Path, paths: Mapping[str, Path], hints: Mapping[str, str], settings: Settings) -> Proposals:
+    """The proposals in `file` that this captioner wrote for the present images and hints; maybe none.
 
-    Those of other settings, or of an image that has changed, are left out, and so are lines that are damaged."""
+    `paths` has the file of each image. Those of other settings, or of an image or hint that has changed, are left out,
+    and so are lines that are damaged."""
     captioner = json.dumps({k: v for k, v in sorted(settings.items()) if k not in DECIDE_NOTHING}, default=str)
-    hashes = {name: hash_text(f"{captioner}\n{hash_content(path)}")[:16] for name, path in paths.items()}
+    hashes = {n: hash_text(f"{captioner}\n{hints.get(n, '')}\n{hash_content(p)}")[:16] for n, p in paths.items()}
     rows = {}
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:

@@ -1,7 +1,7 @@
 """Vision-language models of transformers as captioners: chat models (Qwen-VL, SmolVLM, LLaVA, ...) and Florence-2."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,39 +25,48 @@ HINT = ": check the name, or without a network name a local folder with captione
 
 @dataclass(frozen=True)
 class VisionLanguageModel:
-    """A loaded model, and the prompt that it answers for every image."""
+    """A loaded model, and the prompt that it answers for every image.
+
+    Prompts are as the processor takes them: with the place of the image, and the marks of a chat."""
 
     processor: Any
     model: Any
-    prompt: str  # as the processor takes it: with the place of the image and the marks of a chat
+    prompt: str
+    hint_prompt: str  # for an image with a hint, which replaces {hint} in it
     max_tokens: int  # maximum length of a caption
     beams: int  # width of the beam search; 1 is greedy
-    longest_side: int  # pixels; larger images are reduced
+    image_size: int  # pixels; larger images are reduced
     batch_size: int
 
     def caption(self, images: "list[Image.Image]") -> list[str]:
         """One caption for each image, on one line. Images are RGB, upright and opaque, of any size.
 
         A caption that `max_tokens` cuts off ends with its last whole sentence; that is told once."""
+        return self.caption_with_hints(images, [""] * len(images))
+
+    def caption_with_hints(self, images: "list[Image.Image]", hints: Sequence[str]) -> list[str]:
+        """As `caption`, with what the user wrote of each image, or ""."""
         captions: list[str] = []
+        hints = [hint.replace(self.processor.image_token, "") for hint in hints]  # of which each prompt has one
+        prompts = [self.hint_prompt.replace("{hint}", hint) if hint else self.prompt for hint in hints]
         for start in range(0, len(images), self.batch_size):
             batch = [self._reduced(image) for image in images[start : start + self.batch_size]]
-            captions += map(self._caption, self._answers(batch))
+            captions += map(self._caption, self._answers(batch, prompts[start : start + self.batch_size]))
         return captions
 
     def _reduced(self, image: "Image.Image") -> "Image.Image":
-        scale = min(1, self.longest_side / max(image.size))
+        scale = min(1, self.image_size / max(image.size))
         return image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
 
-    def _answers(self, images: "list[Image.Image]") -> list[list[int]]:
-        """The tokens of the answer for each image."""
+    def _answers(self, images: "list[Image.Image]", prompts: list[str]) -> list[list[int]]:
+        """The tokens of the answer to each prompt with its image."""
         import torch
 
         # A template has written the first token already, which the tokenizer would add.
         begun = self.prompt.startswith(self.processor.tokenizer.bos_token or "\0")
         inputs = self.processor(
             images=[[image] for image in images],
-            text=[self.prompt] * len(images),
+            text=prompts,
             padding=True,
             return_tensors="pt",
             **({"add_special_tokens": False} if begun else {}),
@@ -94,24 +103,29 @@ def load_vlm(
     base: CaptionModel,
     device: "torch.device",
     prompt: str,
+    hint_prompt: str = "{hint}",
+    class_noun: str = "character",
     system: str | None = None,
     precision: Precision = "auto",
     max_tokens: PositiveInt = 100,
-    longest_side: PositiveInt = 1024,
+    image_size: PositiveInt = 1024,
     batch_size: PositiveInt = 1,
 ) -> VisionLanguageModel:
     """Load a chat model that sees images (transformers' image-text-to-text) from a folder or a Hugging Face id.
 
+    `class_noun` replaces {class_noun} in the texts, and the hint of an image {hint} in `hint_prompt`.
     Raises InputError if it does not exist, cannot be reached, needs torchvision or code of its own, or has no chat
     template with a place for an image; and for a `precision` that the device does not have."""
     options = weight_options(precision, device)
     with _loading(base):
         processor = load_processor(base)
-    text = chat_prompt(base, processor, prompt.strip(), (system or "").strip())
+    texts = (text.replace("{class_noun}", class_noun).strip() for text in (system or "", prompt, hint_prompt))
+    system, prompt, hint_prompt = texts
+    prompts = [chat_prompt(base, processor, text, system) for text in (prompt, f"{prompt}\n{hint_prompt}")]
     processor.tokenizer.padding_side = "left"  # what is generated follows the last token
     processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
     model = _load_model(base, options)
-    return VisionLanguageModel(processor, model, text, max_tokens, 1, longest_side, batch_size)
+    return VisionLanguageModel(processor, model, *prompts, max_tokens, 1, image_size, batch_size)
 
 
 def load_florence(
@@ -142,7 +156,7 @@ def load_florence(
     if processor.tasks_answer_post_processing_type.get(prompt, "pure_text") != "pure_text":
         raise InputError(f"captioner.task={task}: its answers are places, use MORE_DETAILED_CAPTION or CAPTION")
     model = _load_model(base, options)
-    return VisionLanguageModel(processor, model, prompt, max_tokens, beams, 2**16, batch_size)
+    return VisionLanguageModel(processor, model, prompt, prompt, max_tokens, beams, 2**16, batch_size)
 
 
 def weight_options(precision: Precision, device: "torch.device") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lora_lab.captions.captioner import (
 from lora_lab.captions.files import PROPOSED, read_captions, refuse_links
 from lora_lab.captions.history import CaptionUpdate, machine_made
 from lora_lab.captions.proposals import Proposals, read_proposals
+from lora_lab.captions.refiner import read_hints
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import list_names, say_unused
@@ -65,19 +66,18 @@ def caption(config: Config, folder: Path) -> CaptionResult:
     check_captioner(settings)
     for name in names:
         open_picture(paths[name])
-    update, proposes = CaptionUpdate(root, captioner_name(settings), captions, follow_links), mode == "propose"
+    hints, proposes = read_hints(root, follow_links), mode == "propose"
+    update = CaptionUpdate(root, captioner_name(settings), captions, follow_links)
     if proposes:
-        update = read_proposals(target / PROPOSED, paths, settings)
+        update = read_proposals(target / PROPOSED, paths, hints, settings)
         names = [name for name in names if name not in update.rows]
-    new, left_out, rate = _caption({n: paths[n] for n in names}, settings, pick_device(config.device), update, root)
+    selected, device = {name: paths[name] for name in names}, pick_device(config.device)
+    new, left_out, rate = _caption(selected, hints, settings, device, update)
     captions = update.captions if proposes else new
     left_out = update.left_out if proposes else {name: left_out[name] for name in new if name in left_out}
     if line := left_out_line([*left_out.values()], min_confidence(settings)):
         say(line)
-    if empty := [name for name, text in captions.items() if not text]:
-        say(f"{list_names(empty)}: the captioner found nothing to write, so there is still no caption")
-    written = next(iter(update.files), root)
-    return CaptionResult("caption", captions, len(paths) - len(captions), str(written), left_out, rate)
+    return CaptionResult("caption", captions, len(paths) - len(captions), str(update.place), left_out, rate)
 
 
 def select_images(
@@ -93,43 +93,59 @@ def select_images(
 
 
 def _caption(
-    paths: Mapping[str, Path], settings: Settings, device: "torch.device", update: CaptionUpdate | Proposals, root: Path
+    paths: Mapping[str, Path],
+    hints: Mapping[str, str],
+    settings: Settings,
+    device: "torch.device",
+    update: CaptionUpdate | Proposals,
 ) -> tuple[dict[str, str], dict[str, list[str]], float | None]:
-    """Caption these images of `root` and write their captions as they come.
+    """Caption these images and write their captions as they come.
 
     Returns those that were written, what each leaves out, and the images per second, without loading the captioner."""
     author, captions, left_out = captioner_name(settings), {}, {}
     if known := len(update.captions) if isinstance(update, Proposals) else 0:
-        say(f"{known} captions by the same settings are in {display_path(update.file)} already")
+        say(f"{known} captions by the same settings are in {display_path(update.place)} already")
     if not paths:
         return captions, left_out, None
     say(f"captioning {len(paths)} pictures with {author} on {device}")
-    captioner, start = load_captioner(settings, device), time.perf_counter()
-    for batch in _batches(paths, captioner, settings, left_out):
+    captioner = load_captioner(settings, device)
+    if hasattr(captioner, "estimate"):
+        say(captioner.estimate(open_picture(path) for path in paths.values()))
+    start = time.perf_counter()
+    for batch in _batches(paths, captioner, settings, hints, left_out):
         try:
             captions |= update.add(batch, left_out)
         except InputError as error:  # somebody has just damaged the file; what was captioned must not be lost
             captions |= batch
-            kept = Proposals(root / PROPOSED, dict.fromkeys(captions, ""))
+            kept = Proposals(update.root / PROPOSED, dict.fromkeys(captions, ""))
             kept.add(captions, left_out)
-            raise InputError(f"{error}; until then the new captions are in {kept.file}") from error
+            raise InputError(f"{error}; until then the new captions are in {kept.place}") from error
     rate = len(paths) / (time.perf_counter() - start)
-    written = next(iter(update.files), root)
-    say(f"captioned {len(captions)} of {len(paths)} pictures with {author}, {rate:.2f} a second, written to {written}")
+    told = f"captioned {len(captions)} of {len(paths)} pictures with {author}, {rate:.2f} a second"
+    say(f"{told}, written to {update.place}")
+    if without := [name for name in paths if name not in captions]:
+        say(f"{list_names(without)}: no new caption; the same command tries again")
+    if hasattr(captioner, "cost") and (cost := captioner.cost()):
+        say(cost)
     return captions, left_out, rate
 
 
 def _batches(
-    paths: Mapping[str, Path], captioner: Captioner, settings: Settings, left_out: dict[str, list[str]]
+    paths: Mapping[str, Path],
+    captioner: Captioner,
+    settings: Settings,
+    hints: Mapping[str, str],
+    left_out: dict[str, list[str]],
 ) -> Iterator[dict[str, str]]:
     """Yield the captions of captioner.batch_size image files at a time, by name; what each leaves out is put into
-    `left_out` before."""
+    `left_out` before. An image without a caption is passed over."""
     names, batch_size = list(paths), images_per_call(settings)
     with bar(total=len(names), desc="caption", unit="picture") as progress:
         for start in range(0, len(names), batch_size):
             batch = names[start : start + batch_size]
             images = [open_picture(paths[name]) for name in batch]
-            certain = certain_captions(captioner, images, min_confidence(settings))
+            own_hints = [hints.get(name, "") for name in batch]
+            certain = certain_captions(captioner, images, min_confidence(settings), own_hints)
             left_out |= {name: [*phrases] for name, (_, phrases) in zip(batch, certain, strict=True) if phrases}
-            yield {name: text for name, (text, _) in zip(batch, certain, strict=True)}
+            yield {name: text for name, (text, _) in zip(batch, certain, strict=True) if text.strip()}
             progress.update(len(batch))

@@ -12,7 +12,7 @@ from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_captions, refuse_links
 from lora_lab.captions.history import REFINE, CaptionUpdate
 from lora_lab.captions.refiner import foreign_hints, load_refiner, read_hints, run_refiner
-from lora_lab.console import printable, say
+from lora_lab.console import bar, printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
 
@@ -25,6 +25,7 @@ class RefineResult:
     before: dict[str, str]  # image name -> old caption, of the captions that changed
     after: dict[str, str]  # image name -> new caption, of the same images
     unchanged: int  # number of captions that stayed the same
+    remarks: dict[str, str]  # image name -> what the refiner tells of its caption
 
 
 def refine(config: Config, folder: Path) -> RefineResult:
@@ -40,22 +41,32 @@ def refine(config: Config, folder: Path) -> RefineResult:
     unknown = [name for name in hints if name not in captions]
     if unknown:
         raise InputError(f"the hints in {root} name {unknown[0]}, which has no caption: correct the name")
-    for line in foreign_hints(captions, hints):
-        say(line)
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
-    names, after = list(captions), {}
-    for start in range(0, len(names), BATCH):
-        batch = names[start : start + BATCH]
-        before = [captions[name] for name in batch]
-        texts = run_refiner(refiner, before, config.trigger, [hints.get(name, "") for name in batch])
-        after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+    names, after, remarks = list(captions), {}, {}
+    with bar(total=len(names), desc="refine", unit="caption") as progress:
+        for start in range(0, len(names), BATCH):
+            batch = names[start : start + BATCH]
+            before = [captions[name] for name in batch]
+            own_hints = [hints.get(name, "") for name in batch]
+            texts = run_refiner(refiner, before, config.trigger, own_hints)
+            after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+            told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
+            known = getattr(refiner, "remarks", {})
+            remarks |= {name: known[given] for name, given in told.items() if given in known}
+            progress.update(len(batch))
     before = {name: captions[name] for name in after}
     if after:
         Console().print(_table(before, after))
+    for line in foreign_hints(captions | after, hints):
+        say(line)
+    for name, remark in remarks.items():
+        say(f"{name}: {printable(remark)}")
     say(f"refined {len(after)} of {len(captions)} captions in {root}")
-    return RefineResult("refine", before, after, len(captions) - len(after))
+    if hasattr(refiner, "cost") and (cost := refiner.cost()):
+        say(cost)
+    return RefineResult("refine", before, after, len(captions) - len(after), remarks)
 
 
 def _table(before: Mapping[str, str], after: Mapping[str, str]) -> Table:

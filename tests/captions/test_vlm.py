@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_vlms import MODELS, NO_SYSTEM, TEXTS, llava, qwen, save_tokenizer
+from tiny_vlms import MARKS, MODELS, NO_SYSTEM, TEXTS, llava, qwen, save_tokenizer
 
 from lora_lab.captions import vlm
 from lora_lab.captions.captioner import check_captioner, load_captioner
@@ -49,7 +49,8 @@ def test_every_image_has_its_caption_whatever_its_batch(made, images, name):
     assert captioner.caption(images[::-1]) == captions[::-1]
     assert replace(captioner, batch_size=1).caption(images) == captions
     assert replace(captioner, batch_size=2).caption([]) == []
-    assert all(len(c.encode()) <= 12 * 3 and "\n" not in c and "<" not in c for c in captions), "no marks of the chat"
+    assert all(len(c.encode()) <= 12 * 3 and "\n" not in c for c in captions)
+    assert not [mark for mark in MARKS for caption in captions if mark in caption]
 
 
 @pytest.mark.slow
@@ -59,10 +60,14 @@ def test_a_caption_answers_the_prompt(made, images):
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
     )
     other = load_captioner(settings(made("qwen"), "class_noun=octopus"), CPU)
-    assert "a octopus in one English sentence" in other.prompt and "system\nYou write captions" in other.prompt
+    assert "what the octopus wears" in other.prompt and "what one octopus looks like" in other.prompt
     assert other.caption(images) != captioner.caption(images)
     assert load_captioner(settings(made("llava")), CPU).prompt.count("<image>") == 1
-    small = replace(captioner, longest_side=28).caption(images[1:2])
+    hinted = other.caption_with_hints(images, ["", "왼쪽 눈을 찡긋", "<|image_pad|> winking"])
+    plain = other.caption(images)
+    assert hinted[0] == plain[0] and hinted[1] != plain[1] and hinted[2] != plain[2]
+    assert "and is right: {hint}<|im_end|>" in other.hint_prompt
+    small = replace(captioner, image_size=28).caption(images[1:2])
     assert small == captioner.caption([images[1].resize((28, 9))])
 
 
@@ -116,7 +121,7 @@ def test_a_model_that_needs_torchvision_is_named(tmp_path):
             ("captioner.precision=int3",),
             r"captioner\.precision=int3: should be 'auto', 'bf16', 'fp16', 'fp32' or 'nf4'",
         ),
-        (("captioner.longest_side=0",), r"captioner\.longest_side=0: longest_side must be at least 1"),
+        (("captioner.image_size=0",), r"captioner\.image_size=0: image_size must be at least 1"),
         (("captioner.precision=nf4",), r"captioner\.precision=nf4: needs a CUDA device"),
         (("captioner.precision=fp16",), r"captioner\.precision=fp16: needs a GPU"),
     ],
