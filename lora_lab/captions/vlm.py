@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from lora_lab.base.locate import loading
 from lora_lab.captions.captioner import CaptionModel
 from lora_lab.console import quiet_loading, say_once
-from lora_lab.errors import InputError
+from lora_lab.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -45,14 +45,20 @@ class VisionLanguageModel:
         return self.caption_with_hints(images, [""] * len(images))
 
     def caption_with_hints(self, images: "list[Image.Image]", hints: Sequence[str]) -> list[str]:
-        """As `caption`, with what the user wrote of each image, or ""."""
+        """As `caption`, with what the user wrote of each image, or "".
+
+        Raises RunError where the GPU's memory is too small."""
         captions: list[str] = []
-        hints = [hint.replace(self.processor.image_token, "") for hint in hints]  # of which each prompt has one
-        prompts = [self.hint_prompt.replace("{hint}", hint) if hint else self.prompt for hint in hints]
+        prompts = [self._prompt(hint) for hint in hints]
         for start in range(0, len(images), self.batch_size):
             batch = [self._reduced(image) for image in images[start : start + self.batch_size]]
             captions += map(self._caption, self._answers(batch, prompts[start : start + self.batch_size]))
         return captions
+
+    def _prompt(self, hint: str) -> str:
+        for mark in image_marks(self.processor):  # of which a prompt has one
+            hint = hint.replace(mark, "")
+        return self.hint_prompt.replace("{hint}", hint) if hint else self.prompt
 
     def _reduced(self, image: "Image.Image") -> "Image.Image":
         scale = min(1, self.image_size / max(image.size))
@@ -71,11 +77,16 @@ class VisionLanguageModel:
             return_tensors="pt",
             **({"add_special_tokens": False} if begun else {}),
         ).to(self.model.device, self.model.dtype)  # casts only the pixels
-        with torch.inference_mode():
-            tokens = self.model.generate(
-                **inputs, max_new_tokens=self.max_tokens, do_sample=False, num_beams=self.beams
-            )
-        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        options = {"max_new_tokens": self.max_tokens, "do_sample": False, "num_beams": self.beams}
+        try:
+            with torch.inference_mode():
+                tokens = self.model.generate(**inputs, **options)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"CUDA out of memory for {len(prompts)} images: lower captioner.batch_size or captioner.image_size, or "
+                "set captioner.precision=nf4"
+            ) from error
+        start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         return tokens[:, start:].tolist()
 
     def _caption(self, answer: list[int]) -> str:
@@ -83,7 +94,7 @@ class VisionLanguageModel:
         text = " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
         ends = self.model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
-        if ends & {*answer[1:]}:  # the first token of an encoder-decoder may be one
+        if ends & {*answer}:
             return text
         say_once(f"captions over captioner.max_tokens={self.max_tokens} tokens are cut after their last whole sentence")
         return whole_sentences(text)
@@ -244,10 +255,17 @@ def chat_prompt(base: str, processor: Any, prompt: str, system: str) -> str:
         except Exception as error:  # a template is a program that may raise anything
             reason = f" ({' '.join(str(error).split())[:200]})"
             continue
-        if all(part in text for part in (processor.image_token, prompt, system)) and "'type'" not in text:
+        has_image = any(mark in text for mark in image_marks(processor))
+        if has_image and prompt in text and system in text and "'type'" not in text:
             return text
     hint = ": set captioner.system=null" if system else ""
     raise InputError(f"captioner.base={base}: its chat template does not take an image and a prompt{reason}{hint}")
+
+
+def image_marks(processor: Any) -> list[str]:
+    """What stands for an image in a prompt, or for its beginning."""
+    marks = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
+    return [str(mark) for mark in marks if mark]
 
 
 def _chats(prompt: str, system: str) -> Iterator[list[dict[str, Any]]]:
