@@ -122,7 +122,8 @@ def load_blip(
         if model_type != "blip":  # it would load, with random weights
             raise InputError(f"captioner.base={base} is a {model_type} model, not BLIP: name a BLIP captioning model")
         processor = BlipProcessor.from_pretrained(base, backend="pil", trust_remote_code=False)  # no torchvision needed
-        model = BlipForConditionalGeneration.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+        options = {"use_safetensors": True, "trust_remote_code": False}
+        model = BlipForConditionalGeneration.from_pretrained(base, dtype=dtype, **options)
     return Blip(processor, model.to(device).eval(), prompt, max_tokens, beams, batch_size)
 
 
