@@ -12,6 +12,7 @@ from lora_lab.board.captions import marked
 from lora_lab.board.page import rewrite_page
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
+from lora_lab.launch import config
 from lora_lab.launch.command_line import check
 
 HOSTILE = '<script>alert(1)</script> & "a hat"'
@@ -87,6 +88,7 @@ def test_two_folders_have_rows_of_their_own_and_a_strangers_pictures_are_not_sho
 
 @pytest.mark.slow
 def test_several_captioners_of_one_folder_propose(capsys):
+    config.register()
     sweep = ("stage=caption", "captioner=blip,blip_tiny")
     assert {run.stage.mode for run in check([*sweep, "dataset.root=data"], True).runs} == {"propose"}
     assert "several jobs caption data: each proposes captions (stage.mode=propose)" in capsys.readouterr().err
