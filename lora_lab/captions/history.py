@@ -45,9 +45,9 @@ class CaptionUpdate:
         return new
 
     @property
-    def files(self) -> list[Path]:
-        """The caption files that were written."""
-        return list(self._own)
+    def place(self) -> Path:
+        """The caption file that was written, the first of several; the folder if none was."""
+        return next(iter(self._own), self.root)
 
 
 def record(

@@ -152,7 +152,8 @@ def _table_of_option(group: str, option: str) -> str:
     text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
     rows = [HEAD_OF_OPTION]
     for key, value, meaning in re.findall(r"^(\w+): (.*?)  # (.*)$", text, re.M):
-        rows.append(f"| `{group}.{key}` | {f'`{value}`' if value else 'a list'} | {meaning} |")
+        value = {"": "a list", ">-": "a text"}.get(value, f"`{value}`")
+        rows.append(f"| `{group}.{key}` | {value} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

@@ -81,7 +81,7 @@ BOUNDS_OF_OPTIMIZER = {
     "decay_rate": Bounds(lt=0),
 }
 TEXTS_OF_OPEN_GROUPS = {
-    *(f"captioner.{key}" for key in ("name", "base", "prompt", "system", "hint_prompt", "url", "key_file")),
+    *(f"captioner.{key}" for key in ("name", "base", "prompt", "system", "exclude", "hint_prompt", "url", "key_file")),
     *(f"refiner.{key}" for key in ("article", "base", "style", "system", "url", "key_file")),
 }
 BOUNDS_OF_SERVER = {
@@ -91,7 +91,7 @@ BOUNDS_OF_SERVER = {
 }
 BOUNDS_OF_CAPTIONER = BOUNDS_OF_SERVER | {
     **dict.fromkeys(("beams", "batch_size", "image_size"), AT_LEAST_1),
-    "min_confidence": Bounds(ge=0, le=1),
+    **dict.fromkeys(("min_confidence", "general_threshold", "character_threshold"), Bounds(ge=0, le=1)),
 }
 BOUNDS_OF_REFINER = BOUNDS_OF_SERVER | {**dict.fromkeys(("group", "max_words"), AT_LEAST_1), "new_words": Bounds(ge=0)}
 

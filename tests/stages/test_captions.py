@@ -66,6 +66,23 @@ def test_propose_writes_another_file_and_changes_nothing(root):
     assert [json.loads(line)["file_name"] for line in proposed] == ["00.png", "03.png", "06.png"]
 
 
+@pytest.mark.slow
+def test_captioners_are_compared_on_one_page_and_their_captions_can_be_taken_over(root, type_in):
+    write_captions(root, {"03.png": "my own words"})
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    command = ("-m", "stage=caption", "captioner=blip_tiny", "captioner.min_confidence=0,0.45", "device=cpu")
+    code, out, err = type_in(*command, "dataset=folder", f"dataset.root={root}", "hydra.sweep.dir=sweep")
+    assert code == 0 and "several jobs caption" in err and "compare the runs: sweep/index.html" in out
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == before
+    page = Path("sweep/index.html").read_text()
+    assert page.count("<img") == 3 and "captioner.min_confidence 0.45" in page and "images a second" in page
+    proposed = [json.loads(Path(f"sweep/{job}/result.json").read_text())["captions"] for job in (0, 1)]
+    assert all([*captions] == ["00.png", "03.png", "06.png"] for captions in proposed)
+    source = "stage.source=sweep/1/metadata.proposed.jsonl"
+    assert type_in("stage=convert", "dataset=folder", f"dataset.root={root}", source)[0] == 0
+    assert read_captions(root) == proposed[1] and (root / "metadata.1.jsonl.bak").is_file()
+
+
 def test_the_bundled_pictures_are_never_written_to(tmp_path):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir())
     with pytest.raises(InputError, match="bundled files are not written to"):
