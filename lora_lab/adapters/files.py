@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from lora_lab import __version__
 from lora_lab.base.locate import refuse_pickle
-from lora_lab.console import cut, printable
+from lora_lab.console import cut, printable, say
 from lora_lab.errors import InputError
 from lora_lab.runs import read_result, signals_deferred, write_atomically
-from lora_lab.settings.schema import Loss
+from lora_lab.settings.schema import Loss, Text
+from lora_lab.settings.sections import WINDOWS
 
 MODELS = Path("models") / "lora"  # in the user's working folder
 COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
 TRIGGER = "modelspec.trigger_phrase"
+TOKEN_LIMIT = "ss_max_token_length"  # kohya's name of text.max_tokens
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -312,6 +314,16 @@ def prediction_from_metadata(loss: Loss, base: str, lora: Path | None) -> Loss:
     if loss.zero_terminal_snr is None:
         loss = replace(loss, zero_terminal_snr=ZERO_SNR.get(stated.get("ss_zero_terminal_snr")))
     return loss
+
+
+def text_from_metadata(text: Text, lora: Path | None) -> Text:
+    """`text` with the limit of tokens that the file was trained with, where `text` leaves it open; said if it is not
+    the usual one. Raises InputError for an unreadable file."""
+    stated = read_metadata(lora).get(TOKEN_LIMIT, "") if lora and text.max_tokens is None else ""
+    if stated not in map(str, WINDOWS) or stated == "77":
+        return text
+    say(f"{lora.name} was trained with text.max_tokens={stated}, so prompts are read up to there too")
+    return replace(text, max_tokens=int(stated))
 
 
 def read_metadata(lora: Path) -> dict[str, str]:

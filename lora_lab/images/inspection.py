@@ -22,6 +22,7 @@ from lora_lab.images.pixels import (
     open_with_alpha,
 )
 from lora_lab.images.scan import find_contents, same_but_case
+from lora_lab.settings.sections import WINDOWS
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Findings:
     folder_repeats: dict[str, int]  # name -> repeats by kohya's name of its folder, above 1
     duplicates: list[tuple[str, str]]  # (copy, original)
     without_trigger: list[str]
-    too_long: dict[str, int]  # name -> tokens, above 77
+    too_long: dict[str, int]  # name -> tokens, of captions that are read only in part
     syntax: list[str]  # a line for each kind of syntax of other programs in captions
     in_every_caption: list[str]
 
@@ -70,12 +71,13 @@ def inspect_dataset(
     masks: Masks | None = None,
     training_text: Callable[[str], str] = str,
     count_tokens: Callable[[str], int] | None = None,
+    window: int = WINDOWS[77],
     follow_links: bool = False,
 ) -> Findings:
     """Open every image and read every caption in the folders of `roots`.
 
     `training_text` is the text that training makes of a caption, `count_tokens` the tokenizer of the base, start and
-    end markers included. Raises InputError for a folder without images; all other faults are findings."""
+    end markers included, of which `window` are read. Raises InputError for a folder without images; all other faults are findings."""
     folders = {folder_prefix(root, roots): root for root in roots}
     contents = {prefix: find_contents(root, follow_links=follow_links) for prefix, root in folders.items()}
     paths = _prefixed({prefix: found.images for prefix, found in contents.items()})
@@ -108,7 +110,7 @@ def inspect_dataset(
         folder_repeats={name: times for name, times in _prefixed(repeats).items() if times > 1},
         duplicates=find_duplicates({name: image.thumbnail for name, image in images.items()}),
         without_trigger=without_trigger(texts, trigger),
-        too_long=long_texts(texts, count_tokens) if count_tokens else {},
+        too_long=long_texts(texts, count_tokens, window) if count_tokens else {},
         syntax=syntax_warnings(texts),
         in_every_caption=common_phrases([text for texts in captions.values() for text in texts], trigger),
     )

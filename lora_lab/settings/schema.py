@@ -331,7 +331,10 @@ def training_fingerprint(config: Config) -> dict[str, Any]:
     # A folder may move, and None is what older checkpoints have for a training without a prior.
     kind = None if config.prior.kind == "none" else config.prior.kind
     repeats = [folder.repeats for folder in config.dataset.folders]
-    return compared | {"dataset.repeats": repeats, "loss.mask": config.loss.masks, "prior.kind": kind}
+    return compared | {
+        "dataset.repeats": repeats, "loss.mask": config.loss.masks, "prior.kind": kind,
+        "text.max_tokens": config.text.max_tokens or 77,
+    }  # fmt: skip
 
 
 def _compared(facts: Facts) -> bool:
@@ -376,12 +379,14 @@ def shared_by_pack(config: Config) -> dict[str, Any]:
     return {v.key: v.value for v in values_of(config) if not v.facts.per_job}
 
 
-def base_image_settings(model: Model, loss: Loss, memory: Memory, sampler: Sampler) -> dict[str, Any]:
+def base_image_settings(model: Model, loss: Loss, memory: Memory, sampler: Sampler, text: Text) -> dict[str, Any]:
     """By its dotted key every setting that decides what the base draws for one prompt and seed; the files of the base
     have a hash."""
+    # Without it images that were drawn before there was a choice keep their names.
+    long = {} if text.max_tokens in (None, 77) else {"text.max_tokens": text.max_tokens}
     sections = {"model": model, "loss": loss, "memory": memory, "sampler": sampler}
     values = [value for name, section in sections.items() for value in values_of(section, f"{name}.")]
-    return {v.key: v.value for v in values if "images" in v.facts.decides and not v.facts.hashed_as}
+    return {v.key: v.value for v in values if "images" in v.facts.decides and not v.facts.hashed_as} | long
 
 
 def shown_on_page(key: str, drawn: bool = False) -> bool:

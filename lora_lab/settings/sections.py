@@ -31,6 +31,7 @@ KEYS_OF_PRIORS = {
     "prediction": ("weight", "class_noun"),
 }
 TIMESTEPS = 1000  # of SDXL's noise schedule
+WINDOWS = {77: 77, 150: 152, 225: 227}  # text.max_tokens -> tokens that are read, start and end markers included
 TEXT_ENCODERS = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}  # positions among the base's
 
 
@@ -422,6 +423,12 @@ class Loss(Section):
 
 @section
 class Text(Section):
+    max_tokens: int | None = setting(
+        "length of captions and prompts: 77 is one chunk of 75 and its markers, 150 and 225 are two and three chunks; "
+        "null: 77, for drawing what the LoRA was trained with",
+        decides=BOTH,
+        default=None,
+    )
     encoders: Literal["none", "first", "second", "both"] = setting(
         "text encoders that get a LoRA on their attention", decides="weights", default="none"
     )
@@ -450,6 +457,8 @@ class Text(Section):
     )
 
     def __post_init__(self) -> None:
+        if self.max_tokens not in (None, *WINDOWS):
+            raise InputError(f"text.max_tokens={self.max_tokens}: one of {', '.join(map(str, WINDOWS))}")
         if self.tokens > 75:
             raise InputError(f"text.tokens={self.tokens}: a text has 75 tokens, and the caption needs most of them")
         for key, off in (("encoder_lr", None), ("encoder_stop", 1)):
@@ -459,6 +468,11 @@ class Text(Section):
             raise InputError(f"text.tokens_from={self.tokens_from}: there are no new tokens, set text.tokens=2")
         if self.tokens_from is not None and not self.tokens_from.strip():
             raise InputError("text.tokens_from: name a word such as character, or set text.tokens_from=null")
+
+    @property
+    def window(self) -> int:
+        """The tokens of a text that are read, start and end markers included."""
+        return WINDOWS[self.max_tokens or 77]
 
     @property
     def adapted(self) -> tuple[int, ...]:

@@ -58,6 +58,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         find_masks(config.loss.mask),
         training_text,
         count_tokens,
+        config.text.window,
         dataset.follow_links,
     )
     where = ", ".join(map(str, roots))
@@ -68,7 +69,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         *(f"stage=train refuses this folder as it is: {refusal}" for refusal in refusals),
         *_warnings_of_files(findings, dataset.kohya_folders),
         *_warnings_of_images(findings, dataset.random_crop),
-        *_warnings_of_captions(findings, config.trigger),
+        *_warnings_of_captions(findings, config.trigger, config.text.window),
     ]
     result = CheckResult("check", errors, warnings, not (errors or refusals), findings)
     write_json(folder / "check.json", asdict(result))
@@ -140,12 +141,12 @@ def _warnings_of_images(findings: Findings, random_crop: bool) -> list[str]:
     return warnings
 
 
-def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
+def _warnings_of_captions(findings: Findings, trigger: str, window: int) -> list[str]:
     warnings = []
     if findings.without_trigger:
         names = list_names(findings.without_trigger)
         warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
-    warnings += [*length_warnings(findings.too_long, "the caption of "), *findings.syntax]
+    warnings += [*length_warnings(findings.too_long, window, "the caption of "), *findings.syntax]
     for phrase in findings.in_every_caption:
         warnings.append(
             f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '

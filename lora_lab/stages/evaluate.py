@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora
+from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora, text_from_metadata
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
@@ -42,7 +42,7 @@ from lora_lab.runs import (
     write_manifest,
 )
 from lora_lab.sampling.generate import RenderSettings, base_for_sampling, find_photos, render_settings
-from lora_lab.settings.schema import Config, Loss, values_of
+from lora_lab.settings.schema import Config, Loss, Text, values_of
 from lora_lab.shared import Shared
 
 CELL = 256  # px, of the sheet
@@ -82,6 +82,7 @@ def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> Eval
         raise InputError("model.judge=null: scores need a CLIP, set model.judge= to one")
     base = locate_model("model.base", config.model.base)
     named = _loras(config)
+    config = replace(config, text=_text(config, named))
     loss = _loss(config, named)
     validate_embedders(config.model, config.score, config.captioner)
     device = pick_device(config.device)
@@ -91,8 +92,10 @@ def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> Eval
     scorer = _load_scorer(config, len(named), hashes, device, folder)
     ladders = _write_ladders(named, folder) if config.stage.ladder else {}
     loras = [file for lora in named for file in (lora, *ladders.get(lora, {}).values())]
-    render = render_settings(config.model, loss, config.memory, config.sampler, config.cache, hashes["base"], dtype)
-    with base_for_sampling(shared or Shared(), config.model, config.memory, loss, device) as encoder:
+    render = render_settings(
+        config.model, loss, config.memory, config.sampler, config.text, config.cache, hashes["base"], dtype
+    )
+    with base_for_sampling(shared or Shared(), config.model, config.memory, loss, config.text, device) as encoder:
         for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
             with lora_attached(encoder.base, lora):
                 pass
@@ -134,7 +137,8 @@ def _load_scorer(config: Config, loras: int, hashes: dict[str, str], device: tor
     held_out = held_out_pictures(config.model, config.score)
     references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
     texts = prompts_by_key(score_prompts=config.score.prompts, score_other_prompts=config.score.other_prompts)
-    for line in prompt_warnings(texts, config.trigger, token_counter(config.model.base), of_character=False):
+    count_tokens = token_counter(config.model.base)
+    for line in prompt_warnings(texts, config.trigger, count_tokens, config.text.window, of_character=False):
         say(line)
     prompts = ScorePrompts.of(config.score, config.trigger, config.class_noun)
     say(
@@ -161,6 +165,19 @@ def _loras(config: Config) -> list[Path]:
         raise InputError("lora is missing: set lora=FILE, lora=NAME of models/lora, lora=RUN FOLDER, or lora=[A,B]")
     layers = layer_shapes(config.model)
     return [resolve_lora(str(value), config.trigger, layers) for value in values]
+
+
+def _text(config: Config, loras: list[Path]) -> Text:
+    """`config.text` with the limit of tokens that the files were trained with. Raises InputError where that of two
+    files differs."""
+    first, *others = [text_from_metadata(config.text, lora) for lora in loras]
+    for lora, text in zip(loras[1:], others, strict=True):
+        if text.window != first.window:
+            raise InputError(
+                f"{loras[0].name} was trained with text.max_tokens={first.max_tokens or 77}, {lora.name} with "
+                f"{text.max_tokens or 77}: score them separately, or set text.max_tokens="
+            )
+    return first
 
 
 def _loss(config: Config, loras: list[Path]) -> Loss:

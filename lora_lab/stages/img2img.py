@@ -17,6 +17,7 @@ from lora_lab.adapters.files import (
     prediction_from_metadata,
     read_tokens,
     resolve_lora,
+    text_from_metadata,
 )
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
@@ -109,9 +110,11 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     paths = find_photos(stage.photo, "stage.photo")
     photos = _open_photos(config, paths)
     lora = _lora(config)
+    config = replace(config, text=text_from_metadata(config.text, lora))
     references = _references(config, lora)
     if stage.prompt:
-        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.trigger, token_counter(config.model.base)):
+        count_tokens = token_counter(config.model.base)
+        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.trigger, count_tokens, config.text.window):
             say(line)
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
@@ -378,7 +381,7 @@ class PhotoImages:
     def load_base(self, stack: ExitStack, shared: Shared) -> Encoder:
         """The base with what the photos need beside it, until `stack` ends."""
         config = self.config
-        encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, self.loss, self.device))
+        encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, self.loss, config.text, self.device))
         if isinstance(encoder.base, PhotoConditioned):
             encoder.base.load_control(config.structure, self.device, config.memory.offload)
             encoder.base.load_likeness(config.likeness, self.device)
@@ -413,7 +416,7 @@ class PhotoImages:
         """A hash of what decides the pixels of all images alike: base, LoRA, sampler."""
         config, (base, conditions) = self.config, self._model_hashes
         dtype = pick_dtype(config.model.precision, self.device)
-        render = render_settings(config.model, self.loss, config.memory, sampler, None, base, dtype)
+        render = render_settings(config.model, self.loss, config.memory, sampler, config.text, None, base, dtype)
         return key_of(render.base_key, self._lora_hash if lora else hash_files(), *conditions)
 
     @cached_property

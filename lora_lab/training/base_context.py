@@ -77,6 +77,7 @@ def prepare_base(training: ResolvedTraining) -> BaseContext:
     if training.memory.vae_tiling:
         base.enable_tiling(training.model.resolution // 2)
     base.apply_loss(training.loss)
+    base.text_window = training.text.window
     tokenizers = tokenizers_of(base, training.trigger, training.text.tokens) if training.text.learns else None
     encoder = Encoder(base, training.device, Cache(training.cache), True, tokenizers)
     data = encode_dataset(files.samples, images.crops, files.texts, training.dataset.flip, encoder)

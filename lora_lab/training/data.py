@@ -17,7 +17,7 @@ from lora_lab.captions.syntax import length_warnings, long_texts, prompt_warning
 from lora_lab.console import say
 from lora_lab.images.dataset import Masks, Sample, apply_caption_affixes, require_trigger
 from lora_lab.images.pixels import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket, open_picture
-from lora_lab.settings.schema import Dataset, Model, Prior, Score
+from lora_lab.settings.schema import Dataset, Model, Prior, Score, Text
 from lora_lab.training.loss import Batch, Objective
 from lora_lab.training.randomness import batch_indices, choose, sample_randomness, shuffle_caption_tags
 
@@ -221,7 +221,7 @@ def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
 
 
 def text_warnings(
-    samples: Sequence[Sample], prompts: Sequence[str], score: Score, prior: Prior, model: Model, trigger: str
+    samples: Sequence[Sample], prompts: Sequence[str], score: Score, prior: Prior, model: Model, text: Text, trigger: str
 ) -> list[str]:
     """Lines about captions and prompts whose words do nothing, are too many, or lack the trigger, before the base is
     loaded. `prompts` are those of validation images."""
@@ -231,12 +231,12 @@ def text_warnings(
     if prior.prompt:
         others["prior.prompt"] = prior.prompt
     count_tokens = token_counter(model.base)
-    too_long = long_texts(captions, count_tokens) if count_tokens else {}
+    too_long = long_texts(captions, count_tokens, text.window) if count_tokens else {}
     return [
         *syntax_warnings(captions),
-        *length_warnings(too_long, "the caption of "),
-        *prompt_warnings(prompts_by_key(stage_prompts=prompts), trigger, count_tokens),
-        *prompt_warnings(others, trigger, count_tokens, of_character=False),
+        *length_warnings(too_long, text.window, "the caption of "),
+        *prompt_warnings(prompts_by_key(stage_prompts=prompts), trigger, count_tokens, text.window),
+        *prompt_warnings(others, trigger, count_tokens, text.window, of_character=False),
     ]
 
 

@@ -213,7 +213,7 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
         refuse_used(folder, METRICS)
     training = resolve_training(config, folder, reuse_from)
     texts = (training.settings.prompts, training.score, training.prior)
-    for line in text_warnings(training.files.samples, *texts, training.model, training.trigger):
+    for line in text_warnings(training.files.samples, *texts, training.model, training.text, training.trigger):
         say_once(line)
     write_manifest(folder, training.device, training.hashes)
     return training
@@ -269,7 +269,9 @@ def _probe() -> torch.nn.Parameter:
 
 def _render(config: Config, base: str, dtype: torch.dtype) -> RenderSettings:
     """How the run renders; `base` is the hash of the base's files."""
-    return render_settings(config.model, config.loss, config.memory, config.sampler, config.cache, base, dtype)
+    return render_settings(
+        config.model, config.loss, config.memory, config.sampler, config.text, config.cache, base, dtype
+    )
 
 
 def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:

@@ -24,7 +24,7 @@ def drawn(encoder, folder, *overrides, prompts=("A {trigger}",), seeds=(0, 1), b
     hook = encoder.base.network.register_forward_pre_hook(lambda unet, inputs: asked.append(1))
     config = compose(*FEW, f"cache={folder / 'cache'}", *overrides)
     render = render_settings(
-        config.model, config.loss, config.memory, config.sampler, config.cache, base, torch.float32
+        config.model, config.loss, config.memory, config.sampler, config.text, config.cache, base, torch.float32
     )
     pictures, files = render_base(image_specs(prompts, seeds, config.trigger), render, folder / "run", encoder)
     hook.remove()
