@@ -498,7 +498,9 @@ def _encode(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> Tensor:
     """Token ids (N, 77) of a text that is cut or padded to `window` = 75 N + 2; each chunk of 75 has start and end
-    markers as if it were a text of its own."""
+    markers as if it were a text of its own.
+
+    kohya's scripts take a "!", with which SDXL's second tokenizer pads, for no text at the ends of a chunk."""
     size = tokenizer.model_max_length - 2
     tokens = tokenizer(text, padding="max_length", max_length=window, truncation=True, return_tensors="pt")
     ids, count = tokens.input_ids[0], int(tokens.attention_mask.sum()) - 2

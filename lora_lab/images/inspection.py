@@ -77,7 +77,8 @@ def inspect_dataset(
     """Open every image and read every caption in the folders of `roots`.
 
     `training_text` is the text that training makes of a caption, `count_tokens` the tokenizer of the base, start and
-    end markers included, of which `window` are read. Raises InputError for a folder without images; all other faults are findings."""
+    end markers included, of which `window` are read.
+    Raises InputError for a folder without images; all other faults are findings."""
     folders = {folder_prefix(root, roots): root for root in roots}
     contents = {prefix: find_contents(root, follow_links=follow_links) for prefix, root in folders.items()}
     paths = _prefixed({prefix: found.images for prefix, found in contents.items()})

@@ -361,7 +361,13 @@ class RenderSettings:
 
 
 def render_settings(
-    model: Model, loss: Loss, memory: Memory, sampler: Sampler, text: Text, cache: str | None, base: str,
+    model: Model,
+    loss: Loss,
+    memory: Memory,
+    sampler: Sampler,
+    text: Text,
+    cache: str | None,
+    base: str,
     dtype: torch.dtype,
 ) -> RenderSettings:
     """How a run with these settings renders. `base` is the hash of the base's files, `dtype` its precision."""
@@ -396,9 +402,9 @@ def load_base_for_sampling(model: Model, memory: Memory, loss: Loss, device: tor
 def base_for_sampling(
     shared: Shared, model: Model, memory: Memory, loss: Loss, text: Text, device: torch.device
 ) -> Iterator[Encoder]:
-    """A context with what `load_base_for_sampling` gives, which reads texts as `text` says; jobs with the same files and the same settings, as far as
-    those decide the base, share it. What is loaded for photos within the context is removed at its end. Raises
-    InputError."""
+    """A context with what `load_base_for_sampling` gives, which reads as much of a text as `text` says; jobs with the
+    same files and the same settings, as far as those decide the base, share it. What is loaded for photos within the
+    context is removed at its end. Raises InputError."""
     sections = (model, memory, validate_prediction(model, loss))  # a LoRA file may state the base's own prediction
     settings = {v.key: v.value for s in sections for v in values_of(s) if {"images", "cost"} & {*v.facts.decides}}
     key = hash_model(locate_model("model.base", model.base)), settings, device

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora, text_from_metadata
+from lora_lab.adapters.files import (
+    embeddings_path,
+    prediction_from_metadata,
+    read_tokens,
+    resolve_lora,
+    text_from_metadata,
+)
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization

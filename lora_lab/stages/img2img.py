@@ -381,7 +381,9 @@ class PhotoImages:
     def load_base(self, stack: ExitStack, shared: Shared) -> Encoder:
         """The base with what the photos need beside it, until `stack` ends."""
         config = self.config
-        encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, self.loss, config.text, self.device))
+        encoder = stack.enter_context(
+            base_for_sampling(shared, config.model, config.memory, self.loss, config.text, self.device)
+        )
         if isinstance(encoder.base, PhotoConditioned):
             encoder.base.load_control(config.structure, self.device, config.memory.offload)
             encoder.base.load_likeness(config.likeness, self.device)

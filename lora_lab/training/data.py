@@ -1,7 +1,7 @@
 """Images and captions as tensors, encoded once; and the batch of any step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -221,11 +221,17 @@ def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
 
 
 def text_warnings(
-    samples: Sequence[Sample], prompts: Sequence[str], score: Score, prior: Prior, model: Model, text: Text, trigger: str
+    captions: Mapping[str, Sequence[str]],
+    prompts: Sequence[str],
+    score: Score,
+    prior: Prior,
+    model: Model,
+    text: Text,
+    trigger: str,
 ) -> list[str]:
     """Lines about captions and prompts whose words do nothing, are too many, or lack the trigger, before the base is
-    loaded. `prompts` are those of validation images."""
-    captions, others = {sample.name: sample.captions for sample in samples}, {}
+    loaded. `captions` are of images by name, `prompts` of validation images."""
+    others = {}
     if model.judge is not None:
         others = prompts_by_key(score_prompts=score.prompts, score_other_prompts=score.other_prompts)
     if prior.prompt:

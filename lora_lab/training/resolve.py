@@ -212,8 +212,10 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     if not config.resume:
         refuse_used(folder, METRICS)
     training = resolve_training(config, folder, reuse_from)
-    texts = (training.settings.prompts, training.score, training.prior)
-    for line in text_warnings(training.files.samples, *texts, training.model, training.text, training.trigger):
+    named = zip(training.files.samples, training.files.texts, strict=True)
+    captions = {sample.name: [orders[0] for orders in texts] for sample, texts in named}
+    prompts = (training.settings.prompts, training.score, training.prior)
+    for line in text_warnings(captions, *prompts, training.model, training.text, training.trigger):
         say_once(line)
     write_manifest(folder, training.device, training.hashes)
     return training

@@ -44,7 +44,8 @@ def test_prompts_are_named_by_their_keys_and_without_the_trigger_and_with_too_ma
         "stage.prompts[2] is about 127 tokens: CLIP reads 77, so shorten it or set text.max_tokens=150",
         "stage.prompts[1]: without the trigger, write {trigger} where the character is meant",
     ]
-    assert prompt_warnings(prompts, "HANA_TOFU", lambda text: 78 if "ghost" in text else 77, 77, of_character=False) == [
+    count = {"a ghost": 78}.get
+    assert prompt_warnings(prompts, "HANA_TOFU", lambda text: count(text, 77), 77, of_character=False) == [
         "stage.prompts[1] is 78 tokens: CLIP reads 77, so shorten it or set text.max_tokens=150"
     ]
     assert list(prompts_by_key(score_prompts=["a"], score_other_prompts=["b"])) == [

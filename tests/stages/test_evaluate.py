@@ -221,6 +221,7 @@ def test_only_files_of_known_and_different_predictions_are_refused(
         (["lora=[made.safetensors,nobody]"], r"lora=nobody: no such file"),
         (["lora=[made.safetensors,made.safetensors,wide.safetensors]"], r"wide\.safetensors: does not fit this base"),
         (["lora=[made.safetensors,nan.safetensors]"], r"nan\.safetensors: .* not finite"),
+        (["lora=[made.safetensors,long.safetensors]"], r"made\.safetensors .* text\.max_tokens=77, long\.\w+ with 225"),
         (["lora=[made.safetensors,made.ckpt]"], r"lora=made\.ckpt: a \.ckpt file can hold code"),
         (["lora=made.safetensors", "trigger=MINT"], r"trained on the trigger HANA_TOFU, not MINT"),
         (["lora=made.safetensors", "model.judge=null"], r"model\.judge=null: scores need a CLIP"),
@@ -241,6 +242,7 @@ def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monke
     shutil.copy(made_lora, "made.safetensors")
     shutil.copy(made_lora, "made.ckpt")
     state = load_file(made_lora)
+    save_file(state, "long.safetensors", metadata={"ss_max_token_length": "225"})
     save_file(
         {key: value.repeat(1, 2) if "lora_down" in key else value for key, value in state.items()}, "wide.safetensors"
     )

@@ -78,7 +78,8 @@ def test_what_decides_the_base_is_loaded_again_and_nothing_else(monkeypatch):
 
     def base(shared, config):
         device = pick_device(config.device)
-        with generate.base_for_sampling(shared, config.model, config.memory, config.loss, config.text, device) as encoder:
+        model, memory, loss, text = config.model, config.memory, config.loss, config.text
+        with generate.base_for_sampling(shared, model, memory, loss, text, device) as encoder:
             return encoder
 
     draw = ("stage=img2img", "stage.photo=x", "device=cpu")
