@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lora_lab.console import cut
 from lora_lab.images.dataset import list_names
-from lora_lab.settings.sections import WINDOWS
+from lora_lab.settings.sections import WINDOWS, Triggers
 
 # A text is read word for word. Every expression takes time in proportion to the text.
 SYNTAX = (
@@ -53,9 +53,9 @@ def length_warnings(tokens: Mapping[str, int], window: int, of: str = "", about:
     return lines
 
 
-def without_trigger(texts: Texts, trigger: str) -> list[str]:
-    """The names of texts that do not have the trigger as a whole word."""
-    whole = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+def without_trigger(texts: Texts, *triggers: str) -> list[str]:
+    """The names of texts that have none of the triggers as a whole word."""
+    whole = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, triggers))})(?!\w)")
     return [name for name, own in texts.items() if not all(map(whole.search, own))]
 
 
@@ -66,16 +66,20 @@ def prompts_by_key(**groups: Sequence[str]) -> dict[str, str]:
 
 
 def prompt_warnings(
-    prompts: Mapping[str, str], trigger: str, count_tokens: CountTokens | None, window: int, of_character: bool = True
+    prompts: Mapping[str, str],
+    triggers: Triggers,
+    count_tokens: CountTokens | None,
+    window: int,
+    of_character: bool = True,
 ) -> list[str]:
-    """The lines about prompts by their keys, in which {trigger} is replaced; those `of_character` should have it.
+    """The lines about prompts by their keys, in which {trigger} is replaced; those `of_character` should have one.
 
     Of a prompt `window` tokens are read. Without `count_tokens` tokens are estimated."""
-    texts = {key: (text.replace("{trigger}", trigger),) for key, text in prompts.items()}
+    texts = {key: triggers.fill([text]) for key, text in prompts.items()}
     about, count = ("", count_tokens) if count_tokens else ("about ", estimate_tokens)
     warnings = syntax_warnings(texts)
     warnings += length_warnings(long_texts(texts, count, window), window, about=about)
-    if of_character and (names := without_trigger(texts, trigger)):
+    if of_character and (names := without_trigger(texts, *triggers.all)):
         warnings.append(f"{list_names(names)}: without the trigger, write {{trigger}} where the character is meant")
     return warnings
 

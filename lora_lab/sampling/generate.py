@@ -380,10 +380,9 @@ def image_side(model: Model) -> int:
     return model.resolution // model.bucket_step * model.bucket_step
 
 
-def image_specs(prompts: Sequence[str], seeds: Sequence[int], trigger: str) -> list[ImageSpec]:
-    """Every prompt, with {trigger} replaced, with every seed, as p0-s0, p0-s1, ..."""
-    texts = [text.replace("{trigger}", trigger) for text in prompts]
-    return [ImageSpec(f"p{i}-s{seed}", text, seed) for i, text in enumerate(texts) for seed in seeds]
+def image_specs(prompts: Sequence[str], seeds: Sequence[int]) -> list[ImageSpec]:
+    """Every prompt with every seed, as p0-s0, p0-s1, ..."""
+    return [ImageSpec(f"p{i}-s{seed}", text, seed) for i, text in enumerate(prompts) for seed in seeds]
 
 
 def load_base_for_sampling(model: Model, memory: Memory, loss: Loss, device: torch.device) -> Encoder:

@@ -1,6 +1,7 @@
 """The groups of settings that every run has: model, dataset, training, scores, tracker."""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -483,6 +484,71 @@ class Text(Section):
     def learns(self) -> bool:
         """Whether captions must be encoded in every step."""
         return bool(self.adapted or self.tokens)
+
+
+@dataclass(frozen=True)
+class Triggers:
+    """The words that name the characters of a dataset."""
+
+    by_folder: Mapping[str, str]  # the folder of a character's images -> its trigger; {"": trigger} of one character
+
+    @property
+    def all(self) -> list[str]:
+        """Each trigger once, in the order of the folders."""
+        return list(dict.fromkeys(self.by_folder.values()))
+
+    @property
+    def phrase(self) -> str:
+        """All of them as one text."""
+        return ", ".join(self.all)
+
+    def of(self, name: str) -> str:
+        """The trigger of the image `name` (as Sample.name), by its innermost folder. Raises InputError for an image in
+        no folder of a trigger."""
+        trigger = self._find(name)
+        if trigger is None:
+            raise InputError(
+                f"{name} is in no folder of trigger={self}: add its folder and trigger, or move it into another folder"
+            )
+        return trigger
+
+    def _find(self, name: str) -> str | None:
+        folders = [folder for folder in self.by_folder if not folder or name.startswith(f"{folder}/")]
+        return self.by_folder[max(folders, key=len)] if folders else None
+
+    def names_by_trigger(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The images of each character, in their order. Raises InputError for an image in no folder of a trigger, and
+        for a trigger without images."""
+        found: dict[str, list[str]] = {trigger: [] for trigger in self.all}
+        for name in names:
+            found[self.of(name)].append(name)
+        for folder, trigger in self.by_folder.items():
+            if not found[trigger]:
+                raise InputError(f"trigger.{folder}={trigger}: dataset.root has no pictures in a folder {folder}")
+        return found
+
+    def own(self, names: Iterable[str], trigger: str) -> list[str]:
+        """Of `names` those of the images of one character; all of them where it has no folder among theirs."""
+        names = list(names)
+        return [name for name in names if self._find(name) == trigger] or names
+
+    def fill(self, prompts: Iterable[str]) -> list[str]:
+        """The prompts; those with {trigger} once for each character, whose trigger stands in its place."""
+        texts = []
+        for prompt in prompts:
+            triggers = self.all if "{trigger}" in prompt else self.all[:1]
+            texts += [prompt.replace("{trigger}", trigger) for trigger in triggers]
+        return texts
+
+    def replaced(self, text: str, noun: str) -> str:
+        """The text with `noun` in place of every trigger."""
+        for trigger in self.all:
+            text = text.replace(trigger, noun)
+        return text
+
+    def __str__(self) -> str:
+        """As one types it."""
+        return "{" + ", ".join(f"{folder}: {trigger}" for folder, trigger in self.by_folder.items()) + "}"
 
 
 @dataclass(frozen=True)

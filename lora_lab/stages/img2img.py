@@ -18,6 +18,7 @@ from lora_lab.adapters.files import (
     read_tokens,
     resolve_lora,
     text_from_metadata,
+    triggers_of,
 )
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
@@ -28,7 +29,7 @@ from lora_lab.base.protocol import PhotoConditioned
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
 from lora_lab.captions.syntax import prompt_warnings
-from lora_lab.console import say
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.resemblance import mean_scores, references_of
 from lora_lab.images.pixels import aspect_buckets, open_fitted, open_picture
@@ -114,7 +115,7 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     references = _references(config, lora)
     if stage.prompt:
         count_tokens = token_counter(config.model.base)
-        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.trigger, count_tokens, config.text.window):
+        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.triggers, count_tokens, config.text.window):
             say(line)
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
@@ -165,7 +166,13 @@ def _lora(config: Config) -> Path | None:
         raise InputError("lora is missing: use lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: stage=img2img draws with one LoRA, name one")
-    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger, layer_shapes(config.model))
+    triggers = [] if config.stage.prompt else [config.character]
+    lora = resolve_lora(str(config.lora), triggers, layer_shapes(config.model))
+    trained = triggers_of(lora)
+    if trained and trained.all[1:]:
+        words = printable(trained.phrase, 200)
+        say(f"{lora.name} has the characters {words}: {config.character} is drawn, trigger= chooses")
+    return lora
 
 
 def _references(config: Config, lora: Path | None) -> list[Path]:
@@ -174,7 +181,7 @@ def _references(config: Config, lora: Path | None) -> list[Path]:
     stage = config.stage
     if lora is None or not stage.resemblance:
         return []
-    references = references_of(lora, config.dataset)
+    references = references_of(lora, config.dataset, config.character)
     if not references:
         what = f"the training images of {lora.name} are not known, set dataset.root to their folder"
         if stage.auto:
@@ -229,7 +236,7 @@ def _photo_requests(
         check_captioner(config.captioner)
         captions = _captions(config.captioner, paths, device, folder / CAPTIONS, shared)
     return [
-        photo_to_request(photo, text, refiner, config.trigger, buckets, prompt=stage.prompt)
+        photo_to_request(photo, text, refiner, config.character, buckets, prompt=stage.prompt)
         for photo, text in zip(photos, captions, strict=True)
     ]
 

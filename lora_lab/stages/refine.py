@@ -45,11 +45,11 @@ def refine(config: Config, folder: Path) -> RefineResult:
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
-    names, after = list(captions), {}
-    for start in range(0, len(names), BATCH):
-        batch = names[start : start + BATCH]
+    triggers, after = config.triggers, {}
+    by_trigger = triggers.names_by_trigger(captions).values()
+    for batch in (names[start : start + BATCH] for names in by_trigger for start in range(0, len(names), BATCH)):
         before = [captions[name] for name in batch]
-        texts = run_refiner(refiner, before, config.trigger, [hints.get(name, "") for name in batch])
+        texts = run_refiner(refiner, before, triggers.of(batch[0]), [hints.get(name, "") for name in batch])
         after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
     before = {name: captions[name] for name in after}
     if after:

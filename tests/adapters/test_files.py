@@ -18,6 +18,7 @@ from lora_lab.base.load import resolve_prediction_type
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
+from lora_lab.settings.schema import Triggers
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -121,8 +122,9 @@ def test_what_the_format_cannot_hold_is_refused_by_name():
 def notes_of(*overrides):
     loss = resolve_prediction_type(compose(*overrides).loss, {})
     return metadata(
-        name="두부", base="demo:tiny-sdxl", trigger="HANA_TOFU", lr=1e-4, steps=300, batch_size=4,
-        seed=7, resolution=1024, captions=["A HANA_TOFU, smiling", "A HANA_TOFU, winking, smiling", "한 두부"],
+        name="두부", base="demo:tiny-sdxl", triggers=Triggers({"": "HANA_TOFU"}), lr=1e-4, steps=300, batch_size=4,
+        seed=7, resolution=1024,
+        captions={"a": "A HANA_TOFU, smiling", "b": "A HANA_TOFU, winking, smiling", "c": "한 두부"},
         loss=loss, prediction=loss.prediction, kind_of_base=SDXL.lora_metadata,
         dataset_hash="d" * 64, base_hash="b" * 64,
         network={"ss_network_dim": "16", "ss_network_alpha": "8.0"},
