@@ -384,9 +384,10 @@ def training_fingerprint(config: Config) -> dict[str, Any]:
     # A folder may move, and None is what older checkpoints have for a training without a prior.
     kind = None if config.prior.kind == "none" else config.prior.kind
     repeats = [folder.repeats for folder in config.dataset.folders]
+    trigger = config.trigger if isinstance(config.trigger, str) else str(config.triggers)
     return compared | {
         "dataset.repeats": repeats, "loss.mask": config.loss.masks, "prior.kind": kind,
-        "text.max_tokens": config.text.max_tokens or 77,
+        "text.max_tokens": config.text.max_tokens or 77, "trigger": trigger,
     }  # fmt: skip
 
 
