@@ -253,8 +253,8 @@ def network_metadata(config: PeftConfig, state: dict[str, Tensor], lora_plus_rat
 
 def metadata(
     *, name: str, base: str, kind_of_base: Mapping[str, str], triggers: Triggers, network: dict[str, str], lr: float,
-    steps: int, batch_size: int, seed: int, resolution: int, captions: Mapping[str, str], loss: Loss, prediction: str,
-    dataset_hash: str, base_hash: str,
+    steps: int, batch_size: int, seed: int, resolution: int, captions: Mapping[str, str], text: Text, loss: Loss,
+    prediction: str, dataset_hash: str, base_hash: str,
 ) -> dict[str, str]:  # fmt: skip
     """What other programs show of the file; every value is a string, as safetensors requires.
 
@@ -268,6 +268,7 @@ def metadata(
         own = counts[triggers.of(image)]
         for phrase in filter(None, (p.strip() for p in caption.split(","))):
             own[phrase] = own.get(phrase, 0) + 1
+    long = {TOKEN_LIMIT: str(text.max_tokens)} if text.window > WINDOWS[77] else {}
     several = {CHARACTERS: json.dumps(triggers.by_folder, ensure_ascii=False)} if triggers.all[1:] else {}
     return {
         "ss_output_name": name,
@@ -298,6 +299,7 @@ def metadata(
         "modelspec.resolution": f"{resolution}x{resolution}",
         TRIGGER: triggers.phrase,
         **several,
+        **long,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }

@@ -28,7 +28,7 @@ from lora_lab.base.locate import hash_model, locate_model
 from lora_lab.base.protocol import PhotoConditioned
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
 from lora_lab.captions.refiner import load_refiner
-from lora_lab.captions.syntax import prompt_warnings
+from lora_lab.captions.syntax import length_warnings, prompt_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.resemblance import mean_scores, references_of
@@ -235,10 +235,23 @@ def _photo_requests(
     if not stage.prompt:
         check_captioner(config.captioner)
         captions = _captions(config.captioner, paths, device, folder / CAPTIONS, shared)
-    return [
+    requests = [
         photo_to_request(photo, text, refiner, config.character, buckets, prompt=stage.prompt)
         for photo, text in zip(photos, captions, strict=True)
     ]
+    if not stage.prompt:  # a prompt of the user's was looked at before the captioner was loaded
+        prompts = [item.request.prompt for item in requests]
+        _say_long(dict(zip(distinct_names(paths), prompts, strict=True)), config.model.base, config.text.window)
+    return requests
+
+
+def _say_long(prompts: Mapping[str, str], base: str, window: int) -> None:
+    """Print which prompts, by the names of their photos, have more tokens than are read."""
+    count_tokens = token_counter(base)
+    tokens = {name: count_tokens(prompt) for name, prompt in prompts.items()} if count_tokens else {}
+    long = {name: count for name, count in tokens.items() if count > window}
+    for line in length_warnings(long, window, "the prompt of ") if long else ():
+        say(line)
 
 
 def _conditions(

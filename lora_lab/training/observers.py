@@ -104,7 +104,8 @@ class RunArtifacts(Observer):
             state = kohya_state(training.adapted_components, base_class(resolved.model).lora_key, values=weights)
             self._refuse_overflow(state, step)
             network = network_metadata(resolved.adapter, state, resolved.settings.lora_plus_ratio)
-            network |= text_metadata(resolved.text, resolved.lr)
+            if training.text_encoders:
+                network |= text_metadata(resolved.text, resolved.lr)
             if training.text_encoders and (tokens := training.text_encoders.tokens):
                 by_parameter = dict(zip(training.params.params, weights.values(), strict=True))
                 vectors = {key: by_parameter[new.vectors] for key, new in tokens.items()}
@@ -152,6 +153,7 @@ def lora_metadata(
         seed=resolved.seed,
         resolution=resolved.model.resolution,
         captions=captions,
+        text=resolved.text,
         loss=training.objective.settings,
         prediction=training.objective.schedule.prediction,
         kind_of_base=base_class(resolved.model).lora_metadata,

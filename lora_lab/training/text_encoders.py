@@ -9,13 +9,12 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from lora_lab.adapters.files import COUNT, TOKEN_LIMIT, read_tokens
+from lora_lab.adapters.files import COUNT, read_tokens
 from lora_lab.adapters.inject import is_pissa
 from lora_lab.adapters.tokens import NewTokens, initial_vectors, install_tokens, tokenizers_of
 from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import OptimizerTraits, Text
-from lora_lab.settings.sections import WINDOWS
 from lora_lab.training.loss import Batch
 from lora_lab.training.randomness import generator, seed_of
 
@@ -104,11 +103,9 @@ def text_encoder_config(adapter: LoraConfig, base: BaseModel) -> LoraConfig:
 
 
 def text_metadata(text: Text, lr: float) -> dict[str, str]:
-    """The metadata of a LoRA file about its texts and text encoders, trained beside a network with the learning rate
-    `lr`; {} if these are the base's, and texts have their usual length."""
+    """The metadata of a LoRA file about its text encoders, trained beside a network with the learning rate `lr`; {} if
+    they are the base's."""
     metadata = {}
-    if text.window > WINDOWS[77]:
-        metadata[TOKEN_LIMIT] = str(text.max_tokens)
     if text.adapted:
         metadata["ss_text_encoder_lr"] = str(lr if text.encoder_lr is None else text.encoder_lr)
     if text.tokens:
