@@ -49,6 +49,7 @@ def test_a_prompt_of_which_the_end_is_not_read_is_named(tmp_path, capsys):
     assert "CLIP reads" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}"
 
@@ -62,6 +63,7 @@ def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     assert np.abs(full - none).mean() > np.abs(half - none).mean() > 1
 
 
+@pytest.mark.slow
 def test_settings_of_sampler_and_memory_take_effect(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}", "model.precision=bf16"
 
