@@ -25,7 +25,10 @@ class Refiner(Protocol):
         """One caption that names the character by `trigger` for each of `captions`, in order.
 
         `hints` has what the user wrote for each image, "" for nothing. A refined caption should stay the same if
-        refined again: stage=refine may run several times."""
+        refined again: stage=refine may run several times.
+
+        A refiner that has something to tell of a caption also has `remarks`, a dict of sentences by the caption and the
+        hint that it was given; one that costs something has `cost() -> str`, a line, or "" for nothing."""
         ...
 
 
@@ -67,20 +70,21 @@ def read_hints(root: Path, follow_links: bool = False) -> dict[str, str]:
 
 
 def foreign_hints(captions: Mapping[str, str], hints: Mapping[str, str]) -> list[str]:
-    """A line for each language of hints that is not the one of their image's caption, by its script."""
+    """A line for each language, other than their own, that refined captions have from the hints of their images."""
     names: dict[str, list[str]] = {}
     for name, hint in hints.items():
-        caption = captions[name].removesuffix(hint)
-        for language in _languages(hint) - _languages(caption):
+        own = languages_of(captions[name].removesuffix(hint))
+        for language in languages_of(hint) & languages_of(captions[name]) - own:
             names.setdefault(language, []).append(name)
     return [
-        f"{list_names(named)}: the hint is {language} and stays in the caption: CLIP reads English, so translate it"
+        f"{list_names(named)}: the hint is {language} and stays in the caption: CLIP reads English, so translate it; "
+        "refiner=[rules,llm] has it translated"
         for language, named in names.items()
     ]
 
 
-def _languages(text: str) -> set[str]:
-    """The languages whose own scripts the text has letters of."""
+def languages_of(text: str) -> set[str]:
+    """The languages whose own scripts the text has letters of; none for Latin letters."""
     scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in set(text)}
     languages = {LANGUAGES[script] for script in scripts if script in LANGUAGES}
     return languages - {"Chinese"} if languages & {"Japanese", "Korean"} else languages

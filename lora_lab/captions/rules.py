@@ -84,7 +84,7 @@ def refine_caption(caption: str, trigger: str, rules: Rules, hint: str = "") -> 
 
     Refining a refined caption changes nothing, for any rules: they are repeated until the caption is stable.
     Raises InputError for rules that never reach a stable caption."""
-    spelling = _spelling(trigger)
+    spelling = trigger_pattern(trigger)
     hint = ", ".join(_phrases(re.sub(_LED + MARK, "", spelling.sub(MARK, hint), flags=re.IGNORECASE)))
     for _ in range(ROUNDS):
         text = _without_hint(spelling.sub(MARK, caption.replace(MARK, "")), hint)
@@ -224,7 +224,7 @@ def _compiled(rules: Iterable[Rule], key: str) -> Pairs:
     return tuple(pairs)
 
 
-def _spelling(trigger: str) -> re.Pattern:
+def trigger_pattern(trigger: str) -> re.Pattern:
     """Matches the trigger in any case and with the spaces that captioners insert: HANA_TOFU, "hana _ tofu"."""
     parts = re.findall(r"[^\W_]+|[^\w\s]|_", trigger)
     return re.compile(r"(?<!\w)" + r"\s*".join(map(re.escape, parts)) + r"(?!\w)", re.IGNORECASE)

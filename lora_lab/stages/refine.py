@@ -25,6 +25,7 @@ class RefineResult:
     before: dict[str, str]  # image name -> old caption, of the captions that changed
     after: dict[str, str]  # image name -> new caption, of the same images
     unchanged: int  # number of captions that stayed the same
+    remarks: dict[str, str]  # image name -> what the refiner tells of its caption
 
 
 def refine(config: Config, folder: Path) -> RefineResult:
@@ -40,22 +41,30 @@ def refine(config: Config, folder: Path) -> RefineResult:
     unknown = [name for name in hints if name not in captions]
     if unknown:
         raise InputError(f"the hints in {root} name {unknown[0]}, which has no caption: correct the name")
-    for line in foreign_hints(captions, hints):
-        say(line)
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
-    triggers, after = config.triggers, {}
+    triggers, after, remarks = config.triggers, {}, {}
     by_trigger = triggers.names_by_trigger(captions).values()
     for batch in (names[start : start + BATCH] for names in by_trigger for start in range(0, len(names), BATCH)):
         before = [captions[name] for name in batch]
-        texts = run_refiner(refiner, before, triggers.of(batch[0]), [hints.get(name, "") for name in batch])
+        own_hints = [hints.get(name, "") for name in batch]
+        texts = run_refiner(refiner, before, triggers.of(batch[0]), own_hints)
         after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+        told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
+        known = getattr(refiner, "remarks", {})
+        remarks |= {name: known[given] for name, given in told.items() if given in known}
     before = {name: captions[name] for name in after}
     if after:
         Console().print(_table(before, after))
+    for line in foreign_hints(captions | after, hints):
+        say(line)
+    for name, remark in remarks.items():
+        say(f"{name}: {printable(remark)}")
     say(f"refined {len(after)} of {len(captions)} captions in {root}")
-    return RefineResult("refine", before, after, len(captions) - len(after))
+    if hasattr(refiner, "cost") and (cost := refiner.cost()):
+        say(cost)
+    return RefineResult("refine", before, after, len(captions) - len(after), remarks)
 
 
 def _table(before: Mapping[str, str], after: Mapping[str, str]) -> Table:
