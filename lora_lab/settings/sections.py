@@ -524,7 +524,7 @@ class Triggers:
             found[self.of(name)].append(name)
         for folder, trigger in self.by_folder.items():
             if not found[trigger]:
-                raise InputError(f"trigger.{folder}={trigger}: dataset.root has no pictures in a folder {folder}")
+                raise InputError(f"trigger={self}: there are no pictures in a folder {folder}")
         return found
 
     def own(self, names: Iterable[str], trigger: str) -> list[str]:

@@ -84,6 +84,7 @@ class Prepared:
         self.config = compose(*FAST, *overrides)
         resolved = resolve_training(self.config, Path("run"))
         self.base = load_base(self.config.model, CPU)
+        self.base.text_window = self.config.text.window
         self.pipe = self.base.pipe
         tokenizers = tokenizers_of(self.base, "HANA_TOFU", self.config.text.tokens)
         encoder = Encoder(self.base, CPU, Cache(Path(self.config.cache)), False, tokenizers)
@@ -187,8 +188,9 @@ def test_the_text_alone_can_lower_the_loss(how):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
-    run = Prepared("text=lora")
+@pytest.mark.parametrize("limit", [77, pytest.param(225, marks=pytest.mark.slow)])
+def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number(limit):
+    run = Prepared("text=lora", f"text.max_tokens={limit}")
     batch = run.batch()
     read = run.training.text_encoders(batch)
     texts = [example.texts[0][0] for example in run.data.examples]
@@ -202,7 +204,8 @@ def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = {name: mode.from_tensor(value) for name, value in batch.tensors().items()}
         fake = run.training.text_encoders(Batch.from_tensors(inputs)).conditioning
-    assert fake["prompt_embeds"].shape == (2, 77, 256) and fake["pooled_prompt_embeds"].shape == (2, 128)
+    assert fake["prompt_embeds"].shape == (2, run.base.text_window, 256)
+    assert fake["pooled_prompt_embeds"].shape == (2, 128)
 
 
 @pytest.mark.slow
