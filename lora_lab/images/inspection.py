@@ -82,6 +82,7 @@ def inspect_dataset(
     folders = {folder_prefix(root, roots): root for root in roots}
     contents = {prefix: find_contents(root, follow_links=follow_links) for prefix, root in folders.items()}
     paths = _prefixed({prefix: found.images for prefix, found in contents.items()})
+    by_trigger = triggers.names_by_trigger(paths)
     captions, caption_files = _read_captions(folders, follow_links)
     images, unreadable = _open_all(paths)
     sizes = {name: image.size for name, image in images.items()}
@@ -115,7 +116,7 @@ def inspect_dataset(
         syntax=syntax_warnings(texts),
         in_every_caption={
             trigger: common_phrases([text for name in names for text in captions.get(name, ())], trigger)
-            for trigger, names in triggers.names_by_trigger(paths).items()
+            for trigger, names in by_trigger.items()
         },
     )
 
