@@ -12,7 +12,7 @@ from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_captions, refuse_links
 from lora_lab.captions.history import REFINE, CaptionUpdate
 from lora_lab.captions.refiner import foreign_hints, load_refiner, read_hints, run_refiner
-from lora_lab.console import printable, say
+from lora_lab.console import bar, printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
 
@@ -46,14 +46,17 @@ def refine(config: Config, folder: Path) -> RefineResult:
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
     triggers, after, remarks = config.triggers, {}, {}
     by_trigger = triggers.names_by_trigger(captions).values()
-    for batch in (names[start : start + BATCH] for names in by_trigger for start in range(0, len(names), BATCH)):
-        before = [captions[name] for name in batch]
-        own_hints = [hints.get(name, "") for name in batch]
-        texts = run_refiner(refiner, before, triggers.of(batch[0]), own_hints)
-        after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
-        told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
-        known = getattr(refiner, "remarks", {})
-        remarks |= {name: known[given] for name, given in told.items() if given in known}
+    batches = [names[start : start + BATCH] for names in by_trigger for start in range(0, len(names), BATCH)]
+    with bar(total=len(captions), desc="refine", unit="caption") as progress:
+        for batch in batches:
+            before = [captions[name] for name in batch]
+            own_hints = [hints.get(name, "") for name in batch]
+            texts = run_refiner(refiner, before, triggers.of(batch[0]), own_hints)
+            after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+            told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
+            known = getattr(refiner, "remarks", {})
+            remarks |= {name: known[given] for name, given in told.items() if given in known}
+            progress.update(len(batch))
     before = {name: captions[name] for name in after}
     if after:
         Console().print(_table(before, after))
