@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
-CLIP_WINDOW = 77  # tokens, with the start and end markers; a word is at least one
+MOST_WORDS = 77  # of a caption that are compared; with commas
 STOPWORDS = {"a", "an", "the", "and", "or", "of", "in", "on", "at", "with", "its", "it", "is", "to", "by", "for"}
 
 
@@ -35,9 +35,9 @@ def _in_all(run: Sequence[str], texts: Sequence[str]) -> bool:
 def _words(caption: str, trigger: str) -> list[str]:
     """Lower-case words, and the commas that separate phrases; the trigger separates phrases too.
 
-    CLIP reads no more of a caption than these; comparing all runs of a megabyte would take minutes."""
+    They are the first 77: comparing all runs of a megabyte would take minutes."""
     text = re.sub(r"[.;:!?]", ",", caption.replace(trigger, ",")).lower()
-    return [match[0] for match in islice(re.finditer(r"[\w'-]+|,", text), CLIP_WINDOW)]
+    return [match[0] for match in islice(re.finditer(r"[\w'-]+|,", text), MOST_WORDS)]
 
 
 def _without_stopwords(words: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lora_lab.base.load import token_counter
@@ -24,7 +23,7 @@ from lora_lab.images.dataset import (
 from lora_lab.images.inspection import Findings, inspect_dataset
 from lora_lab.images.pixels import aspect_buckets
 from lora_lab.runs import write_json
-from lora_lab.settings.schema import Config
+from lora_lab.settings.schema import Config, Triggers
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,22 @@ def check(config: Config, folder: Path) -> CheckResult:
     folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in config.dataset.folders]
     roots = [root for root, _ in folders]
     require_distinct_names(roots)
-    dataset, model = config.dataset, config.model
-    training_text = partial(
-        apply_caption_affixes, prefix=dataset.caption_prefix, suffix=dataset.caption_suffix, trigger=config.trigger
-    )
+    dataset, model, triggers = config.dataset, config.model, config.triggers
+
+    def training_text(name: str, caption: str) -> str:
+        return apply_caption_affixes(caption, dataset.caption_prefix, dataset.caption_suffix, triggers.of(name))
+
     count_tokens = token_counter(model.base)
     if count_tokens is None:
         say(f"captions are not measured in tokens: the tokenizer of {model.base} cannot be reached")
     findings = inspect_dataset(
         roots,
-        config.trigger,
+        triggers,
         aspect_buckets(model.resolution, model.bucket_step),
         find_masks(config.loss.mask),
         training_text,
         count_tokens,
+        config.text.window,
         dataset.follow_links,
     )
     where = ", ".join(map(str, roots))
@@ -68,7 +69,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         *(f"stage=train refuses this folder as it is: {refusal}" for refusal in refusals),
         *_warnings_of_files(findings, dataset.kohya_folders),
         *_warnings_of_images(findings, dataset.random_crop),
-        *_warnings_of_captions(findings, config.trigger),
+        *_warnings_of_captions(findings, triggers, config.text.window),
     ]
     result = CheckResult("check", errors, warnings, not (errors or refusals), findings)
     write_json(folder / "check.json", asdict(result))
@@ -89,7 +90,7 @@ def _errors(findings: Findings, where: str) -> list[str]:
 
 
 def _try_to_read(
-    folders: Sequence[tuple[Path, int]], config: Config, training_text: Callable[[str], str]
+    folders: Sequence[tuple[Path, int]], config: Config, training_text: Callable[[str, str], str]
 ) -> tuple[list[str], list[str]]:
     """Read (folder, repeats) as stage=train does: (its error, its refusal of captions without the trigger)."""
     try:
@@ -97,7 +98,8 @@ def _try_to_read(
     except InputError as error:
         return [str(error)], []
     try:
-        require_trigger([map(training_text, sample.captions) for sample in samples], config.trigger)
+        texts = {s.name: [training_text(s.name, caption) for caption in s.captions] for s in samples}
+        require_trigger(texts, config.triggers)
     except InputError as error:
         return [], [str(error)]
     return [], []
@@ -140,17 +142,20 @@ def _warnings_of_images(findings: Findings, random_crop: bool) -> list[str]:
     return warnings
 
 
-def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
+def _warnings_of_captions(findings: Findings, triggers: Triggers, window: int) -> list[str]:
     warnings = []
     if findings.without_trigger:
-        names = list_names(findings.without_trigger)
-        warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
-    warnings += [*length_warnings(findings.too_long, "the caption of "), *findings.syntax]
-    for phrase in findings.in_every_caption:
-        warnings.append(
-            f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '
-            f"{trigger}; add pictures that show something else there"
-        )
+        count, names = len(findings.without_trigger), list_names(findings.without_trigger)
+        their = "the trigger of their folder" if triggers.all[1:] else triggers.phrase
+        warnings.append(f"{count} captions do not have {their} ({names}): run stage=refine")
+    warnings += [*length_warnings(findings.too_long, window, "the caption of "), *findings.syntax]
+    for trigger, phrases in findings.in_every_caption.items():
+        where = f"{findings.captions} of {findings.captions} captions" if not triggers.all[1:] else "all its captions"
+        for phrase in phrases:
+            warnings.append(
+                f'"{phrase}" is in {where}: it will be learnt as part of {trigger}; add pictures that show something '
+                "else there"
+            )
     return warnings
 
 

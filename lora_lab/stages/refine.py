@@ -44,13 +44,14 @@ def refine(config: Config, folder: Path) -> RefineResult:
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
-    names, after, remarks = list(captions), {}, {}
-    with bar(total=len(names), desc="refine", unit="caption") as progress:
-        for start in range(0, len(names), BATCH):
-            batch = names[start : start + BATCH]
+    triggers, after, remarks = config.triggers, {}, {}
+    by_trigger = triggers.names_by_trigger(captions).values()
+    batches = [names[start : start + BATCH] for names in by_trigger for start in range(0, len(names), BATCH)]
+    with bar(total=len(captions), desc="refine", unit="caption") as progress:
+        for batch in batches:
             before = [captions[name] for name in batch]
             own_hints = [hints.get(name, "") for name in batch]
-            texts = run_refiner(refiner, before, config.trigger, own_hints)
+            texts = run_refiner(refiner, before, triggers.of(batch[0]), own_hints)
             after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
             told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
             known = getattr(refiner, "remarks", {})
