@@ -24,7 +24,7 @@ class CaptionUpdate:
 
     root: Path
     by: str  # the author, as in `record`
-    before: Mapping[str, str]  # the captions when the update began
+    before: Mapping[str, str]  # the captions when the update began; those that were written since, as written
     follow_links: bool = False
     _own: dict[Path, bytes] = field(default_factory=dict)  # what was written, of which no backup is needed
 
@@ -42,6 +42,7 @@ class CaptionUpdate:
             record(self.root, self.by, current, new, left_out)
             paths = write_captions(self.root, current | new, own=self._own)
             self._own = {path: path.read_bytes() for path in paths}
+        self.before = {**self.before, **new}
         return new
 
     @property

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_lab.captions.files import Texts, read_caption_lists
-from lora_lab.captions.phrases import common_phrases
-from lora_lab.captions.syntax import long_texts, syntax_warnings, without_trigger
+from lora_lab.captions.phrases import constant_attributes, repeated_captions, shared_phrases
+from lora_lab.captions.syntax import foreign_texts, long_texts, syntax_warnings, without_trigger
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import MOST_CUT_AWAY, Masks, folder_prefix, folder_repeats, unused_files
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
@@ -50,7 +50,10 @@ class Findings:
     without_trigger: list[str]
     too_long: dict[str, int]  # name -> tokens, above 77
     syntax: list[str]  # a line for each kind of syntax of other programs in captions
-    in_every_caption: list[str]
+    foreign: dict[str, str]  # name -> the language of its caption, by its script
+    repeated: list[list[str]]  # names with one and the same caption
+    shared_phrases: dict[str, int]  # phrase in four of five captions -> in how many
+    constant_attributes: dict[str, int]  # "red body" -> in how many captions, which are all that mention the body
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def inspect_dataset(
     training_text: Callable[[str], str] = str,
     count_tokens: Callable[[str], int] | None = None,
     follow_links: bool = False,
+    class_noun: str = "",
 ) -> Findings:
     """Open every image and read every caption in the folders of `roots`.
 
@@ -89,6 +93,7 @@ def inspect_dataset(
         prefix: {name: folder_repeats(name, folders[prefix]) for name in contents[prefix].images} for prefix in folders
     }
     texts = {name: [training_text(text) for text in image_captions] for name, image_captions in captions.items()}
+    written = [text for image_captions in captions.values() for text in image_captions]
     return Findings(
         pictures=len(paths),
         captions=sum(map(len, captions.values())),
@@ -110,7 +115,10 @@ def inspect_dataset(
         without_trigger=without_trigger(texts, trigger),
         too_long=long_texts(texts, count_tokens) if count_tokens else {},
         syntax=syntax_warnings(texts),
-        in_every_caption=common_phrases([text for texts in captions.values() for text in texts], trigger),
+        foreign=foreign_texts(captions, trigger),
+        repeated=repeated_captions(captions, trigger),
+        shared_phrases=shared_phrases(written, trigger, class_noun),
+        constant_attributes=constant_attributes(written, trigger, class_noun),
     )
 
 

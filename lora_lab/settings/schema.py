@@ -80,7 +80,7 @@ BOUNDS_OF_OPTIMIZER = {
     **dict.fromkeys(("weight_decay", "r", "weight_lr_power"), Bounds(ge=0)),
     "decay_rate": Bounds(lt=0),
 }
-TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article"}
+TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article", "refiner.strip"}
 BOUNDS_OF_CAPTIONER = {
     **dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1),
     "min_confidence": Bounds(ge=0, le=1),
@@ -117,7 +117,16 @@ class Config(Section):
         bounds=BOUNDS_OF_CAPTIONER,
     )
     refiner: Annotated[dict[str, Any], Location("refiner")] = open_group(
-        "the refiner", decides=("weights", "request"), hashed_as="captions"
+        "the refiner",
+        decides=("weights", "request"),
+        hashed_as="captions",
+        own={
+            "strip": (
+                [],
+                "phrases that are taken out of refined captions, so that the trigger stands for them; auto: those in "
+                "four of five captions of the folder, for stage=refine",
+            )
+        },
     )
     adapter: dict[str, Any] = open_group(
         "peft's adapter", decides="weights", per_job=PER_JOB_OF_ADAPTER, bounds=BOUNDS_OF_ADAPTER

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_lab.base.load import token_counter
 from lora_lab.base.locate import locate_folder
+from lora_lab.captions.phrases import is_background
 from lora_lab.captions.syntax import length_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
@@ -59,6 +60,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         training_text,
         count_tokens,
         dataset.follow_links,
+        config.class_noun,
     )
     where = ", ".join(map(str, roots))
     errors, refusals = _errors(findings, where), missing_captions(findings.uncaptioned, findings.pictures, where)
@@ -146,10 +148,32 @@ def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
         names = list_names(findings.without_trigger)
         warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
     warnings += [*length_warnings(findings.too_long, "the caption of "), *findings.syntax]
-    for phrase in findings.in_every_caption:
+    by_language: dict[str, list[str]] = {}
+    for name, language in findings.foreign.items():
+        by_language.setdefault(language, []).append(name)
+    for language, named in by_language.items():
+        warnings.append(f"{list_names(named)}: the caption is {language}: CLIP reads English, so translate it")
+    for names in findings.repeated:
+        warnings.append(f"{list_names(names)} have the same caption: say what differs, or remove copies")
+    return [*warnings, *_warnings_of_phrases(findings, trigger)]
+
+
+def _warnings_of_phrases(findings: Findings, trigger: str) -> list[str]:
+    warnings = []
+    for phrase, count in findings.shared_phrases.items():
+        where = f'"{phrase}" is in {count} of {findings.captions} captions'
+        if is_background(phrase):
+            warnings.append(f"{where}: it will be learnt as part of {trigger}; add pictures with other backgrounds")
+        else:
+            warnings.append(
+                f"{where}: {trigger} should stand for what most pictures show; stage=refine refiner.strip=auto takes "
+                "it out"
+            )
+    for phrase, count in findings.constant_attributes.items():
+        noun = phrase.rpartition(" ")[2]
         warnings.append(
-            f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '
-            f"{trigger}; add pictures that show something else there"
+            f'"{phrase}" is in all {count} captions that mention the {noun}: if it is in the other pictures too, '
+            f"{trigger} should stand for it; stage=refine 'refiner.strip=[{phrase}]' takes it out"
         )
     return warnings
 

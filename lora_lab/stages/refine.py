@@ -11,7 +11,16 @@ from rich.text import Text
 from lora_lab.base.locate import locate_folder, writable_folder
 from lora_lab.captions.files import read_captions, refuse_links
 from lora_lab.captions.history import REFINE, CaptionUpdate
-from lora_lab.captions.refiner import foreign_hints, load_refiner, read_hints, run_refiner
+from lora_lab.captions.refiner import (
+    AUTO,
+    foreign_hints,
+    load_refiner,
+    read_hints,
+    run_refiner,
+    strip_setting,
+    strip_shared,
+)
+from lora_lab.captions.strip import phrase_pattern
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
@@ -25,6 +34,7 @@ class RefineResult:
     before: dict[str, str]  # image name -> old caption, of the captions that changed
     after: dict[str, str]  # image name -> new caption, of the same images
     unchanged: int  # number of captions that stayed the same
+    stripped: dict[str, int]  # phrase of refiner.strip -> number of captions that it was taken out of
 
 
 def refine(config: Config, folder: Path) -> RefineResult:
@@ -51,11 +61,31 @@ def refine(config: Config, folder: Path) -> RefineResult:
         before = [captions[name] for name in batch]
         texts = run_refiner(refiner, before, config.trigger, [hints.get(name, "") for name in batch])
         after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+    strip, unstripped = strip_setting(config.refiner), captions
+    if strip == AUTO:
+        unstripped = captions | after
+        strip, texts = strip_shared(refiner, unstripped, hints, config.trigger, config.class_noun)
+        after |= update.add({name: text for name, text in texts.items() if text != unstripped[name]})
+    after = {name: text for name, text in after.items() if text != captions[name]}
     before = {name: captions[name] for name in after}
     if after:
         Console().print(_table(before, after))
     say(f"refined {len(after)} of {len(captions)} captions in {root}")
-    return RefineResult("refine", before, after, len(captions) - len(after))
+    stripped = {phrase: count_stripped(phrase, unstripped, captions | after) for phrase in strip}
+    if config.refiner.get("strip"):
+        say(_stripped_line(stripped, len(captions)))
+    return RefineResult("refine", before, after, len(captions) - len(after), stripped)
+
+
+def count_stripped(phrase: str, before: Mapping[str, str], after: Mapping[str, str]) -> int:
+    """How many captions had the phrase before and do not after."""
+    pattern = phrase_pattern(phrase)
+    return sum(bool(pattern.search(text)) and not pattern.search(after[name]) for name, text in before.items())
+
+
+def _stripped_line(stripped: Mapping[str, int], captions: int) -> str:
+    counts = ", ".join(f'"{phrase}" of {count}' for phrase, count in stripped.items())
+    return f"taken out of {captions} captions by refiner.strip: {counts or 'nothing, they share no phrase'}"
 
 
 def _table(before: Mapping[str, str], after: Mapping[str, str]) -> Table:
