@@ -16,13 +16,16 @@ Settings = Mapping[str, Any]  # the group `captioner` of the configuration
 
 
 class Captioner(Protocol):
-    """What a captioner must offer. For captioner.min_confidence it must also have
+    """What a captioner must offer. What it may offer besides:
 
-    `phrases(images) -> list[list[tuple[str, float]]]`: the phrases between the commas of each image's caption, each
-    with the captioner's confidence, in [0, 1]."""
+    `phrases(images) -> list[list[tuple[str, float]]]`, without which captioner.min_confidence is refused: the phrases
+    between the commas of each image's caption, each with the captioner's confidence, in [0, 1].
+    `caption_with_hints(images, hints) -> list[str]`: as `caption`, with what the user wrote of each image, or "".
+    `estimate(images) -> str`: what captioning will cost, in a line. `cost() -> str`: what it has cost; "" for nothing.
+    """
 
     def caption(self, images: "list[Image.Image]") -> list[str]:
-        """One caption for each image, in order. Images are RGB, upright and opaque, of any size."""
+        """One caption for each image, in order, "" for none. Images are RGB, upright and opaque, of any size."""
         ...
 
 
@@ -59,15 +62,22 @@ def min_confidence(settings: Settings) -> float:
     return value
 
 
-def run_captioner(captioner: Captioner, images: "Sequence[Image.Image]") -> list[str]:
-    """One caption for each RGB image. Raises RunError if the captioner returns another number of captions."""
-    captions = captioner.caption(list(images)) if images else []
+def run_captioner(
+    captioner: Captioner, images: "Sequence[Image.Image]", hints: Sequence[str] | None = None
+) -> list[str]:
+    """One caption for each RGB image; `hints`, one for each or None, are for a captioner that can use them.
+
+    Raises RunError if the captioner returns another number of captions."""
+    if hints and any(hints) and hasattr(captioner, "caption_with_hints"):
+        captions = captioner.caption_with_hints(list(images), hints)
+    else:
+        captions = captioner.caption(list(images)) if images else []
     _check_number(captioner, len(captions), len(images))
     return captions
 
 
 def certain_captions(
-    captioner: Captioner, images: "Sequence[Image.Image]", least: float
+    captioner: Captioner, images: "Sequence[Image.Image]", least: float, hints: Sequence[str] | None = None
 ) -> list[tuple[str, tuple[str, ...]]]:
     """For each RGB image its caption without the phrases of a confidence below `least`, and those phrases.
 
@@ -75,7 +85,7 @@ def certain_captions(
 
     Raises InputError for a captioner that does not tell its confidence, RunError as `run_captioner`."""
     if not least:
-        return [(caption, ()) for caption in run_captioner(captioner, images)]
+        return [(caption, ()) for caption in run_captioner(captioner, images, hints)]
     if not hasattr(captioner, "phrases"):
         name = type(captioner).__qualname__
         raise InputError(f"captioner.min_confidence={least}: {name} does not tell its confidence, set it to 0")

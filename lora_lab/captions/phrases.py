@@ -19,16 +19,19 @@ _LEADING = (
     "carrying showing featuring both some front"
 )
 LEADING = STOPWORDS | {*_LEADING.split()}
-# What one noun may be called by turns: its number, size, shape, colour and material.
+COLOURS = frozenset({
+    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray",
+    "beige", "teal", "turquoise", "cyan", "magenta", "gold", "golden", "silver", "maroon", "navy", "olive", "lime",
+    "lavender", "crimson", "scarlet", "indigo", "tan", "cream",
+})  # fmt: skip
+# What one noun may have by turns besides a colour: a number, size, shape or material.
 _ATTRIBUTES = (
     "one two three four five six single double many big small large little tiny huge long short tall thick thin wide "
     "narrow fat slim round square oval rectangular triangular pointed pointy curved curly straight wavy spiky flat "
-    "smooth soft hard fluffy fuzzy furry shiny glossy bright dark light pale deep colorful colourful transparent black "
-    "white gray grey red orange yellow green blue purple violet pink brown beige teal turquoise cyan magenta gold "
-    "golden silver navy maroon crimson scarlet cream tan lime blond blonde wooden metal metallic plastic leather "
-    "woolen striped spotted dotted checkered plain"
+    "smooth soft hard fluffy fuzzy furry shiny glossy bright dark light pale deep colorful colourful transparent blond "
+    "blonde wooden metal metallic plastic leather woolen striped spotted dotted checkered plain"
 )
-ATTRIBUTES = frozenset(_ATTRIBUTES.split())
+ATTRIBUTES = COLOURS | {*_ATTRIBUTES.split()}
 BACKGROUND = re.compile(r"(?:back(?:ground|drop))s?")
 
 

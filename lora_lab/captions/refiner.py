@@ -9,7 +9,7 @@ from lora_lab.captions.files import read_caption_file, refuse_outward
 from lora_lab.captions.phrases import is_background, shared_phrases
 from lora_lab.captions.rules import without_hint
 from lora_lab.captions.strip import phrase_pattern, strip_phrases
-from lora_lab.captions.syntax import languages
+from lora_lab.captions.syntax import languages_of
 from lora_lab.errors import InputError, RunError
 from lora_lab.images.dataset import list_names
 from lora_lab.settings.setting import bind_target, call_target
@@ -26,7 +26,10 @@ class Refiner(Protocol):
         """One caption that names the character by `trigger` for each of `captions`, in order.
 
         `hints` has what the user wrote for each image, "" for nothing. A refined caption should stay the same if
-        refined again: stage=refine may run several times."""
+        refined again: stage=refine may run several times.
+
+        A refiner that has something to tell of a caption also has `remarks`, a dict of sentences by the caption and the
+        hint that it was given; one that costs something has `cost() -> str`, a line, or "" for nothing."""
         ...
 
 
@@ -36,6 +39,15 @@ class StrippingRefiner:
 
     refiner: Refiner
     phrases: tuple[str, ...]
+
+    @property
+    def remarks(self) -> Mapping[tuple[str, str], str]:
+        """Those of the refiner."""
+        return getattr(self.refiner, "remarks", {})
+
+    def cost(self) -> str:
+        """That of the refiner, "" without one."""
+        return self.refiner.cost() if hasattr(self.refiner, "cost") else ""
 
     def refine(self, captions: Sequence[str], hints: Sequence[str], trigger: str) -> list[str]:
         """See Refiner."""
@@ -130,14 +142,15 @@ def read_hints(root: Path, follow_links: bool = False) -> dict[str, str]:
 
 
 def foreign_hints(captions: Mapping[str, str], hints: Mapping[str, str]) -> list[str]:
-    """A line for each language of hints that is not the one of their image's caption, by its script."""
+    """A line for each language, other than their own, that refined captions have from the hints of their images."""
     names: dict[str, list[str]] = {}
     for name, hint in hints.items():
-        caption = captions[name].removesuffix(hint)
-        for language in languages(hint) - languages(caption):
+        own = languages_of(captions[name].removesuffix(hint))
+        for language in languages_of(hint) & languages_of(captions[name]) - own:
             names.setdefault(language, []).append(name)
     return [
-        f"{list_names(named)}: the hint is {language} and stays in the caption: CLIP reads English, so translate it"
+        f"{list_names(named)}: the hint is {language} and stays in the caption: CLIP reads English, so translate it; "
+        "refiner=[rules,llm] has it translated"
         for language, named in names.items()
     ]
 

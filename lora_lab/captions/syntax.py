@@ -95,14 +95,14 @@ def foreign_texts(texts: Texts, trigger: str) -> dict[str, str]:
 
     Which language Latin letters are is not told."""
     found = {
-        name: sorted({language for text in own for language in languages(text.replace(trigger, ""))})
+        name: sorted({language for text in own for language in languages_of(text.replace(trigger, ""))})
         for name, own in texts.items()
     }
     return {name: " and ".join(names) for name, names in found.items() if names}
 
 
-def languages(text: str) -> set[str]:
-    """The languages whose own scripts the text has letters of."""
+def languages_of(text: str) -> set[str]:
+    """The languages whose own scripts the text has letters of; none for Latin letters."""
     scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in set(text)}
     languages = {LANGUAGES[script] for script in scripts if script in LANGUAGES}
     return languages - {"Chinese"} if languages & {"Japanese", "Korean"} else languages

@@ -40,7 +40,7 @@ class PhotoScorer:
     trigger: str
     steps: int
     paths: Sequence[Path]
-    requests: Sequence[Request]  # one for each photo
+    captions: Sequence[str]  # one for each photo
     judge: ResemblanceJudge | None = field(default=None, init=False)
 
     @classmethod
@@ -61,39 +61,48 @@ class PhotoScorer:
         paths = find_photos(score.photos, "score.photos")
         photos = [open_picture(path) for path in paths]
         captions = caption_images(captioner, photos, device)
-        buckets = aspect_buckets(model.resolution, model.bucket_step)
-        requests = [
-            photo_to_request(photo, caption, refiner, trigger, buckets, strength=model.strength).request
-            for photo, caption in zip(photos, captions, strict=True)
-        ]
-        return cls(model, captioner, refiner, trigger, score.photo_steps, paths, requests)
+        return cls(model, captioner, refiner, trigger, score.photo_steps, paths, captions)
 
     def score_base(self, references: Sequence[Image.Image], sampler: Sampler, encoder: Encoder) -> list[ScoredPhoto]:
         """Draw with the base alone, judge that, and keep it for comparison; `references` show the character.
 
         Raises RunError for non-finite values."""
-        images = self._draw(None, sampler, encoder)
-        photos = [request.photo for request in self.requests]
+        requests = self._requests()
+        images = self._draw(None, requests, sampler, encoder)
+        photos = [request.photo for request in requests]
         with lora_attached(encoder.base, None):
             self.judge = ResemblanceJudge.load(
                 self.model, self.captioner, self.refiner, self.trigger, references, photos, images, encoder
             )
-        return self._judged(images, encoder)
+        return self._judged(requests, images, encoder)
 
     def score(self, lora: Path, sampler: Sampler, encoder: Encoder) -> list[ScoredPhoto]:
         """Draw with the LoRA file at weight 1 and judge that, after score_base.
 
         Raises InputError for a file that does not fit, RunError for non-finite values."""
-        return self._judged(self._draw(lora, sampler, encoder), encoder)
+        requests = self._requests()
+        return self._judged(requests, self._draw(lora, requests, sampler, encoder), encoder)
 
-    def _draw(self, lora: Path | None, sampler: Sampler, encoder: Encoder) -> list[Image.Image]:
+    def _requests(self) -> list[Request]:
+        """What to draw over each photo; made anew each time, so that no photo stays in memory during a training."""
+        buckets = aspect_buckets(self.model.resolution, self.model.bucket_step)
+        return [
+            photo_to_request(
+                open_picture(path), caption, self.refiner, self.trigger, buckets, strength=self.model.strength
+            ).request
+            for path, caption in zip(self.paths, self.captions, strict=True)
+        ]
+
+    def _draw(
+        self, lora: Path | None, requests: list[Request], sampler: Sampler, encoder: Encoder
+    ) -> list[Image.Image]:
         sampler = replace(sampler, steps=self.steps)
         with lora_attached(encoder.base, lora, fuse=sampler.fuse):
-            return list(generate(encoder.base, [*self.requests], sampler, encoder))
+            return list(generate(encoder.base, requests, sampler, encoder))
 
-    def _judged(self, images: Sequence[Image.Image], encoder: Encoder) -> list[ScoredPhoto]:
-        drawn = [DrawnImage(image, i, self.requests[i].prompt) for i, image in enumerate(images)]
+    def _judged(self, requests: list[Request], images: list[Image.Image], encoder: Encoder) -> list[ScoredPhoto]:
+        drawn = [DrawnImage(image, i, requests[i].prompt) for i, image in enumerate(images)]
         with lora_attached(encoder.base, None):
             judged, _ = self.judge.measure(drawn, encoder)
         names = distinct_names(self.paths)
-        return [ScoredPhoto(*each) for each in zip(names, self.paths, self.requests, images, judged, strict=True)]
+        return [ScoredPhoto(*each) for each in zip(names, self.paths, requests, images, judged, strict=True)]

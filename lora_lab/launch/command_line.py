@@ -26,7 +26,7 @@ from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
 from lora_lab.launch.explain import explain, known_keys
-from lora_lab.launch.recipes import PARAMS, keep_spelling, parses, refuse_foreign, with_quotes
+from lora_lab.launch.recipes import CHAINS, PARAMS, keep_spelling, parses, refuse_foreign, with_quotes
 from lora_lab.launch.restore import RECORD, undo_killed
 from lora_lab.launch.sweep_folder import POINTS
 from lora_lab.runs import SWEEP_RECORD, write_json
@@ -290,7 +290,11 @@ def _refuse_additions(override: Override, overrides: list[str]) -> None:
 def _refuse_no_option(override: Override) -> None:
     """Raise InputError for `model=null` and `model=3`, which name no option of the group."""
     folder = config.CONF / override.key_or_group
-    if folder.is_dir() and not override.is_sweep_override() and not isinstance(override.value(), str):
+    if not folder.is_dir() or override.is_sweep_override():
+        return
+    value = override.value()
+    chain = override.key_or_group in CHAINS and isinstance(value, list) and value
+    if not all(isinstance(name, str) for name in (value if chain else [value])):
         options = sorted(f.stem for f in folder.glob("*.yaml"))
         raise InputError(f"{override.input_line}: {override.key_or_group} is one of {', '.join(options)}")
 

@@ -80,11 +80,20 @@ BOUNDS_OF_OPTIMIZER = {
     **dict.fromkeys(("weight_decay", "r", "weight_lr_power"), Bounds(ge=0)),
     "decay_rate": Bounds(lt=0),
 }
-TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article", "refiner.strip"}
-BOUNDS_OF_CAPTIONER = {
-    **dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1),
+TEXTS_OF_OPEN_GROUPS = {
+    *(f"captioner.{key}" for key in ("name", "base", "prompt", "system", "hint_prompt", "url", "key_file")),
+    *(f"refiner.{key}" for key in ("article", "base", "strip", "style", "system", "url", "key_file")),
+}
+BOUNDS_OF_SERVER = {
+    **dict.fromkeys(("max_tokens", "parallel"), AT_LEAST_1),
+    **dict.fromkeys(("retries", "temperature"), Bounds(ge=0)),
+    "timeout": POSITIVE,
+}
+BOUNDS_OF_CAPTIONER = BOUNDS_OF_SERVER | {
+    **dict.fromkeys(("beams", "batch_size", "image_size"), AT_LEAST_1),
     "min_confidence": Bounds(ge=0, le=1),
 }
+BOUNDS_OF_REFINER = BOUNDS_OF_SERVER | {**dict.fromkeys(("group", "max_words"), AT_LEAST_1), "new_words": Bounds(ge=0)}
 
 # What a file name may not have on one of the systems to which a LoRA may be copied.
 LONGEST_NAME = 200  # bytes; the system's 255 less what is put behind a name: step, number, suffix, that of a new file
@@ -120,6 +129,7 @@ class Config(Section):
         "the refiner",
         decides=("weights", "request"),
         hashed_as="captions",
+        bounds=BOUNDS_OF_REFINER,
         own={
             "strip": (
                 [],

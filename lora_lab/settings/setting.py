@@ -375,8 +375,9 @@ def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] |
 def _validated(key: str, value: Any, annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return value
+    own_config = hasattr(annotation, "__pydantic_config__")
     try:
-        return TypeAdapter(annotation, config=LENIENT).validate_python(value)
+        return TypeAdapter(annotation, config=None if own_config else LENIENT).validate_python(value)
     except ValidationError as error:
         raise InputError(_sentence(key, error)) from error
     except PydanticUserError:  # not a type that pydantic can check

@@ -20,9 +20,10 @@ from lora_lab.captions.captioner import (
 )
 from lora_lab.captions.files import PROPOSED, read_captions, refuse_links
 from lora_lab.captions.history import CaptionUpdate, machine_made
+from lora_lab.captions.refiner import read_hints
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError
-from lora_lab.images.dataset import say_unused
+from lora_lab.images.dataset import list_names, say_unused
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import write_text
@@ -58,14 +59,20 @@ def caption(config: Config, folder: Path) -> CaptionResult:
         open_picture(paths[name])
     author, device = captioner_name(settings), pick_device(config.device)
     say(f"captioning {len(names)} pictures with {author} on {device}")
-    captioner = load_captioner(settings, device)
+    captioner, hints = load_captioner(settings, device), read_hints(root, follow_links)
+    if hasattr(captioner, "estimate"):
+        say(captioner.estimate(open_picture(paths[name]) for name in names))
     left_out: dict[str, list[str]] = {}
-    batches = _captions({n: paths[n] for n in names}, captioner, settings, left_out)
+    batches = _captions({n: paths[n] for n in names}, captioner, settings, hints, left_out)
     if mode == "propose":
         written, new_captions = propose(root, batches)
     else:
         written, new_captions = _write(root, CaptionUpdate(root, author, captions, follow_links), batches, left_out)
     say(f"captioned {len(new_captions)} of {len(paths)} pictures with {author}, written to {written}")
+    if without := [name for name in names if name not in new_captions]:
+        say(f"{list_names(without)}: no new caption; the same command tries again")
+    if hasattr(captioner, "cost") and (cost := captioner.cost()):
+        say(cost)
     left_out = {name: phrases for name, phrases in left_out.items() if name in new_captions}
     if line := left_out_line([*left_out.values()], min_confidence(settings)):
         say(line)
@@ -109,16 +116,21 @@ def _write(
 
 
 def _captions(
-    paths: dict[str, Path], captioner: Captioner, settings: Settings, left_out: dict[str, list[str]]
+    paths: dict[str, Path],
+    captioner: Captioner,
+    settings: Settings,
+    hints: Mapping[str, str],
+    left_out: dict[str, list[str]],
 ) -> Iterator[dict[str, str]]:
     """Yield the captions of captioner.batch_size image files at a time, by name; what each leaves out is put into
-    `left_out` before."""
+    `left_out` before. An image without a caption is passed over."""
     names, batch_size = list(paths), images_per_call(settings)
     with bar(total=len(names), desc="caption", unit="picture") as progress:
         for start in range(0, len(names), batch_size):
             batch = names[start : start + batch_size]
             images = [open_picture(paths[name]) for name in batch]
-            certain = certain_captions(captioner, images, min_confidence(settings))
+            own_hints = [hints.get(name, "") for name in batch]
+            certain = certain_captions(captioner, images, min_confidence(settings), own_hints)
             left_out |= {name: [*phrases] for name, (_, phrases) in zip(batch, certain, strict=True) if phrases}
-            yield {name: text for name, (text, _) in zip(batch, certain, strict=True)}
+            yield {name: text for name, (text, _) in zip(batch, certain, strict=True) if text.strip()}
             progress.update(len(batch))

@@ -34,6 +34,7 @@ class RefineResult:
     before: dict[str, str]  # image name -> old caption, of the captions that changed
     after: dict[str, str]  # image name -> new caption, of the same images
     unchanged: int  # number of captions that stayed the same
+    remarks: dict[str, str]  # image name -> what the refiner tells of its caption
     stripped: dict[str, int]  # phrase of refiner.strip -> number of captions that it was taken out of
 
 
@@ -50,17 +51,19 @@ def refine(config: Config, folder: Path) -> RefineResult:
     unknown = [name for name in hints if name not in captions]
     if unknown:
         raise InputError(f"the hints in {root} name {unknown[0]}, which has no caption: correct the name")
-    for line in foreign_hints(captions, hints):
-        say(line)
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
-    names, after = list(captions), {}
+    names, after, remarks = list(captions), {}, {}
     for start in range(0, len(names), BATCH):
         batch = names[start : start + BATCH]
         before = [captions[name] for name in batch]
-        texts = run_refiner(refiner, before, config.trigger, [hints.get(name, "") for name in batch])
+        own_hints = [hints.get(name, "") for name in batch]
+        texts = run_refiner(refiner, before, config.trigger, own_hints)
         after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+        told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
+        known = getattr(refiner, "remarks", {})
+        remarks |= {name: known[given] for name, given in told.items() if given in known}
     strip, unstripped = strip_setting(config.refiner), captions
     if strip == AUTO:
         unstripped = captions | after
@@ -70,11 +73,17 @@ def refine(config: Config, folder: Path) -> RefineResult:
     before = {name: captions[name] for name in after}
     if after:
         Console().print(_table(before, after))
+    for line in foreign_hints(captions | after, hints):
+        say(line)
+    for name, remark in remarks.items():
+        say(f"{name}: {printable(remark)}")
     say(f"refined {len(after)} of {len(captions)} captions in {root}")
     stripped = {phrase: count_stripped(phrase, unstripped, captions | after) for phrase in strip}
     if config.refiner.get("strip"):
         say(_stripped_line(stripped, len(captions)))
-    return RefineResult("refine", before, after, len(captions) - len(after), stripped)
+    if hasattr(refiner, "cost") and (cost := refiner.cost()):
+        say(cost)
+    return RefineResult("refine", before, after, len(captions) - len(after), remarks, stripped)
 
 
 def count_stripped(phrase: str, before: Mapping[str, str], after: Mapping[str, str]) -> int:

@@ -80,6 +80,7 @@ def encoder():
     return Encoder(load_base(compose().model, CPU), CPU, Cache(None), offload=False)
 
 
+@pytest.mark.slow
 def test_parts_of_the_base_are_in_the_order_of_the_image_and_do_not_depend_on_the_others(pictures, encoder):
     """Painted over at the upper left, the parts there change most."""
     over = pictures[4].copy()

@@ -159,6 +159,7 @@ def test_a_single_file_gives_the_images_of_its_folder(tmp_path, union):
     assert np.array_equal(folder, draw(base, request)[0])
 
 
+@pytest.mark.slow
 def test_requests_of_a_batch_have_their_own_control_and_mask(tmp_path):
     """Control images and weights may differ in a batch; another end, or no mask, is another batch."""
     base, mask = loaded(tmp_path, random_controlnet(pipeline(NARROW).unet)), Image.new("L", (64, 48), 255)
@@ -202,6 +203,7 @@ def test_with_offload_the_controlnet_is_on_the_device_while_the_unet_is(tmp_path
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_half_precision_is_near_the_whole(tmp_path):
     network = random_controlnet(pipeline(NARROW).unet)
     request = Request(PROMPT, 4, (1, 1), photo(), 0.7, Control(photo(2), 0.7, 0.5))

@@ -39,6 +39,7 @@ def test_a_photo_is_captioned_refined_and_drawn(tmp_path, made_lora):
     assert sheet.width > 3 * 256 and json.loads((tmp_path / "run/result.json").read_text())["sheet"] == result.sheet
 
 
+@pytest.mark.slow
 def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}"
 
@@ -52,6 +53,7 @@ def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     assert np.abs(full - none).mean() > np.abs(half - none).mean() > 1
 
 
+@pytest.mark.slow
 def test_settings_of_sampler_and_memory_take_effect(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}", "model.precision=bf16"
 

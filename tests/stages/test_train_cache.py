@@ -28,6 +28,7 @@ def test_a_second_run_encodes_only_what_changed_and_learns_the_same(own_pictures
     assert "encoded 1 of 7 texts and 1 of 6 views of pictures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_cache_nothing_is_kept_and_the_same_is_learnt(three_steps, capsys):
     train("run", "steps=3", "cache=null")
     assert_same(lora("run"), three_steps)

@@ -26,6 +26,7 @@ def train(folder: str, *overrides: str) -> float:
     return json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 
+@pytest.mark.slow
 def test_cudnn_tries_convolutions_out_in_training_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     forward, seen = UNet2DConditionModel.forward, []

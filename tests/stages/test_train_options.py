@@ -200,6 +200,7 @@ def test_prefix_and_suffix_are_learnt_as_if_they_stood_in_the_captions(own_pictu
     assert any(not torch.equal(value, three_steps[key]) for key, value in lora("written").items())
 
 
+@pytest.mark.slow
 def test_prodigys_own_rate_is_what_is_logged_and_shown(capsys):
     train("run", "steps=6", "optimizer=prodigy", "optimizer.d0=1e-3", "optimizer.d_coef=10")  # to grow early
     assert "Prodigy with its own lr, 1; lr=0.001 is not used" in capsys.readouterr().out
@@ -237,6 +238,7 @@ def test_the_average_over_the_steps_is_saved_and_drawn_and_the_checkpoint_has_bo
     assert not np.array_equal(drawn, plain)
 
 
+@pytest.mark.slow
 def test_lora_plus_lets_b_learn_faster_and_leaves_a():
     """A's gradient is zero in the first step, since B is; after it A stands still, and B is 16 times as far."""
     train("one", "steps=1", "optimizer.weight_decay=0")

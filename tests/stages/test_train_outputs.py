@@ -120,9 +120,13 @@ def test_scores_stand_in_the_result_with_every_picture_they_are_read_from(capsys
     assert kept["scores"]["score"]["value"] == result.scores["score"].value
     assert kept["scores"]["leakage"]["value"] > 0 and abs(kept["scores_before"]["leakage"]["value"]) < 1e-3
     assert kept["scores"]["subject"] != kept["scores_before"]["subject"]
-    drawn = [json.loads(line)["picture"] for line in Path("run/scores.jsonl").read_text().splitlines()]
-    assert len(drawn) == 6 and all(Path(file).is_file() for file in drawn)
-    assert {Path(file).name for file in drawn[3:]} == {p.name for p in Path("run/samples/score").iterdir()}
+    lines = [json.loads(line) for line in Path("run/scores.jsonl").read_text().splitlines()]
+    assert all(Path(line["picture"]).is_file() for line in lines)
+    by_base, by_lora = ([line for line in lines if bool(line["lora"]) is with_lora] for with_lora in (False, True))
+    three_prompts_then_eight_photos = [False] * 3 + [True] * 8
+    assert [bool(line.get("photo")) for line in by_base] == three_prompts_then_eight_photos
+    assert [bool(line.get("photo")) for line in by_lora] == three_prompts_then_eight_photos
+    assert {Path(line["picture"]).name for line in by_lora} == {p.name for p in Path("run/samples/score").iterdir()}
     said = capsys.readouterr().out
     assert "subject" in said and f"{result.scores['score'].value:.2f}" in said
 
@@ -136,6 +140,7 @@ def test_what_the_base_draws_of_the_validation_prompts_lies_beside_what_the_lora
     assert np.array_equal(np.asarray(before), np.asarray(Image.open("other/samples/base/p0-s0.png")))
 
 
+@pytest.mark.slow
 def test_without_a_judge_there_are_no_scores():
     result = train("run", "steps=1")
     assert result.scores is None and result.scores_before is None and not Path("run/scores.jsonl").exists()

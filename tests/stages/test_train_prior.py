@@ -201,6 +201,7 @@ def test_what_the_base_predicts_of_the_class_drifts_less_with_a_prior():
         assert kept < 0.6 * without, kind
 
 
+@pytest.mark.slow
 def test_what_the_base_predicts_is_read_by_the_bases_text_encoders():
     """What is learnt shows as an error only if the target is without it; here only text encoders learn anything."""
     train("run", "steps=3", "prior=prediction", "text=lora", "text.encoders=both", "text.encoder_lr=0.1", "lr=1e-9")

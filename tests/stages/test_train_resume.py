@@ -141,6 +141,7 @@ def test_a_checkpoint_without_a_key_is_resumed_and_the_key_named(capsys):
     assert [line["step"] for line in metrics("run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_publishes_nothing_twice():
     train("run", "steps=2")
     train("run", "steps=2", f"resume={Path('run').absolute()}")

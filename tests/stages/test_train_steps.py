@@ -61,6 +61,7 @@ def test_gradient_checkpointing_and_offload_change_nothing():
         assert torch.allclose(fast[key], balanced[key], atol=1e-6), key
 
 
+@pytest.mark.slow
 def test_with_offload_the_unet_goes_to_the_device_when_all_is_encoded(monkeypatch):
     arrived, to, device = [], torch.nn.Module.to, torch.device("cpu:0")  # the CPU, told apart by name
 
@@ -91,7 +92,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(monkeyp
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.mark.parametrize("at", [pytest.param(4, id="between"), pytest.param(6, id="last step", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [pytest.param(4, id="between"), pytest.param(6, id="last step")])
 def test_an_infinite_gradient_of_a_finite_loss_stops_the_run_before_anything_is_written(at, monkeypatch):
     real = engine.per_sample_loss
     calls = []
@@ -128,9 +130,8 @@ def test_a_lora_too_large_for_its_format_is_not_written_and_its_checkpoint_gives
     assert not Path("models").exists(), "what cannot be drawn with is not installed"
 
 
-@pytest.mark.parametrize(
-    "how", ["stage.ema_decay=0.9", pytest.param("optimizer=schedule_free", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stage.ema_decay=0.9", "optimizer=schedule_free"])
 def test_weights_that_are_not_finite_are_in_no_checkpoint_and_in_no_file(how, monkeypatch):
     """The loss and the gradient of the step that made them were finite."""
     update = LoRATraining.clip_and_update

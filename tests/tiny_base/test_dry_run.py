@@ -53,6 +53,7 @@ def test_from_nothing_to_a_bundle_in_two_pieces(tmp_path):
     assert (out / "vae.png").is_file()
 
 
+@pytest.mark.slow
 def test_training_without_a_gpu_is_refused(tmp_path):
     import torch
 

@@ -153,7 +153,8 @@ class NoWaiting(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["vae", pytest.param("unet", marks=pytest.mark.slow), "blip", "clip"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vae", "unet", "blip", "clip"])
 def test_no_training_step_waits_for_the_device(name, work, pictures, monkeypatch):
     module = importlib.import_module(f"experiments.tiny_base.train_{name}")
     if name == "unet":

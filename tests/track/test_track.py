@@ -211,6 +211,7 @@ except InputError as error:
     assert "40" in run(tmp_path, script, WANDB_API_KEY="short").out
 
 
+@pytest.mark.slow
 def test_a_dead_service_is_one_warning_and_ends_neither_this_run_nor_the_next(tmp_path):
     script = """
 with tracking() as tracker:
@@ -254,6 +255,7 @@ def test_tensorboard_shows_numbers_pictures_captions_and_the_config(tmp_path):
     assert b'"lr": 0.0001' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_tensorboard_run_shows_the_repeated_steps_once(tmp_path):
     for resume, first in ((False, 1), (True, 3)):  # killed after 5, resumed from the checkpoint at 2
         with tracking("tensorboard", tmp_path, "tofu", {}, resume=resume) as tracker:

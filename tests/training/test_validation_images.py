@@ -47,6 +47,7 @@ def looked(base, lora, folder, *overrides):
     return [np.asarray(picture).astype(int) for picture, _ in rendered.values()], rows
 
 
+@pytest.mark.slow
 def test_fuse_and_batch_size_reach_the_pictures_of_validation(base, lora, tmp_path):
     plain, rows = looked(base, lora, tmp_path)
     assert rows == [2] * 4
