@@ -36,13 +36,13 @@ def objections(
     class_noun: str = "",
     max_words: int,
     new_words: int = 0,
-    min_kept: float = 0.8,
+    min_kept: float = 0.5,
 ) -> list[str]:
     """What is wrong with `caption`, made of `source` and of what the user wrote of the image; [] for nothing.
 
-    `new_words` of it may be in neither, but no colour; `min_kept` of the words of `source` that name something must be
-    in it, but for those that only name the subject. A hint in another language must be translated, and its translation
-    has words that are in neither."""
+    `new_words` of it may be in neither, but no colour. Of each phrase of `source`, the text between two commas,
+    `min_kept` of the words that name something must be in it, but for those that only name the subject. A hint in
+    another language must be translated, and its translation has words that are in neither."""
     text = trigger_pattern(trigger).sub(" ", caption)
     count = len(re.findall(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption))
     found = [
@@ -65,10 +65,13 @@ def objections(
         found.append(f"the hint's words are missing: {_listed(lost)}")
     if foreign and not words_from_nowhere(caption, trigger, source, class_noun):
         found.append("the hint is not in it")
-    attributes = _without_subject(source, trigger)
-    lost = words_from_nowhere(attributes, trigger, caption)
-    if len(lost) > (1 - min_kept) * len(words_from_nowhere(attributes, trigger)):
-        found.append(f"words are missing: {_listed(lost)}")
+    lost = []
+    for phrase in _without_subject(source, trigger).split(","):
+        missing = words_from_nowhere(phrase, trigger, caption)
+        if len(missing) > (1 - min_kept) * len(words_from_nowhere(phrase, trigger)):
+            lost += missing
+    if lost:
+        found.append(f"words are missing: {_listed(dict.fromkeys(lost))}")
     before = _pairs(f"{source}, {hint}", trigger)
     if repeated := [pair for pair, times in _pairs(caption, trigger).items() if times > max(before[pair], 1)]:
         found.append(f"it repeats {_listed(repeated)}")

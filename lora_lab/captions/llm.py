@@ -40,7 +40,7 @@ class Style:
     name: str
     instruction: str
     example: str
-    min_kept: Annotated[float, Field(ge=0, le=1)] = 0.8  # of the words of a caption
+    min_kept: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the words of each phrase of a caption
 
 
 @dataclass(frozen=True)

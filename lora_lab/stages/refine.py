@@ -21,7 +21,7 @@ from lora_lab.captions.refiner import (
     strip_shared,
 )
 from lora_lab.captions.strip import phrase_pattern
-from lora_lab.console import printable, say
+from lora_lab.console import bar, printable, say
 from lora_lab.errors import InputError
 from lora_lab.settings.schema import Config
 
@@ -55,15 +55,17 @@ def refine(config: Config, folder: Path) -> RefineResult:
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
     names, after, remarks = list(captions), {}, {}
-    for start in range(0, len(names), BATCH):
-        batch = names[start : start + BATCH]
-        before = [captions[name] for name in batch]
-        own_hints = [hints.get(name, "") for name in batch]
-        texts = run_refiner(refiner, before, config.trigger, own_hints)
-        after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
-        told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
-        known = getattr(refiner, "remarks", {})
-        remarks |= {name: known[given] for name, given in told.items() if given in known}
+    with bar(total=len(names), desc="refine", unit="caption") as progress:
+        for start in range(0, len(names), BATCH):
+            batch = names[start : start + BATCH]
+            before = [captions[name] for name in batch]
+            own_hints = [hints.get(name, "") for name in batch]
+            texts = run_refiner(refiner, before, config.trigger, own_hints)
+            after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
+            told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
+            known = getattr(refiner, "remarks", {})
+            remarks |= {name: known[given] for name, given in told.items() if given in known}
+            progress.update(len(batch))
     strip, unstripped = strip_setting(config.refiner), captions
     if strip == AUTO:
         unstripped = captions | after

@@ -37,7 +37,7 @@ def captions(*texts):
 
 
 def refiner(chat, cache=None, group=1, rules=None):
-    limits = Limits("character", max_words=40, new_words=0, min_kept=0.8)
+    limits = Limits("character", max_words=40, new_words=0, min_kept=0.5)
     return LanguageRefiner(chat, ReplyCache(cache), rules or compile_rules(), "Rewrite.", ("a", "b"), group, limits)
 
 
@@ -56,6 +56,7 @@ def refiner(chat, cache=None, group=1, rules=None):
         ("A HANA_TOFU with a red background, winking with its left eye", "", "from nowhere: red"),
         ("A HANA_TOFU, winking with its left eye", "", "words are missing: purple"),
         ("A HANA_TOFU with a purple background", "", "words are missing: winking, left, eye"),
+        ("A HANA_TOFU with a purple background, winking", "", "words are missing: left, eye"),
         (f"{SOURCE}, with its left eye", "", "repeats left eye"),
         (f"**{SOURCE}**", "", "markup"),
         (f"- {SOURCE}", "", "markup"),
@@ -147,7 +148,7 @@ def test_the_model_is_shown_an_example_that_its_own_checks_accept():
     settings = compose("stage=refine", "refiner=llm").refiner
     example = [settings[f"example_{key}"] for key in ("caption", "hint", "name")]
     for style in settings["styles"]:
-        limits = {"max_words": 40, "min_kept": style.get("min_kept", 0.8)}
+        limits = {"max_words": 40, "min_kept": style.get("min_kept", 0.5)}
         assert objections(style["example"], *example, **limits) == [], style
 
 
