@@ -11,6 +11,8 @@ from PIL import Image
 from scipy.ndimage import binary_propagation, distance_transform_edt
 
 from lora_lab.captions.history import append_rows, read_rows
+from lora_lab.errors import InputError
+from lora_lab.images.scan import leads_out
 from lora_lab.runs import hash_content, write_atomically
 
 if TYPE_CHECKING:
@@ -63,8 +65,10 @@ def feathered(inside: np.ndarray, feather: float, outside: bool = False) -> Imag
 def write_mask(folder: Path, name: str, mask: Image.Image, by: str) -> Path:
     """Write the mask of the image `name` into `folder`, after its row in the record; returns its path.
 
-    Raises InputError for a record that is a link."""
+    Raises InputError for a record that is a link, and for a folder below that leads elsewhere."""
     path, content = (folder / name).with_suffix(".png"), io.BytesIO()
+    if leads_out(path.parent, folder):
+        raise InputError(f"{path.parent}: this link leads out of {folder}: remove it")
     mask.save(content, "PNG")
     digest = hashlib.sha256(content.getvalue()).hexdigest()
     place = path.relative_to(folder).as_posix()

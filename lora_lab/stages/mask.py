@@ -100,7 +100,7 @@ def select_images(names: Sequence[str], output: Path, mode: str) -> list[str]:
     for name in names:
         if (other := by_stem.setdefault(_stem(name), name)) != name:
             raise InputError(f"{other} and {name} would have one mask, {_stem(name)}.png: rename one of them")
-    masks = {_stem(name): path for name, path in pictures(output).items()}
+    masks = {_stem(name): path for name, path in pictures(output, follow_links=True).items()}
     own = machine_masks(output) if mode == "replace" else set()
     return [name for stem, name in by_stem.items() if stem not in masks or masks[stem] in own]
 

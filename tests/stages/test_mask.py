@@ -85,6 +85,20 @@ def test_a_picture_without_a_plain_background_is_named_and_the_others_are_masked
         do(root)
 
 
+def test_nothing_is_written_through_a_link_and_a_linked_mask_stays(root, tmp_path):
+    folder, outside = root.with_name("TOFU-masks"), tmp_path / "outside"
+    outside.mkdir()
+    folder.mkdir()
+    Image.new("L", (128, 128), 255).save(outside / "mine.png")
+    (folder / "00.png").symlink_to(outside / "mine.png")
+    assert list(do(root).masks) == ["party/07.jpg"] and (folder / "00.png").is_symlink()
+    shutil.rmtree(folder / "party")
+    (folder / "party").symlink_to(outside)
+    with pytest.raises(InputError, match="leads out of"):
+        do(root)
+    assert [path.name for path in outside.iterdir()] == ["mine.png"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
