@@ -65,10 +65,9 @@ def strip_phrases(caption: str, phrases: Sequence[str], trigger: str, hint: str 
 
 def _without(text: str, patterns: Sequence[re.Pattern]) -> str:
     """The text between two punctuation marks without what the patterns' groups match."""
-    for pattern in patterns:
-        while found := pattern.search(text):
-            text = _joined(text[: found.start(1)].strip(), found[1], text[found.end(1) :].strip())
-            text = tidy(re.sub(r"\s*\(\s*\)|^(?:it|he|she|they)$", "", text, flags=re.IGNORECASE))
+    while found := next((match for pattern in patterns if (match := pattern.search(text))), None):
+        text = _joined(text[: found.start(1)].strip(), found[1], text[found.end(1) :].strip())
+        text = tidy(re.sub(r"\s*\(\s*\)|^(?:it|he|she|they)$", "", text, flags=re.IGNORECASE))
     return text
 
 
@@ -88,8 +87,8 @@ def _joined(before: str, phrase: str, after: str) -> str:
         head = head if link else _LINK.sub("", head)
     elif link and _PARTICIPLE.match(rest) and _PARTICIPLE.match(head.rpartition(" ")[2]):  # "waving and smiling"
         rest = after
-    if not head and re.match(r"(?:is|are|was|were|has|have)\s", rest, re.IGNORECASE):  # what the phrase was or had
-        return ""
+    if not head and not {MARK, HINT} & {*rest} and re.match(r"(?:is|are|was|were|has|have)\s", rest, re.IGNORECASE):
+        return ""  # what the phrase was or had
     return f"{head} {rest}".strip()
 
 
