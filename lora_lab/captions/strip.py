@@ -13,7 +13,7 @@ DETERMINER = "a|an|the|its|his|her|their|this|that|one|two|three|both|some"
 GOVERNOR = (
     "with|without|in|on|of|at|by|for|from|to|into|onto|over|under|above|below|behind|beside|near|against|between|"
     "inside|outside|through|as|like|is|are|was|has|have|having|had|wears|wearing|holds|holding|carrying|showing|"
-    "featuring|raising|sticking out"
+    "featuring|raising|sticking out|next to|close to|in front of|on top of|made of|covered in|covered with|dressed in"
 )
 _DETERMINER = re.compile(rf"(?:^|(?<=\()|\s)(?:{DETERMINER})$", re.IGNORECASE)
 _ADJECTIVES = re.compile(rf"(?:(?:^|\s)(?:{'|'.join(sorted(ATTRIBUTES))}))+$", re.IGNORECASE)

@@ -33,6 +33,8 @@ RED = ["red body"]
         ("with a red body", RED, "T"),
         ("An T with a big red body suit", RED, "A T with a big suit"),
         ("A T with a red hat body", ["hat", "red body"], "A T"),
+        ("A T made of red bricks, in front of a wall", ["red bricks", "wall"], "A T"),
+        ("A T next to a wall and a tree", ["wall"], "A T next to a tree"),
         ("Its red body is shiny, T waves", RED, "T waves"),
         ("The red body is on a T", RED, "is on a T"),
         ("A T with a redder body", RED, "A T with a redder body"),
