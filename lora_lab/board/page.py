@@ -29,6 +29,7 @@ from lora_lab.board.read import (
     final_validation_loss,
     read_sweep,
     running_mean,
+    triggers_in,
 )
 from lora_lab.board.record import is_number
 from lora_lab.console import warn
@@ -429,7 +430,7 @@ def commands(run: TrainedRun, drawn: bool = False) -> dict[str, str]:
         model = run.settings.get("model", "tiny")
         base = [f"model={model}"] if model != "tiny" else []
         base += [o for o in overrides if o.startswith("model.")]
-        lines["use"] = ["stage=img2img", *base, f"lora={folder}", f"trigger={run.settings.get('trigger')}",
+        lines["use"] = ["stage=img2img", *base, f"lora={folder}", f"trigger={(triggers_in(run.settings) or [None])[0]}",
                         "stage.photo=me.jpg"]  # fmt: skip
     return {name: shlex.join(["python", "-m", "lora_lab", *line]) for name, line in lines.items()}
 

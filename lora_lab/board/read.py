@@ -16,7 +16,7 @@ from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.images.scan import leads_out, natural_key, pictures
 from lora_lab.runs import SWEEP_RECORD, write_atomically
-from lora_lab.settings.schema import shown_on_page
+from lora_lab.settings.schema import Triggers, shown_on_page
 
 TRAINING, DRAWING = ("train", "pipeline"), ("img2img",)  # the stages whose runs are compared, not with each other
 IMAGE_NAME, STEP_NAME = re.compile(r"p(\d+)-s(\d+)\.png"), re.compile(r"step-(\d+)")
@@ -209,7 +209,7 @@ def _pictures(run: Path, settings: dict[str, Any]) -> Iterable[Picture]:
     """The validation images in the folder of the run, without links that lead out of it."""
     stage = "stage.train." if settings.get("stage") == "pipeline" else "stage."
     prompts = settings.get(f"{stage}prompts")
-    prompts = prompts if isinstance(prompts, list) else []
+    prompts = _filled(prompts if isinstance(prompts, list) else [], settings)
     for folder in (run / "samples" / "base", *sorted((run / "samples").glob("step-*"))):
         match = STEP_NAME.fullmatch(folder.name)
         if not (match or folder.name == "base") or leads_out(folder, run):
@@ -219,8 +219,19 @@ def _pictures(run: Path, settings: dict[str, Any]) -> Iterable[Picture]:
             name = IMAGE_NAME.fullmatch(file.name)
             if name and (not file.is_symlink() or not leads_out(file, run)):
                 number, seed = map(int, name.groups())
-                text = str(prompts[number]) if number < len(prompts) else f"p{number}"
-                yield Picture(file, step, text.replace("{trigger}", str(settings.get("trigger", ""))), seed)
+                yield Picture(file, step, prompts[number] if number < len(prompts) else f"p{number}", seed)
+
+
+def triggers_in(settings: dict[str, Any]) -> list[str]:
+    """The triggers of the characters; [] where the settings have none."""
+    own = [value for key, value in settings.items() if key == "trigger" or key.startswith("trigger.")]
+    return list(dict.fromkeys(map(str, own)))
+
+
+def _filled(prompts: Sequence[Any], settings: dict[str, Any]) -> list[str]:
+    """The prompts as training fills them, each once for each character."""
+    by_folder = {str(i): trigger for i, trigger in enumerate(triggers_in(settings) or [""])}
+    return Triggers(by_folder).fill(map(str, prompts))
 
 
 def _drawings(run: Path, settings: dict[str, Any]) -> list[Picture]:

@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import NamedTuple
 
 from lora_lab.captions.rules import PARTICIPLE, trigger_pattern
 
-CLIP_WINDOW = 77  # tokens, with the start and end markers
-LONGEST = 77  # words that are read of a caption: comparing all runs of a megabyte would take minutes
+MOST_WORDS = 77  # of a caption that are compared: comparing all runs of a megabyte would take minutes
 FEWEST = 3  # captions, of which something can be said
 STOPWORDS = {"a", "an", "the", "and", "or", "of", "in", "on", "at", "with", "its", "it", "is", "to", "by", "for"}
 # What leads to a noun: besides the above, a phrase neither begins nor ends with it.
@@ -46,6 +46,21 @@ class _Found(NamedTuple):
     def varies(self) -> bool:
         """Whether the phrase is only a part of what differs from caption to caption: "eyes" of sad and of big eyes."""
         return len(self.left - {""}) > 1 or len(self.right - {""}) > 1
+
+
+@dataclass(frozen=True)
+class CommonWords:
+    """What the captions of one character have in common."""
+
+    captions: int
+    shared: dict[str, int]  # phrase in four of five captions -> in how many
+    constant: dict[str, int]  # "red body" -> in how many captions, which are all that mention the body
+
+    @classmethod
+    def of(cls, captions: Sequence[str], trigger: str, class_noun: str) -> "CommonWords":
+        """Of the captions of all images of the character."""
+        shared = shared_phrases(captions, trigger, class_noun)
+        return cls(len(captions), shared, constant_attributes(captions, trigger, class_noun))
 
 
 def shared_phrases(captions: Sequence[str], trigger: str, class_noun: str = "") -> dict[str, int]:
@@ -102,13 +117,13 @@ def constant_attributes(captions: Sequence[str], trigger: str, class_noun: str =
     return constant
 
 
-def repeated_captions(captions: Mapping[str, Sequence[str]], trigger: str) -> list[list[str]]:
-    """Groups of images of which the captions are equal, but for case and space, and have more than the trigger."""
+def repeated_captions(captions: Mapping[str, Sequence[str]], triggers: Sequence[str]) -> list[list[str]]:
+    """Groups of images of which the captions are equal, but for case and space, and have more than a trigger."""
     names: dict[tuple[str, ...], list[str]] = {}
     for name, own in captions.items():
         names.setdefault(tuple(" ".join(text.casefold().split()) for text in own), []).append(name)
-    bare = (trigger.casefold(), *(f"{article} {trigger.casefold()}" for article in ("a", "an")))
-    return [group for texts, group in names.items() if len(group) > 1 and not {*texts} <= {*bare}]
+    bare = {f"{article}{trigger.casefold()}" for trigger in triggers for article in ("", "a ", "an ")}
+    return [group for texts, group in names.items() if len(group) > 1 and not {*texts} <= bare]
 
 
 def is_background(phrase: str) -> bool:
@@ -120,7 +135,7 @@ def _runs(caption: str, trigger: str, class_noun: str) -> list[list[str]]:
     """The words, in lower case, between punctuation, the trigger, the class noun, and around a background."""
     text = trigger_pattern(trigger).sub(",", caption)
     text = re.sub(rf"(?<!\w){re.escape(class_noun)}(?!\w)", ",", text, flags=re.IGNORECASE) if class_noun else text
-    words = [match[0] for match in islice(re.finditer(r"[\w'-]+|[^\s\w]", text.lower()), LONGEST)]
+    words = [match[0] for match in islice(re.finditer(r"[\w'-]+|[^\s\w]", text.lower()), MOST_WORDS)]
     runs, run = [], []
     for word in [*words, ","]:
         if not re.match(r"\w", word):

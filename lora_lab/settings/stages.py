@@ -37,6 +37,7 @@ class Stage(Section):
     """What to do: `stage=train` puts a Train here, and so on."""
 
     several_folders: ClassVar[bool] = False  # whether dataset.root may be a list
+    one_character: ClassVar[bool] = False  # whether `trigger` is one word
     draws: ClassVar[bool] = False  # whether its jobs in one process share the base: its function takes a Shared too
 
     def inputs(self, config: "Config") -> list[str]:
@@ -231,6 +232,7 @@ class Train(Stage):
 
 @section
 class Img2img(Stage):
+    one_character: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     kind: Literal["img2img"] = _kind("img2img")
@@ -357,6 +359,8 @@ class Compare(Stage):
 
 @section
 class Pipeline(Stage):
+    one_character: ClassVar[bool] = True
+
     kind: Literal["pipeline"] = _kind("pipeline")
     captions: Literal["new", "keep"] = setting(
         "new: caption a copy of the images; keep: copy the folder's captions and caption the images without one",

@@ -13,6 +13,7 @@ from lora_lab.captions.files import read_captions, refuse_links
 from lora_lab.captions.history import REFINE, CaptionUpdate
 from lora_lab.captions.refiner import (
     AUTO,
+    Refiner,
     foreign_hints,
     load_refiner,
     read_hints,
@@ -54,13 +55,14 @@ def refine(config: Config, folder: Path) -> RefineResult:
     writable_folder("dataset.root", config.dataset.folder)
     refuse_links(root)
     refiner, update = load_refiner(config.refiner), CaptionUpdate(root, REFINE, captions, follow_links)
-    names, after, remarks = list(captions), {}, {}
-    with bar(total=len(names), desc="refine", unit="caption") as progress:
-        for start in range(0, len(names), BATCH):
-            batch = names[start : start + BATCH]
+    triggers, after, remarks = config.triggers, {}, {}
+    by_trigger = triggers.names_by_trigger(captions)
+    batches = [names[start : start + BATCH] for names in by_trigger.values() for start in range(0, len(names), BATCH)]
+    with bar(total=len(captions), desc="refine", unit="caption") as progress:
+        for batch in batches:
             before = [captions[name] for name in batch]
             own_hints = [hints.get(name, "") for name in batch]
-            texts = run_refiner(refiner, before, config.trigger, own_hints)
+            texts = run_refiner(refiner, before, triggers.of(batch[0]), own_hints)
             after |= update.add({name: text for name, text in zip(batch, texts, strict=True) if text != captions[name]})
             told = dict(zip(batch, zip(before, own_hints, strict=True), strict=True))
             known = getattr(refiner, "remarks", {})
@@ -69,7 +71,7 @@ def refine(config: Config, folder: Path) -> RefineResult:
     strip, unstripped = strip_setting(config.refiner), captions
     if strip == AUTO:
         unstripped = captions | after
-        strip, texts = strip_shared(refiner, unstripped, hints, config.trigger, config.class_noun)
+        strip, texts = _without_shared(refiner, unstripped, hints, config)
         after |= update.add({name: text for name, text in texts.items() if text != unstripped[name]})
     after = {name: text for name, text in after.items() if text != captions[name]}
     before = {name: captions[name] for name in after}
@@ -86,6 +88,19 @@ def refine(config: Config, folder: Path) -> RefineResult:
     if hasattr(refiner, "cost") and (cost := refiner.cost()):
         say(cost)
     return RefineResult("refine", before, after, len(captions) - len(after), remarks, stripped)
+
+
+def _without_shared(
+    refiner: Refiner, captions: Mapping[str, str], hints: Mapping[str, str], config: Config
+) -> tuple[list[str], dict[str, str]]:
+    """The phrases that most captions of each character share, and the refined captions without those of theirs."""
+    phrases, texts = [], {}
+    for trigger, names in config.triggers.names_by_trigger(captions).items():
+        own = {name: captions[name] for name in names}
+        shared, stripped = strip_shared(refiner, own, hints, trigger, config.class_noun)
+        phrases += [phrase for phrase in shared if phrase not in phrases]
+        texts |= stripped
+    return phrases, texts
 
 
 def count_stripped(phrase: str, before: Mapping[str, str], after: Mapping[str, str]) -> int:

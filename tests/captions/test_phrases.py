@@ -52,7 +52,7 @@ def test_the_bundled_captions_have_only_their_background_in_common():
     captions = list(read_captions(TOFU).values())
     assert shared_phrases(captions, "HANA_TOFU", "character") == {"purple background": 24}
     assert constant_attributes(captions, "HANA_TOFU", "character") == {}
-    assert repeated_captions({name: [text] for name, text in read_captions(TOFU).items()}, "HANA_TOFU") == []
+    assert repeated_captions({name: [text] for name, text in read_captions(TOFU).items()}, ["HANA_TOFU"]) == []
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_noun_that_always_has_one_colour_is_found_though_few_captions_mention_
 
 def test_equal_captions_are_grouped_unless_they_are_the_trigger_alone():
     captions = {"a": ["T, smiling"], "b": ["t,  Smiling"], "c": ["T"], "d": ["A T"], "e": ["T"], "f": ["T, winking"]}
-    assert repeated_captions(captions, "T") == [["a", "b"]]
+    assert repeated_captions(captions, ["T"]) == [["a", "b"]]
 
 
 def test_captions_in_another_script_are_named_with_its_language():

@@ -20,10 +20,12 @@ from lora_lab.images.pixels import aspect_buckets
 from lora_lab.images.scan import find_pictures
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
+from lora_lab.settings.schema import Triggers
 from lora_lab.training.resolve import resolve_training
 from lora_lab.training.run import describe
 
 TRIGGER = "HANA_TOFU"
+ONE = Triggers({"": TRIGGER})
 
 
 def drawing(seed, size=(128, 128)):
@@ -73,7 +75,7 @@ def test_the_bundled_tofu_is_ready_and_only_its_background_is_a_warning(tmp_path
     assert result.errors == [] and result.ready
     assert result.findings.duplicates == [], "a wink is not a copy"
     assert result.findings.buckets == {"128x128": 24}
-    assert result.findings.shared_phrases == {"purple background": 24}
+    assert result.findings.common_words[TRIGGER].shared == {"purple background": 24}
     (warning,) = result.warnings
     assert warning.startswith('"purple background" is in 24 of 24 captions: it will be learnt as part of HANA_TOFU')
     printed = capsys.readouterr().out
@@ -262,7 +264,7 @@ def test_a_caption_longer_than_the_window_of_clip_is_reported_with_its_length(ro
     for number, name in enumerate(captions):
         drawing(number).save(root / name)
     write(root, captions)
-    findings = inspect_dataset([root], TRIGGER, aspect_buckets(128, 64), count_tokens=lambda text: len(text.split()))
+    findings = inspect_dataset([root], ONE, aspect_buckets(128, 64), count_tokens=lambda text: len(text.split()))
     assert findings.too_long == {"1.png": 78}
     result = check(root)
     tokens = result.findings.too_long["1.png"]
@@ -413,7 +415,8 @@ def test_a_caption_of_a_book_and_a_name_with_escapes_are_printed_short_and_safe(
     (root / "evil\x1b[2J\nready for stage=train").write_bytes(b"")
     write(root, {f"{number}.png": text for number in range(3)})
     result = check(root)
-    assert len(next(iter(result.findings.shared_phrases))) < 1000 and len(result.findings.unused) == 1
+    (phrase,) = result.findings.common_words[TRIGGER].shared
+    assert len(phrase) < 1000 and len(result.findings.unused) == 1
     printed = capsys.readouterr().out
     assert len(printed) < 5000 and "\x1b" not in printed and "\\x1b[2J\\x0aready" in printed
 
