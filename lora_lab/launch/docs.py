@@ -72,6 +72,10 @@ def _group(group: str, info: FieldInfo) -> Iterator[str]:
     names = options()
     if facts_of(info):
         yield f"Keyword arguments of {info.description}, each option with its own.\n"
+        if own := facts_of(info).own:
+            defaults = default_of(info)
+            rows = [f"| `{group}.{key}` | `{shown(defaults[key])}` | {meaning} |" for key, meaning in own]
+            yield "\n".join(["Every option also has:\n", HEAD_OF_OPTION, *rows]) + "\n"
     else:
         yield _table(dict(fields_of(info.annotation, f"{group}.")))
     for option in names[group]:

@@ -181,3 +181,18 @@ def test_what_prompts_and_captions_do_not_do_is_said_before_a_model_is_loaded(ro
         "stage.prompt: '(big:1.2)' is only words here",
     ):
         assert printed.count(line) == 1
+
+
+def test_auto_strips_what_the_captions_share_but_no_hint_and_no_background(root, capsys):
+    planted = "A HANA_TOFU with a purple background, a square body and pink cheeks, {}"
+    write_captions(root, {name: planted.format(name[0] + name[1]) for name in ("00.png", "03.png", "06.png")})
+    (root / "hints.csv").write_text("file_name,text\n" + "".join(f"{n},in the snow\n" for n in read_captions(root)))
+    result = do(root, "stage=refine", "refiner=off", "refiner.strip=auto")
+    assert read_captions(root)["03.png"] == "A HANA_TOFU with a purple background, 03, in the snow"
+    assert result.stripped == {"square body and pink cheeks": 3} and set(result.after) == {"00.png", "03.png", "06.png"}
+    assert 'taken out of 3 captions by refiner.strip: "square body and pink cheeks" of 3' in capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in root.iterdir()}
+    again = do(root, "stage=refine", "refiner=off", "refiner.strip=auto")
+    assert again.after == {} and again.stripped == {}
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == files
+    assert len(list(root.glob("*.bak"))) == 1, "what the stage itself wrote needs no backup"
