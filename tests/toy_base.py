@@ -83,6 +83,7 @@ class ToyBase:
     memory = MemoryProfile(1e3, 1e3, 0, 1e2, {False: (1, 1), True: (1, 1)}, 1, 1, 128 * 128)
     latent_channels, pixels_per_latent, zeros_for_empty_text = 3, 8, False
     tokenizers, text_encoders, dtype = (), MappingProxyType({}), torch.float32
+    text_window = 77  # it reads whole texts
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.network, self.autoencoder = denoiser, nn.Linear(1, 1)

@@ -8,8 +8,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,14 +22,18 @@ from torch import Tensor, nn
 
 from lora_lab import __version__
 from lora_lab.base.locate import refuse_pickle
-from lora_lab.console import cut, printable
+from lora_lab.console import cut, printable, say
 from lora_lab.errors import InputError
 from lora_lab.runs import read_result, signals_deferred, write_atomically
-from lora_lab.settings.schema import Loss
+from lora_lab.settings.schema import Loss, Text, Triggers
+from lora_lab.settings.sections import WINDOWS
 
 MODELS = Path("models") / "lora"  # in the user's working folder
 COUNT = "lora_lab_tokens"  # metadata of a LoRA file: how many tokens stand for its trigger
 TRIGGER = "modelspec.trigger_phrase"
+MOST_NAMED = 4  # triggers of a file
+CHARACTERS = "lora_lab_characters"  # JSON, folder -> trigger, of a file with several characters
+TOKEN_LIMIT = "ss_max_token_length"  # kohya's name of text.max_tokens
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -248,21 +252,24 @@ def network_metadata(config: PeftConfig, state: dict[str, Tensor], lora_plus_rat
 
 
 def metadata(
-    *, name: str, base: str, kind_of_base: Mapping[str, str], trigger: str, network: dict[str, str], lr: float,
-    steps: int, batch_size: int, seed: int, resolution: int, captions: list[str], loss: Loss, prediction: str,
-    dataset_hash: str, base_hash: str,
+    *, name: str, base: str, kind_of_base: Mapping[str, str], triggers: Triggers, network: dict[str, str], lr: float,
+    steps: int, batch_size: int, seed: int, resolution: int, captions: Mapping[str, str], text: Text, loss: Loss,
+    prediction: str, dataset_hash: str, base_hash: str,
 ) -> dict[str, str]:  # fmt: skip
     """What other programs show of the file; every value is a string, as safetensors requires.
 
-    `kind_of_base` is BaseModel.lora_metadata, `network` what network_metadata gives, `loss` is resolved, `prediction`
-    is NoiseSchedule.prediction. `ss_*` are kohya's keys: Forge offers the words of ss_tag_frequency. `modelspec.*` is
-    Stability's specification 1.0.0."""
+    `captions` are by the image's name, `kind_of_base` is BaseModel.lora_metadata, `network` what network_metadata
+    gives, `loss` is resolved, `prediction` is NoiseSchedule.prediction. `ss_*` are kohya's keys: Forge offers the words
+    of ss_tag_frequency. `modelspec.*` is Stability's specification 1.0.0."""
     masked = "" if loss.masks == "none" else f", masks: {loss.masks}"
     huber = loss.type in ("huber", "smooth_l1")
-    counts: dict[str, int] = {}
-    for caption in captions:
+    counts: dict[str, dict[str, int]] = {trigger: {} for trigger in triggers.all}
+    for image, caption in captions.items():
+        own = counts[triggers.of(image)]
         for phrase in filter(None, (p.strip() for p in caption.split(","))):
-            counts[phrase] = counts.get(phrase, 0) + 1
+            own[phrase] = own.get(phrase, 0) + 1
+    long = {TOKEN_LIMIT: str(text.max_tokens)} if text.window > WINDOWS[77] else {}
+    several = {CHARACTERS: json.dumps(triggers.by_folder, ensure_ascii=False)} if triggers.all[1:] else {}
     return {
         "ss_output_name": name,
         "ss_sd_model_name": base,
@@ -285,12 +292,14 @@ def metadata(
         "ss_noise_offset": str(loss.noise_offset or None),
         "ss_multires_noise_iterations": str(loss.pyramid_iterations or None),
         "ss_multires_noise_discount": str(loss.pyramid_discount if loss.pyramid_iterations else None),
-        "ss_tag_frequency": json.dumps({trigger: counts}, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(counts, ensure_ascii=False),
         "ss_training_comment": f"lora_lab {__version__}, dataset {dataset_hash}{masked}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        TRIGGER: trigger,
+        TRIGGER: triggers.phrase,
+        **several,
+        **long,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.timestep_range": f"{loss.min_timestep},{loss.max_timestep}",
     }
@@ -312,6 +321,16 @@ def prediction_from_metadata(loss: Loss, base: str, lora: Path | None) -> Loss:
     if loss.zero_terminal_snr is None:
         loss = replace(loss, zero_terminal_snr=ZERO_SNR.get(stated.get("ss_zero_terminal_snr")))
     return loss
+
+
+def text_from_metadata(text: Text, lora: Path | None) -> Text:
+    """`text` with the limit of tokens that the file was trained with, where `text` leaves it open; said if it is not
+    the usual one. Raises InputError for an unreadable file."""
+    stated = read_metadata(lora).get(TOKEN_LIMIT, "") if lora and text.max_tokens is None else ""
+    if stated not in map(str, WINDOWS) or stated == "77":
+        return text
+    say(f"{lora.name} was trained with text.max_tokens={stated}, so prompts are read up to there too")
+    return replace(text, max_tokens=int(stated))
 
 
 def read_metadata(lora: Path) -> dict[str, str]:
@@ -420,20 +439,33 @@ def _beginning(name: str) -> str:
 
 
 def resolve_lora(
-    value: str, trigger: str | None, layers: Mapping[str, tuple[int, ...]] = MappingProxyType({}), key: str = "lora"
+    value: str, triggers: Sequence[str], layers: Mapping[str, tuple[int, ...]] = MappingProxyType({}), key: str = "lora"
 ) -> Path:
     """The file that `key`=`value` names. Raises InputError for a missing file, for one that `validate_lora` refuses or
-    that lacks the embeddings that it needs, and for one that was trained on another trigger than `trigger`, which would
-    not render the character."""
+    that lacks the embeddings that it needs, and for one that was not trained on one of `triggers`, which would not
+    render the character."""
     refuse_pickle(key, value)
     lora = find_lora(value, key)
     validate_lora(lora, layers)
     read_tokens(lora)
-    trained = read_metadata(lora).get(TRIGGER)
-    if trained and trigger and trained != trigger:
-        trained = printable(trained, 80)
-        raise InputError(f"{lora.name} was trained on the trigger {trained}, not {trigger}: set trigger={trained}")
+    trained = triggers_of(lora)
+    for trigger in triggers if trained else ():
+        if trigger not in trained.all:
+            names = [printable(name, 40) for name in trained.all[:MOST_NAMED]]
+            words = f"{len(trained.all)} triggers" if names[1:] else f"the trigger {names[0]}"
+            which = " or ".join(f"trigger={name}" for name in names)
+            raise InputError(f"{lora.name} was trained on {words}, not {trigger}: set {which}")
     return lora
+
+
+def triggers_of(lora: Path) -> Triggers | None:
+    """The triggers of the file's characters; None where it does not say. Raises InputError for an unreadable file."""
+    stated = read_metadata(lora)
+    with suppress(ValueError, RecursionError):
+        by_folder = json.loads(stated.get(CHARACTERS, "null"))
+        if isinstance(by_folder, dict) and by_folder:
+            return Triggers({str(folder): str(trigger) for folder, trigger in by_folder.items()})
+    return Triggers({"": stated[TRIGGER]}) if stated.get(TRIGGER) else None
 
 
 def find_lora(value: str, key: str = "lora") -> Path:

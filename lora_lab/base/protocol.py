@@ -114,6 +114,7 @@ class BaseModel(Protocol):
 
     # --- text
 
+    text_window: int  # tokens of a text that are read, start and end markers included; may be replaced
     zeros_for_empty_text: bool  # whether zeros stand for an empty text; else its own encoding does
 
     def encode_texts(self, texts: Sequence[str], device: torch.device, offload: bool) -> list[Conditioning]:

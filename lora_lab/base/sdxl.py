@@ -6,21 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import ImageProjection
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 from lora_lab.base.controlnet import UNION_TYPES, ControlNet, is_union, load_controlnet
 from lora_lab.base.encode import identity_of, on_device, rules_of
 from lora_lab.base.layers import split_geglu_
 from lora_lab.base.load import (
+    SDXL_CONFIG,
     DiffusionSchedule,
     pick_dtype,
+    published_scheduler,
     resolve_prediction_type,
     vae_remedy,
     validate_prediction_type,
@@ -28,6 +36,7 @@ from lora_lab.base.load import (
 )
 from lora_lab.base.locate import loading, locate_model, refuse_pickle
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
+from lora_lab.base.single_file import read_single_file
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import RunError
 from lora_lab.settings.schema import Likeness, Loss, Model, Structure
@@ -36,6 +45,7 @@ from lora_lab.settings.setting import call_target
 # How kohya's scripts, and every program that reads their files, name the components.
 LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
+FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # gives the images of SDXL's, which overflows in fp16
 FEATURE_NOISE = 10  # a tenth of the schedule: features of the tiny base hardly differ between .05 and .2
 
 
@@ -64,6 +74,7 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
+        self.text_window = pipe.tokenizer.model_max_length
         self.controlnet: ControlNet | None = None
         self.control_type = 0  # of a union ControlNet
 
@@ -75,7 +86,8 @@ class SDXL:
         quiet_loading()
         dtype = pick_dtype(model.precision, device)
         base = locate_model("model.base", model.base)
-        vae = None if model.vae is None else _load_vae(model.vae, dtype)
+        name = _vae_of(model, base)
+        vae = None if name is None else _load_vae(name, dtype)
         with loading(base, f"model.base={model.base}: cannot be loaded as SDXL"):
             pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
             _refuse_missing_tensors(pipe)
@@ -136,15 +148,16 @@ class SDXL:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], device: torch.device, offload: bool) -> list[Conditioning]:
-        """`prompt_embeds` (77, 2048), of both encoders side by side, and `pooled_prompt_embeds` (1280,), of the second,
-        for each text, on the CPU; bit-identical to diffusers' encode_prompt.
+        """`prompt_embeds` (W, 2048), of both encoders side by side, and `pooled_prompt_embeds` (1280,), of the second,
+        for each text, on the CPU, where W is `text_window`; for W = 77 bit-identical to diffusers' encode_prompt.
 
-        Each encoder does all texts before the next one begins. CLIP cuts texts after 77 tokens (stage=check names
-        them). Raises RunError, naming the text, for non-finite values."""
+        Each encoder does all texts before the next one begins. Texts are cut after W tokens (stage=check names them).
+        Raises RunError, naming the text, for non-finite values."""
         hidden, pooled = [], []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
             with on_device(encoder, device, offload):
-                outputs = [_encode(tokenizer, encoder, text) for text in texts]
+                ids = [_token_ids(tokenizer, text, self.text_window)[None].to(encoder.device) for text in texts]
+                outputs = [[value[0].cpu() for value in _encode(encoder, chunks)] for chunks in ids]
             hidden.append([layer for layer, _ in outputs])
             pooled = [embedding for _, embedding in outputs]  # of the last encoder
         encoded = [
@@ -157,19 +170,18 @@ class SDXL:
         return encoded
 
     def tokenize(self, caption: str, tokenizers: Sequence[PreTrainedTokenizerBase]) -> Conditioning:
-        """`input_ids` (2, 77) of either encoder, and `has_caption` (), true."""
-        ids = torch.cat([_token_ids(tokenizer, caption) for tokenizer in tokenizers])
+        """`input_ids` (2, N, 77), the N chunks of either encoder, and `has_caption` (), true."""
+        ids = torch.stack([_token_ids(tokenizer, caption, self.text_window) for tokenizer in tokenizers])
         return {"input_ids": ids, "has_caption": torch.tensor(True)}
 
     def encode_tokens(self, conditioning: Conditioning) -> Conditioning:
-        """`conditioning` with `prompt_embeds` (B, 77, 2048) and `pooled_prompt_embeds` (B, 1280) in place of
-        `input_ids` (B, 2, 77) and `has_caption` (B,), as encode_texts has them: zeros where there is no caption."""
+        """`conditioning` with `prompt_embeds` (B, W, 2048) and `pooled_prompt_embeds` (B, 1280) in place of
+        `input_ids` (B, 2, N, 77) and `has_caption` (B,), as encode_texts has them: zeros where there is no caption."""
         rest = dict(conditioning)
         ids, dropped = rest.pop("input_ids"), ~rest.pop("has_caption")
-        encoders = self.text_encoders.values()
-        outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
-        pooled = outputs[-1][0]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(pooled.dtype)
+        layers, outputs = zip(*(_encode(e, ids[:, i]) for i, e in enumerate(self.text_encoders.values())), strict=True)
+        pooled = outputs[-1]
+        hidden = torch.cat(layers, dim=-1).to(pooled.dtype)
         return {
             "prompt_embeds": hidden.masked_fill(dropped[:, None, None], 0),
             "pooled_prompt_embeds": pooled.masked_fill(dropped[:, None], 0),
@@ -315,7 +327,7 @@ class SDXL:
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """What the UNet predicts from `noisy` (B, 4, h, w) at `timesteps` (B,) or (1,), of that shape.
 
-        `conditioning` has prompt_embeds (B, 77, 2048), pooled_prompt_embeds (B, 1280) and time_ids (B, 6)."""
+        `conditioning` has prompt_embeds (B, W, 2048), pooled_prompt_embeds (B, 1280) and time_ids (B, 6)."""
         embeds = conditioning["prompt_embeds"]
         added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
         noisy = noisy.to(embeds.dtype)  # the base's own precision, in which everything but the loss is computed
@@ -402,15 +414,16 @@ class SDXL:
     # --- files
 
     def text_identity(self) -> list[str]:
-        """The hashes of both encoders and both tokenizers; takes seconds."""
-        return [*map(identity_of, self.text_encoders.values()), *map(rules_of, self.tokenizers)]
+        """The hashes of both encoders and both tokenizers, and the window of long texts; takes seconds."""
+        window = [f"window {self.text_window}"] if self.text_window > self.pipe.tokenizer.model_max_length else []
+        return [*map(identity_of, self.text_encoders.values()), *map(rules_of, self.tokenizers), *window]
 
     def text_forms(self) -> Forms:
         """Shape and dtype of the tensors of encode_texts."""
         first, second = self.pipe.text_encoder, self.pipe.text_encoder_2
         width = first.config.hidden_size + second.config.hidden_size
         return {
-            "prompt_embeds": ((self.pipe.tokenizer.model_max_length, width), second.dtype),
+            "prompt_embeds": ((self.text_window, width), second.dtype),
             "pooled_prompt_embeds": ((second.config.projection_dim,), second.dtype),
         }
 
@@ -432,6 +445,13 @@ class SDXL:
         """Through diffusers, which reads the keys of kohya's scripts, its own, and those of other programs."""
         # Without use_safetensors a damaged file would be tried as a pickle.
         self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter, use_safetensors=True)
+
+
+def _vae_of(model: Model, base: str) -> str | None:
+    """The VAE in place of the base's; None for that."""
+    if model.vae != "auto":
+        return model.vae
+    return None if Path(base).is_file() else FP16_VAE
 
 
 def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
@@ -462,8 +482,19 @@ def _load_ip_adapter(likeness: Likeness, dtype: torch.dtype) -> tuple[dict, CLIP
 
 def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict) -> StableDiffusionXLPipeline:
     if Path(base).is_file():
-        # Such a file has only weights; configs and tokenizers come from model.config or, through diffusers, the hub.
-        return StableDiffusionXLPipeline.from_single_file(base, dtype=dtype, config=model.config, **components)
+        single = read_single_file(Path(base), has_vae="vae" in components)
+        # Such a file has only weights; configurations and tokenizers come from model.config or this package.
+        config = str(model.config or SDXL_CONFIG)
+        if model.config is None:
+            folder = SDXL_CONFIG / "tokenizer"
+            components |= {"tokenizer": CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)}
+            second = CLIPTokenizer.from_pretrained(folder, pad_token="!", trust_remote_code=False)
+            components |= {"tokenizer_2": second}
+        pipe = StableDiffusionXLPipeline.from_single_file(
+            base, dtype=dtype, config=config, local_files_only=True, **components
+        )
+        pipe.scheduler = EulerDiscreteScheduler.from_config(single.scheduler(published_scheduler(model)))
+        return pipe
     variant = None if Path(base).is_dir() else model.variant
     # An explicit dtype everywhere: without one the text encoders get the file's, and the UNet float32.
     return StableDiffusionXLPipeline.from_pretrained(
@@ -483,15 +514,28 @@ def _components(pipe: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
     return {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, text: str) -> tuple[Tensor, Tensor]:
-    """The last hidden layer but one (77, width), and the encoder's first output, which is the pooled text of SDXL's
-    second encoder."""
-    output = encoder(_token_ids(tokenizer, text).to(encoder.device), output_hidden_states=True)
-    return output.hidden_states[-2][0].cpu(), output[0][0].cpu()
+def _encode(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of token ids (B, N, 77), N chunks of each text, the last hidden layer but one (B, 75 N + 2, width), and the
+    encoder's first output for the first chunk (B, ...), which is the pooled text of SDXL's second encoder.
+
+    Between chunks neither start nor end markers remain, as in kohya's scripts."""
+    output = encoder(ids.flatten(0, 1), output_hidden_states=True)
+    hidden = output.hidden_states[-2].unflatten(0, ids.shape[:2])
+    text = hidden[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([hidden[:, 0, :1], text, hidden[:, -1, -1:]], dim=1), output[0].unflatten(0, ids.shape[:2])[:, 0]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids (1, 77)."""
-    return tokenizer(
-        text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> Tensor:
+    """Token ids (N, 77) of a text that is cut or padded to `window` = 75 N + 2; each chunk of 75 has start and end
+    markers as if it were a text of its own.
+
+    kohya's scripts take a "!", with which SDXL's second tokenizer pads, for no text at the ends of a chunk."""
+    size = tokenizer.model_max_length - 2
+    tokens = tokenizer(text, padding="max_length", max_length=window, truncation=True, return_tensors="pt")
+    ids, count = tokens.input_ids[0], int(tokens.attention_mask.sum()) - 2
+    if window == size + 2:
+        return ids[None]
+    chunks, places = ids[1:-1].view(-1, size).clone(), torch.arange(window - 2).view(-1, size)
+    chunks[:, 0][places[:, 0] > count] = tokenizer.eos_token_id  # a chunk without text is an empty text
+    last = torch.where(places[:, -1:] < count, tokenizer.eos_token_id, ids[-1])
+    return torch.cat([ids[:1].expand(len(chunks), 1), chunks, last], dim=1)

@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+from pydantic import AfterValidator
+
+from lora_lab.base.locate import locate_model
 from lora_lab.errors import InputError, RunError
 from lora_lab.settings.setting import bind_target, call_target
 
@@ -13,16 +17,20 @@ if TYPE_CHECKING:
 
 MOST = 5  # different phrases that a line names
 Settings = Mapping[str, Any]  # the group `captioner` of the configuration
+CaptionModel = Annotated[str, AfterValidator(partial(locate_model, "captioner.base"))]  # a folder, or a hub id
 
 
 class Captioner(Protocol):
-    """What a captioner must offer. For captioner.min_confidence it must also have
+    """What a captioner must offer. What it may offer besides:
 
-    `phrases(images) -> list[list[tuple[str, float]]]`: the phrases between the commas of each image's caption, each
-    with the captioner's confidence, in [0, 1]."""
+    `phrases(images) -> list[list[tuple[str, float]]]`, without which captioner.min_confidence is refused: the phrases
+    between the commas of each image's caption, each with the captioner's confidence, in [0, 1].
+    `caption_with_hints(images, hints) -> list[str]`: as `caption`, with what the user wrote of each image, or "".
+    `estimate(images) -> str`: what captioning will cost, in a line. `cost() -> str`: what it has cost; "" for nothing.
+    """
 
     def caption(self, images: "list[Image.Image]") -> list[str]:
-        """One caption for each image, in order. Images are RGB, upright and opaque, of any size."""
+        """One caption for each image, in order, "" for none. Images are RGB, upright and opaque, of any size."""
         ...
 
 
@@ -59,15 +67,22 @@ def min_confidence(settings: Settings) -> float:
     return value
 
 
-def run_captioner(captioner: Captioner, images: "Sequence[Image.Image]") -> list[str]:
-    """One caption for each RGB image. Raises RunError if the captioner returns another number of captions."""
-    captions = captioner.caption(list(images)) if images else []
+def run_captioner(
+    captioner: Captioner, images: "Sequence[Image.Image]", hints: Sequence[str] | None = None
+) -> list[str]:
+    """One caption for each RGB image; `hints`, one for each or None, are for a captioner that can use them.
+
+    Raises RunError if the captioner returns another number of captions."""
+    if hints and any(hints) and hasattr(captioner, "caption_with_hints"):
+        captions = captioner.caption_with_hints(list(images), hints)
+    else:
+        captions = captioner.caption(list(images)) if images else []
     _check_number(captioner, len(captions), len(images))
     return captions
 
 
 def certain_captions(
-    captioner: Captioner, images: "Sequence[Image.Image]", least: float
+    captioner: Captioner, images: "Sequence[Image.Image]", least: float, hints: Sequence[str] | None = None
 ) -> list[tuple[str, tuple[str, ...]]]:
     """For each RGB image its caption without the phrases of a confidence below `least`, and those phrases.
 
@@ -75,16 +90,16 @@ def certain_captions(
 
     Raises InputError for a captioner that does not tell its confidence, RunError as `run_captioner`."""
     if not least:
-        return [(caption, ()) for caption in run_captioner(captioner, images)]
+        return [(caption, ()) for caption in run_captioner(captioner, images, hints)]
     if not hasattr(captioner, "phrases"):
         name = type(captioner).__qualname__
         raise InputError(f"captioner.min_confidence={least}: {name} does not tell its confidence, set it to 0")
     phrases = captioner.phrases(list(images)) if images else []
     _check_number(captioner, len(phrases), len(images))
     captions = []
-    for first, *others in phrases:
-        kept = [first[0], *(phrase for phrase, confidence in others if confidence >= least)]
-        captions.append((", ".join(kept), tuple(phrase for phrase, confidence in others if confidence < least)))
+    for own in phrases:
+        certain = [phrase for i, (phrase, confidence) in enumerate(own) if i == 0 or confidence >= least]
+        captions.append((", ".join(certain), tuple(phrase for phrase, confidence in own[1:] if confidence < least)))
     return captions
 
 

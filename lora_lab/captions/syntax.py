@@ -1,11 +1,12 @@
 """What is wrong with the words of captions and prompts: the syntax of other programs, too many tokens, no trigger."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-from lora_lab.captions.phrases import CLIP_WINDOW
 from lora_lab.console import cut
 from lora_lab.images.dataset import list_names
+from lora_lab.settings.sections import WINDOWS, Triggers
 
 # A text is read word for word. Every expression takes time in proportion to the text.
 SYNTAX = (
@@ -19,6 +20,12 @@ SYNTAX = (
     (r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]+", "control characters: delete them"),
 )  # fmt: skip
 COMPILED = tuple((re.compile(pattern, re.IGNORECASE), meaning) for pattern, meaning in SYNTAX)
+
+# By the first word of Unicode's names of letters; CLIP was trained on English.
+LANGUAGES = {
+    "HANGUL": "Korean", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "CJK": "Chinese", "CYRILLIC": "Cyrillic",
+    "GREEK": "Greek", "ARABIC": "Arabic", "HEBREW": "Hebrew", "THAI": "Thai", "DEVANAGARI": "Hindi",
+}  # fmt: skip
 
 MOST = 3  # texts of which each has its own line
 Texts = Mapping[str, Sequence[str]]  # by the name of an image, or by a key of the configuration
@@ -35,24 +42,27 @@ def syntax_warnings(texts: Texts) -> list[str]:
     return warnings
 
 
-def long_texts(texts: Texts, count_tokens: CountTokens) -> dict[str, int]:
-    """Name -> tokens of each text of which CLIP does not read the end."""
+def long_texts(texts: Texts, count_tokens: CountTokens, window: int) -> dict[str, int]:
+    """Name -> tokens of each text that has more than `window`: its end is not read."""
     tokens = {name: max(map(count_tokens, own), default=0) for name, own in texts.items()}
-    return {name: count for name, count in tokens.items() if count > CLIP_WINDOW}
+    return {name: count for name, count in tokens.items() if count > window}
 
 
-def length_warnings(tokens: Mapping[str, int], of: str = "", about: str = "") -> list[str]:
+def length_warnings(tokens: Mapping[str, int], window: int, of: str = "", about: str = "") -> list[str]:
     """The lines about `long_texts`: one each for three of them, and one for all others."""
-    names = list(tokens)
-    lines = [f"{of}{n} is {about}{tokens[n]} tokens: CLIP reads {CLIP_WINDOW}, so shorten it" for n in names[:MOST]]
+    names, lines = list(tokens), []
+    for name in names[:MOST]:
+        count = tokens[name]
+        longer = next((f" or set text.max_tokens={limit}" for limit, size in WINDOWS.items() if size >= count), "")
+        lines.append(f"{of}{name} is {about}{count} tokens: CLIP reads {window}, so shorten it{longer}")
     if len(names) > MOST:
-        lines.append(f"{len(names) - MOST} more are over {CLIP_WINDOW} tokens: {list_names(names[MOST:])}")
+        lines.append(f"{len(names) - MOST} more are over {window} tokens: {list_names(names[MOST:])}")
     return lines
 
 
-def without_trigger(texts: Texts, trigger: str) -> list[str]:
-    """The names of texts that do not have the trigger as a whole word."""
-    whole = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+def without_trigger(texts: Texts, *triggers: str) -> list[str]:
+    """The names of texts that have none of the triggers as a whole word."""
+    whole = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, triggers))})(?!\w)")
     return [name for name, own in texts.items() if not all(map(whole.search, own))]
 
 
@@ -63,16 +73,20 @@ def prompts_by_key(**groups: Sequence[str]) -> dict[str, str]:
 
 
 def prompt_warnings(
-    prompts: Mapping[str, str], trigger: str, count_tokens: CountTokens | None, of_character: bool = True
+    prompts: Mapping[str, str],
+    triggers: Triggers,
+    count_tokens: CountTokens | None,
+    window: int,
+    of_character: bool = True,
 ) -> list[str]:
-    """The lines about prompts by their keys, in which {trigger} is replaced; those `of_character` should have it.
+    """The lines about prompts by their keys, in which {trigger} is replaced; those `of_character` should have one.
 
-    Without `count_tokens` tokens are estimated."""
-    texts = {key: (text.replace("{trigger}", trigger),) for key, text in prompts.items()}
+    Of a prompt `window` tokens are read. Without `count_tokens` tokens are estimated."""
+    texts = {key: triggers.fill([text]) for key, text in prompts.items()}
     about, count = ("", count_tokens) if count_tokens else ("about ", estimate_tokens)
     warnings = syntax_warnings(texts)
-    warnings += length_warnings(long_texts(texts, count), about=about)
-    if of_character and (names := without_trigger(texts, trigger)):
+    warnings += length_warnings(long_texts(texts, count, window), window, about=about)
+    if of_character and (names := without_trigger(texts, *triggers.all)):
         warnings.append(f"{list_names(names)}: without the trigger, write {{trigger}} where the character is meant")
     return warnings
 
@@ -81,3 +95,21 @@ def estimate_tokens(text: str) -> int:
     """About the number of CLIP's tokens, start and end markers included: one for a word of up to eight letters, for a
     digit and for punctuation; in scripts other than Latin letters have one or more each."""
     return 2 + len(re.findall(r"[A-Za-z]{1,8}|\d|[^\w\s]{1,8}|[^\W\d_A-Za-z]|_", text[:4000]))
+
+
+def foreign_texts(texts: Texts, trigger: str) -> dict[str, str]:
+    """Name -> the language of each text that, besides the trigger, has letters of a script of its own.
+
+    Which language Latin letters are is not told."""
+    found = {
+        name: sorted({language for text in own for language in languages_of(text.replace(trigger, ""))})
+        for name, own in texts.items()
+    }
+    return {name: " and ".join(names) for name, names in found.items() if names}
+
+
+def languages_of(text: str) -> set[str]:
+    """The languages whose own scripts the text has letters of; none for Latin letters."""
+    scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in set(text)}
+    languages = {LANGUAGES[script] for script in scripts if script in LANGUAGES}
+    return languages - {"Chinese"} if languages & {"Japanese", "Korean"} else languages

@@ -177,6 +177,18 @@ def estimates(
     return {name: _estimate(mean, resampled[name]) for name, mean in means.items()}
 
 
+def mean_estimate(parts: Sequence[Estimate | None]) -> Estimate | None:
+    """The mean of estimates from different images, and its interval; None where all of them are."""
+    known = [part for part in parts if part]
+    if not known:
+        return None
+    value = sum(part.value for part in known) / len(known)
+    down, up = (
+        math.hypot(*(getattr(part, end) - part.value for part in known)) / len(known) for end in ("low", "high")
+    )
+    return Estimate(round(value, 4), round(value - down, 4), round(value + up, 4))
+
+
 def _estimate(mean: Tensor, resampled: Tensor) -> Estimate | None:
     if mean.isnan():
         return None

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lora_lab.adapters.files import hash_of_dataset
+from lora_lab.adapters.files import hash_of_dataset, triggers_of
 from lora_lab.base.encode import Encoder
 from lora_lab.base.locate import locate_folder
 from lora_lab.captions.phrases import STOPWORDS
@@ -26,6 +26,7 @@ from lora_lab.captions.refiner import Refiner, run_refiner
 from lora_lab.console import say
 from lora_lab.evaluation.embedders import caption_images, image_parts
 from lora_lab.evaluation.metrics import Estimate, best_cosines, estimates
+from lora_lab.images.dataset import folder_prefix
 from lora_lab.images.scan import pictures
 from lora_lab.runs import display_path, hash_files
 from lora_lab.sampling.generate import image_side
@@ -150,13 +151,19 @@ def reference_stride(count: int) -> int:
     return -(-count // MAX_REFERENCES) or 1
 
 
-def references_of(lora: Path, dataset: Dataset) -> list[Path]:
+def references_of(lora: Path, dataset: Dataset, trigger: str) -> list[Path]:
     """The images of dataset.root, at most MAX_REFERENCES, if the file was trained on them; else []. Where others lie in
-    a folder of the user's, these count, which is printed if the file names its own.
+    a folder of the user's, these count, which is printed if the file names its own. Of a file with several characters
+    they are those of the one that `trigger` names.
 
     Raises InputError for a missing folder and an unreadable file."""
     folders = [locate_folder("dataset.root", folder.root) for folder in dataset.folders if folder.root]
-    files = [file for folder in folders for file in pictures(folder, dataset.follow_links).values()]
+    images = {
+        folder_prefix(folder, folders) + name: file
+        for folder in folders
+        for name, file in pictures(folder, dataset.follow_links).items()
+    }
+    files, trained = [*images.values()], triggers_of(lora)
     known = hash_of_dataset(lora)  # None: another program made the file
     if files and known != hash_files(*files):
         if any(str(folder.root).startswith("demo:") for folder in dataset.folders):
@@ -164,6 +171,8 @@ def references_of(lora: Path, dataset: Dataset) -> list[Path]:
         if known:
             root = ", ".join(display_path(folder).as_posix() for folder in folders)
             say(f"{lora.name} was trained on other images than {root} has: its images are compared with these")
+    if trained:
+        files = [images[name] for name in trained.own(images, trigger)]
     return files[:: reference_stride(len(files))]
 
 

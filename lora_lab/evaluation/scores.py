@@ -35,7 +35,7 @@ from lora_lab.sampling.generate import (
     render_with_lora,
     save_image,
 )
-from lora_lab.settings.schema import Model, Score
+from lora_lab.settings.schema import Model, Score, Triggers
 
 OF_PHOTOS = ("resemblance", "kept", "character")  # Resemblance.scores that a LoRA has
 
@@ -50,18 +50,22 @@ class ScorePrompts:
     character_texts: list[int]  # for each of `character` the index of its text
     other_texts: list[int]
     patterns: list[re.Pattern]  # of the attributes
+    prefix: str  # of the names of all images
 
     @classmethod
-    def of(cls, score: Score, trigger: str, class_noun: str) -> "ScorePrompts":
+    def of(cls, score: Score, trigger: str, class_noun: str, prefix: str = "") -> "ScorePrompts":
         """The prompts of `score` for one character."""
         others = [text.replace("{class_noun}", class_noun) for text in score.other_prompts]
+        texts = [text.replace("{trigger}", trigger) for text in score.prompts]
+        character, rest = image_specs(texts, score.seeds), image_specs(others, score.seeds[:1])
         return cls(
-            character=image_specs(score.prompts, score.seeds, trigger),
-            others=[replace(spec, name=f"other-{spec.name}") for spec in image_specs(others, score.seeds[:1], trigger)],
+            character=[replace(spec, name=f"{prefix}{spec.name}") for spec in character],
+            others=[replace(spec, name=f"{prefix}other-{spec.name}") for spec in rest],
             texts=[*(text.replace("{trigger}", class_noun) for text in score.prompts), *others],
             character_texts=[i for i in range(len(score.prompts)) for _ in score.seeds],
             other_texts=[len(score.prompts) + i for i in range(len(others))],
             patterns=[re.compile(pattern) for pattern in score.attributes],
+            prefix=prefix,
         )
 
     @property
@@ -79,17 +83,23 @@ def validate_embedders(model: Model, score: Score, captioner: Mapping[str, Any])
         check_strength(score.photo_steps, model.strength, "score.photo_steps")
 
 
-def held_out_pictures(model: Model, score: Score) -> list[Image.Image]:
-    """The images of score.held_out, cropped as training would; [] without it. Raises InputError."""
+Pictures = Mapping[str, list[Image.Image]]  # of each character, by its trigger
+
+
+def held_out_pictures(model: Model, score: Score, triggers: Triggers) -> Pictures:
+    """The images of score.held_out, cropped as training would; {} without it. Raises InputError, also for an image in
+    no folder of a trigger."""
     if score.held_out is None:
-        return []
-    return pictures_in(locate_folder("score.held_out", score.held_out), "score.held_out", model)
+        return {}
+    files = find_pictures(locate_folder("score.held_out", score.held_out), "score.held_out")
+    return open_pictures(files, triggers, model)
 
 
-def pictures_in(root: Path, key: str, model: Model, follow_links: bool = False) -> list[Image.Image]:
-    """Every image under `root`, cropped to its bucket. Raises InputError, naming `key`, where there is none."""
+def open_pictures(files: Mapping[str, Path], triggers: Triggers, model: Model) -> Pictures:
+    """The images by name, cropped to their buckets. Raises InputError."""
     buckets = aspect_buckets(model.resolution, model.bucket_step)
-    return [open_fitted(path, buckets) for path in find_pictures(root, key, follow_links).values()]
+    by_trigger = triggers.names_by_trigger(files)
+    return {trigger: [open_fitted(files[name], buckets) for name in names] for trigger, names in by_trigger.items()}
 
 
 @dataclass(frozen=True)
@@ -226,7 +236,7 @@ class Scorer:
         """`scored`, and the images over photos, which are saved into `folder`."""
         lines = []
         for each in photos:
-            request, file = each.request, folder / f"photo-{each.name}.png"
+            request, file = each.request, folder / f"{self.prompts.prefix}photo-{each.name}.png"
             save_image(
                 file, each.image, ImageSpec(each.name, request.prompt, request.seed), lora.name if lora else "none"
             )
@@ -345,6 +355,53 @@ class Scorer:
             metrics.contrast(self._character(clip), texts, prompts.character_texts),
             metrics.contrast(self._others(clip), texts, prompts.other_texts),
         )
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Scores LoRAs of one or several characters, each by its own prompts and images; `score_base` comes first."""
+
+    by_trigger: Mapping[str, Scorer]
+
+    @classmethod
+    def load(
+        cls,
+        score: Score,
+        model: Model,
+        captioner: Mapping[str, Any],
+        refiner: Mapping[str, Any],
+        class_noun: str,
+        training: Pictures,
+        held_out: Pictures,
+        device: torch.device,
+    ) -> "Scorers":
+        """A Scorer of each character in `training`; see Scorer.load. Raises InputError."""
+        scorers = {}
+        for number, (trigger, images) in enumerate(training.items()):
+            prompts = ScorePrompts.of(score, trigger, class_noun, f"{number}-" if len(training) > 1 else "")
+            others = held_out.get(trigger, ())
+            scorers[trigger] = Scorer.load(prompts, model, captioner, refiner, trigger, images, others, score, device)
+        return cls(scorers)
+
+    def score_base(self, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
+        """Scorer.score_base of every character. Raises RunError for non-finite values."""
+        return self._together([scorer.score_base(render, folder, encoder) for scorer in self.by_trigger.values()])
+
+    def score(self, lora: Path, render: RenderSettings, folder: Path, encoder: Encoder) -> ScoredImages:
+        """Scorer.score of every character.
+
+        Raises InputError for a file that does not fit, RunError for non-finite values."""
+        return self._together([scorer.score(lora, render, folder, encoder) for scorer in self.by_trigger.values()])
+
+    def _together(self, scored: Sequence[ScoredImages]) -> ScoredImages:
+        """The means over the characters, and the score of each as score/TRIGGER."""
+        if len(scored) == 1:
+            return scored[0]
+        means = {name: metrics.mean_estimate([each.scores[name] for each in scored]) for name in scored[0].scores}
+        own = {f"score/{t}": each.scores["score"] for t, each in zip(self.by_trigger, scored, strict=True)}
+        lines = [line for each in scored for line in each.lines]
+        pictures = [picture for each in scored for picture in each.pictures]
+        return ScoredImages(scored[0].name, {"score": means["score"], **own, **means}, lines, pictures)
 
 
 def _rounded(value: float) -> float | None:

@@ -17,6 +17,7 @@ from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.images.pixels import Fitted, Size, count_frames, cut_away, open_picture, open_with_alpha
 from lora_lab.images.scan import Contents, find_contents, find_pictures, natural_key, scan
+from lora_lab.settings.sections import Triggers
 
 NO_USE = "neither an image nor a caption file that is read: move it elsewhere"
 MOST_CUT_AWAY = 0.25  # of an image's pixels, before the user is warned
@@ -149,13 +150,15 @@ def read_dataset(root: Path, follow_links: bool = False) -> list[Sample]:
     return [Sample(name, path, captions[name]) for name, path in paths.items()]
 
 
-def require_trigger(texts: Sequence[Iterable[str]], trigger: str) -> None:
-    """Raise InputError if no text has the trigger: no step would train it. `texts` has the texts of each image."""
-    if not any(trigger in text for image_texts in texts for text in image_texts):
-        raise InputError(
-            f"no caption of the {len(texts)} pictures has the trigger {trigger}: "
-            f"run stage=refine to put it in, or name yours with trigger="
-        )
+def require_trigger(texts: Mapping[str, Iterable[str]], triggers: Triggers) -> None:
+    """Raise InputError for a trigger that no text of its images has: no step would train it. `texts` has the texts of
+    each image by its name."""
+    for trigger, names in triggers.names_by_trigger(texts).items():
+        if not any(trigger in text for name in names for text in texts[name]):
+            raise InputError(
+                f"no caption of the {len(names)} pictures has the trigger {trigger}: "
+                f"run stage=refine to put it in, or name yours with trigger="
+            )
 
 
 def apply_caption_affixes(caption: str, prefix: str, suffix: str, trigger: str) -> str:

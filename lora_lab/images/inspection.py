@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_lab.captions.files import Texts, read_caption_lists
-from lora_lab.captions.phrases import common_phrases
-from lora_lab.captions.syntax import long_texts, syntax_warnings, without_trigger
+from lora_lab.captions.phrases import CommonWords, repeated_captions
+from lora_lab.captions.syntax import foreign_texts, long_texts, syntax_warnings, without_trigger
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import MOST_CUT_AWAY, Masks, folder_prefix, folder_repeats, unused_files
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
@@ -22,6 +22,7 @@ from lora_lab.images.pixels import (
     open_with_alpha,
 )
 from lora_lab.images.scan import find_contents, same_but_case
+from lora_lab.settings.sections import WINDOWS, Triggers
 
 T = TypeVar("T")
 
@@ -48,9 +49,11 @@ class Findings:
     folder_repeats: dict[str, int]  # name -> repeats by kohya's name of its folder, above 1
     duplicates: list[tuple[str, str]]  # (copy, original)
     without_trigger: list[str]
-    too_long: dict[str, int]  # name -> tokens, above 77
+    too_long: dict[str, int]  # name -> tokens, of captions that are read only in part
     syntax: list[str]  # a line for each kind of syntax of other programs in captions
-    in_every_caption: list[str]
+    foreign: dict[str, str]  # name -> the language of its caption, by its script
+    repeated: list[list[str]]  # names with one and the same caption
+    common_words: dict[str, CommonWords]  # by trigger
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,24 @@ class _Image:
 
 def inspect_dataset(
     roots: Sequence[Path],
-    trigger: str,
+    triggers: Triggers,
     buckets: Sequence[Size],
     masks: Masks | None = None,
-    training_text: Callable[[str], str] = str,
+    training_text: Callable[[str, str], str] = lambda name, text: text,
     count_tokens: Callable[[str], int] | None = None,
+    window: int = WINDOWS[77],
     follow_links: bool = False,
+    class_noun: str = "",
 ) -> Findings:
     """Open every image and read every caption in the folders of `roots`.
 
-    `training_text` is the text that training makes of a caption, `count_tokens` the tokenizer of the base, start and
-    end markers included. Raises InputError for a folder without images; all other faults are findings."""
+    `training_text` is the text that training makes of the name and a caption of an image, `count_tokens` the tokenizer
+    of the base, start and end markers included, of which `window` are read. Raises InputError for a folder without
+    images, for an image in no folder of a trigger, and for a trigger without images; all other faults are findings."""
     folders = {folder_prefix(root, roots): root for root in roots}
     contents = {prefix: find_contents(root, follow_links=follow_links) for prefix, root in folders.items()}
     paths = _prefixed({prefix: found.images for prefix, found in contents.items()})
+    by_trigger = triggers.names_by_trigger(paths)
     captions, caption_files = _read_captions(folders, follow_links)
     images, unreadable = _open_all(paths)
     sizes = {name: image.size for name, image in images.items()}
@@ -88,7 +95,7 @@ def inspect_dataset(
     repeats = {
         prefix: {name: folder_repeats(name, folders[prefix]) for name in contents[prefix].images} for prefix in folders
     }
-    texts = {name: [training_text(text) for text in image_captions] for name, image_captions in captions.items()}
+    texts = {name: [training_text(name, text) for text in image_captions] for name, image_captions in captions.items()}
     return Findings(
         pictures=len(paths),
         captions=sum(map(len, captions.values())),
@@ -107,10 +114,19 @@ def inspect_dataset(
         blank=[name for name, image in images.items() if image.blank],
         folder_repeats={name: times for name, times in _prefixed(repeats).items() if times > 1},
         duplicates=find_duplicates({name: image.thumbnail for name, image in images.items()}),
-        without_trigger=without_trigger(texts, trigger),
-        too_long=long_texts(texts, count_tokens) if count_tokens else {},
+        without_trigger=[name for name in texts if without_trigger({name: texts[name]}, triggers.of(name))],
+        too_long=long_texts(texts, count_tokens, window) if count_tokens else {},
         syntax=syntax_warnings(texts),
-        in_every_caption=common_phrases([text for texts in captions.values() for text in texts], trigger),
+        foreign={
+            name: language
+            for trigger, names in by_trigger.items()
+            for name, language in foreign_texts({n: captions[n] for n in names if n in captions}, trigger).items()
+        },
+        repeated=repeated_captions(captions, triggers.all),
+        common_words={
+            trigger: CommonWords.of([text for name in names for text in captions.get(name, ())], trigger, class_noun)
+            for trigger, names in by_trigger.items()
+        },
     )
 
 

@@ -41,10 +41,10 @@ from lora_lab.base.locate import locate_folder, locate_model
 from lora_lab.captions.captioner import check_captioner
 from lora_lab.captions.refiner import check_refiner
 from lora_lab.errors import InputError
-from lora_lab.launch.recipes import CONF, keep_spelling, read_recipe, recipe_files, register_recipes
+from lora_lab.launch.recipes import CHAINS, CONF, keep_spelling, read_recipe, recipe_files, register_recipes
 from lora_lab.settings.refusal import SettingError
 from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Model, Packed, build_config, fields_of
-from lora_lab.settings.setting import PARTS, at_home, defaults_of, facts_of, is_allowed, location_of
+from lora_lab.settings.setting import PARTS, at_home, default_of, defaults_of, facts_of, is_allowed, location_of
 
 # Groups of options with keys of other libraries, which only their files in conf/ know, and where these keys belong.
 OPTIONS = {name: name for name in ("captioner", "refiner", "adapter", "optimizer", "sampler")} | {"targets": "adapter"}
@@ -121,7 +121,7 @@ def without_hydra(composition: DictConfig) -> DictConfig:
     cfg, choices = deepcopy(composition), composition.hydra.runtime.choices
     with open_dict(cfg):
         del cfg["hydra"]
-    if all(choices.get(group) for group in OPTIONS):
+    if all(choices.get(group) for group in OPTIONS if group not in CHAINS):
         _refuse_unknown_keys(cfg, composition)
     return cfg
 
@@ -130,18 +130,27 @@ def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
     """Raise SettingError for a key of the open groups that the files of their options do not have."""
     choices, sources = composition.hydra.runtime.choices, composition.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
-    groups = tuple(f"{key}." for key, info in fields_of() if facts_of(info).is_open)
+    open_groups = {key: default_of(info) for key, info in fields_of() if facts_of(info).is_open}
+    groups = tuple(f"{key}." for key in open_groups)
     keys = [key for key in keys_of(OmegaConf.to_container(cfg)) if key.startswith(groups)]
-    known = set().union(*(_keys_of_file(folders, group, choices[group]) for group in OPTIONS))
+    chosen = {group: [choices[group]] if choices.get(group) else _options_of(folders, group) for group in OPTIONS}
+    known = {key for group, options in chosen.items() for o in options for key in _keys_of_file(folders, group, o)}
+    known |= {*keys_of(open_groups)}
     if all(key in known or key.startswith(PATTERNS) for key in keys):
         return
     # Only now, for it takes as long as the first: what Hydra composes of the options alone.
     search = [o for o in plain(composition.hydra.overrides.hydra) if o.startswith("hydra.searchpath")]
-    options = with_hydra([*(f"{group}={choices[group]}" for group in OPTIONS), *search])
-    known = keys_of({key: value for key, value in OmegaConf.to_container(options).items() if key != "hydra"})
+    options = with_hydra([*(f"{group}={choices[group]}" for group in OPTIONS if choices.get(group)), *search])
+    own = {key: value for key, value in OmegaConf.to_container(options).items() if key != "hydra"}
+    known = [*keys_of(own), *known]
     for key in keys:
         if key not in known and not key.startswith(PATTERNS):
             raise SettingError(key, unknown_key(key, known, KEYS_OF_STAGES))
+
+
+def _options_of(folders: list[Path], group: str) -> list[str]:
+    """All options of a group, for Hydra does not tell those of a chain."""
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
 def _keys_of_file(folders: list[Path], group: str, option: str) -> set[str]:

@@ -107,6 +107,7 @@ CONF = HOME / "conf"
 # Hydra's own keys that a recipe or a record may set. Not among a launcher's: what a shell, pickle or eval would read.
 LAUNCHERS = ("basic", "packed", "joblib", "submitit_local", "submitit_slurm", "ray")
 SAMPLERS = ("tpe", "random", "cmaes", "nsgaii", "motpe", "grid")
+CHAINS = ("refiner",)  # of which several options may be named, refiner=[rules,llm]: each has the keys of those before
 HYDRA_OPTIONS = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": ("basic", "optuna"), "hydra/sweeper/sampler": SAMPLERS}
 HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 KEYS_OF_LAUNCHERS = (
@@ -232,13 +233,19 @@ def _refuse_entry(entry: Any, origin: str) -> None:
         match = CHOICE.fullmatch(str(group))
         if not match:
             raise InputError(f"{origin}: defaults: {group} names no group, write override /GROUP: OPTION")
-        name = str(option).removeprefix("/experiment/")
+        name = option.removeprefix("/experiment/") if isinstance(option, str) else option
         if option is not None and name != "_self_":
             _refuse_option(match[1], name, origin)
 
 
 def _refuse_option(group: str, option: Any, origin: str) -> None:
     """Raise InputError for an option that is a path to some file, or one of Hydra's that is not for a stranger."""
+    chain = re.fullmatch(r"\[(.+)\]", option) if isinstance(option, str) else None  # of a sweep
+    names = chain[1].split(",") if chain else option
+    if group in CHAINS and isinstance(names, list) and names:
+        for name in names:
+            _refuse_option(group, name, origin)
+        return
     if not OPTION.fullmatch(str(option)):
         raise InputError(f"{origin}: {group}={option}: not the name of an option")
     names = HYDRA_OPTIONS.get(group, ()) if group.startswith("hydra") else None

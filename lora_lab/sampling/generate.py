@@ -29,7 +29,7 @@ from lora_lab.images.dataset import say_unused
 from lora_lab.images.pixels import Size, fit, nearest_bucket
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import save_picture
-from lora_lab.settings.schema import Loss, Memory, Model, Sampler, base_image_settings, values_of
+from lora_lab.settings.schema import Loss, Memory, Model, Sampler, Text, base_image_settings, values_of
 from lora_lab.shared import Shared
 
 
@@ -361,10 +361,17 @@ class RenderSettings:
 
 
 def render_settings(
-    model: Model, loss: Loss, memory: Memory, sampler: Sampler, cache: str | None, base: str, dtype: torch.dtype
+    model: Model,
+    loss: Loss,
+    memory: Memory,
+    sampler: Sampler,
+    text: Text,
+    cache: str | None,
+    base: str,
+    dtype: torch.dtype,
 ) -> RenderSettings:
     """How a run with these settings renders. `base` is the hash of the base's files, `dtype` its precision."""
-    key = key_of("drawn", base, dtype, base_image_settings(model, loss, memory, sampler))
+    key = key_of("drawn", base, dtype, base_image_settings(model, loss, memory, sampler, text))
     return RenderSettings(sampler, image_side(model), key, cache and Path(cache))
 
 
@@ -373,10 +380,9 @@ def image_side(model: Model) -> int:
     return model.resolution // model.bucket_step * model.bucket_step
 
 
-def image_specs(prompts: Sequence[str], seeds: Sequence[int], trigger: str) -> list[ImageSpec]:
-    """Every prompt, with {trigger} replaced, with every seed, as p0-s0, p0-s1, ..."""
-    texts = [text.replace("{trigger}", trigger) for text in prompts]
-    return [ImageSpec(f"p{i}-s{seed}", text, seed) for i, text in enumerate(texts) for seed in seeds]
+def image_specs(prompts: Sequence[str], seeds: Sequence[int]) -> list[ImageSpec]:
+    """Every prompt with every seed, as p0-s0, p0-s1, ..."""
+    return [ImageSpec(f"p{i}-s{seed}", text, seed) for i, text in enumerate(prompts) for seed in seeds]
 
 
 def load_base_for_sampling(model: Model, memory: Memory, loss: Loss, device: torch.device) -> Encoder:
@@ -393,15 +399,16 @@ def load_base_for_sampling(model: Model, memory: Memory, loss: Loss, device: tor
 
 @contextmanager
 def base_for_sampling(
-    shared: Shared, model: Model, memory: Memory, loss: Loss, device: torch.device
+    shared: Shared, model: Model, memory: Memory, loss: Loss, text: Text, device: torch.device
 ) -> Iterator[Encoder]:
-    """A context with what `load_base_for_sampling` gives; jobs with the same files and the same settings, as far as
-    those decide the base, share it. What is loaded for photos within the context is removed at its end. Raises
-    InputError."""
+    """A context with what `load_base_for_sampling` gives, which reads as much of a text as `text` says; jobs with the
+    same files and the same settings, as far as those decide the base, share it. What is loaded for photos within the
+    context is removed at its end. Raises InputError."""
     sections = (model, memory, validate_prediction(model, loss))  # a LoRA file may state the base's own prediction
     settings = {v.key: v.value for s in sections for v in values_of(s) if {"images", "cost"} & {*v.facts.decides}}
     key = hash_model(locate_model("model.base", model.base)), settings, device
     with shared.base(key, lambda: load_base_for_sampling(model, memory, loss, device)) as encoder:
+        encoder.base.text_window = text.window
         yield encoder
         if isinstance(encoder.base, PhotoConditioned):
             encoder.base.unload_conditions()

@@ -4,11 +4,15 @@ What resume compares, what a pack shares and what the base's images depend on fo
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from typing import Annotated, Any, Literal, Union
+from unicodedata import normalize
 
-from pydantic import Discriminator, Tag, ValidationError
+from pydantic import Discriminator, Tag, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+from yaml import YAMLError, safe_load
 
 from lora_lab.errors import InputError
 from lora_lab.settings.photo import Likeness, Structure
@@ -26,6 +30,7 @@ from lora_lab.settings.sections import (
     Score,
     Text,
     Tracker,
+    Triggers,
 )
 from lora_lab.settings.setting import (
     SEEDS,
@@ -59,7 +64,7 @@ from lora_lab.settings.stages import (
 __all__ = [
     "KEYS_OF_STAGES", "STAGES", "Caption", "Check", "Compare", "Config", "Convert", "Dataset", "Evaluate", "Folder",
     "Img2img", "Likeness", "Loss", "Memory", "Model", "OptimizerTraits", "Packed", "Pipeline", "Prior", "Refine",
-    "Sampler", "Schedule", "Score", "Stage", "Structure", "Text", "Tracker", "Train", "build_config",
+    "Sampler", "Schedule", "Score", "Stage", "Structure", "Text", "Tracker", "Train", "Triggers", "build_config",
 ]  # fmt: skip
 
 PER_JOB_OF_ADAPTER = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
@@ -80,11 +85,20 @@ BOUNDS_OF_OPTIMIZER = {
     **dict.fromkeys(("weight_decay", "r", "weight_lr_power"), Bounds(ge=0)),
     "decay_rate": Bounds(lt=0),
 }
-TEXTS_OF_OPEN_GROUPS = {"captioner.name", "captioner.base", "captioner.prompt", "refiner.article"}
-BOUNDS_OF_CAPTIONER = {
-    **dict.fromkeys(("max_tokens", "beams", "batch_size"), AT_LEAST_1),
-    "min_confidence": Bounds(ge=0, le=1),
+TEXTS_OF_OPEN_GROUPS = {
+    *(f"captioner.{key}" for key in ("name", "base", "prompt", "system", "exclude", "hint_prompt", "url", "key_file")),
+    *(f"refiner.{key}" for key in ("article", "base", "strip", "style", "system", "url", "key_file")),
 }
+BOUNDS_OF_SERVER = {
+    **dict.fromkeys(("max_tokens", "parallel"), AT_LEAST_1),
+    **dict.fromkeys(("retries", "temperature"), Bounds(ge=0)),
+    "timeout": POSITIVE,
+}
+BOUNDS_OF_CAPTIONER = BOUNDS_OF_SERVER | {
+    **dict.fromkeys(("beams", "batch_size", "image_size"), AT_LEAST_1),
+    **dict.fromkeys(("min_confidence", "general_threshold", "character_threshold"), Bounds(ge=0, le=1)),
+}
+BOUNDS_OF_REFINER = BOUNDS_OF_SERVER | {**dict.fromkeys(("group", "max_words"), AT_LEAST_1), "new_words": Bounds(ge=0)}
 
 # What a file name may not have on one of the systems to which a LoRA may be copied.
 LONGEST_NAME = 200  # bytes; the system's 255 less what is put behind a name: step, number, suffix, that of a new file
@@ -117,7 +131,17 @@ class Config(Section):
         bounds=BOUNDS_OF_CAPTIONER,
     )
     refiner: Annotated[dict[str, Any], Location("refiner")] = open_group(
-        "the refiner", decides=("weights", "request"), hashed_as="captions"
+        "the refiner",
+        decides=("weights", "request"),
+        hashed_as="captions",
+        bounds=BOUNDS_OF_REFINER,
+        own={
+            "strip": (
+                [],
+                "phrases that are taken out of refined captions, so that the trigger stands for them; auto: those in "
+                "four of five captions of the folder, for stage=refine",
+            )
+        },
     )
     adapter: dict[str, Any] = open_group(
         "peft's adapter", decides="weights", per_job=PER_JOB_OF_ADAPTER, bounds=BOUNDS_OF_ADAPTER
@@ -139,8 +163,9 @@ class Config(Section):
     memory: Memory
     score: Score
     tracker: Tracker
-    trigger: str = setting(
-        "the word that names the character in captions and prompts",
+    trigger: str | dict[str, str] = setting(
+        "the word that names the character in captions and prompts; of several characters the word for each subfolder "
+        "of dataset.root, or for each of its folders: {tofu: HANA_TOFU, mug: NAMU_MUG}",
         decides=("weights", "request"),
         default="HANA_TOFU",
     )
@@ -150,7 +175,10 @@ class Config(Section):
         default="character",
     )
     name: str = setting(
-        "the LoRA file is models/lora/<name>.safetensors", decides="nothing", per_job=True, default_from="trigger"
+        "the LoRA file is models/lora/<name>.safetensors; several triggers are joined",
+        decides="nothing",
+        per_job=True,
+        default_from="trigger",
     )
     lr: float = setting("learning rate", decides="weights", per_job=True, default=1e-4, gt=0)
     rank: int = setting("inner dimension of the LoRA's matrices", decides="weights", per_job=True, default=16, ge=1)
@@ -203,12 +231,14 @@ class Config(Section):
     )
 
     def __post_init__(self) -> None:
-        if not self.trigger.strip() or self.trigger != " ".join(self.trigger.split()):
-            raise InputError(f"trigger={self.trigger!r}: the trigger is one or more words without spaces around them")
-        if self.trigger in self.class_noun or not self.class_noun.strip():
+        refuse_triggers(self.triggers, self.class_noun)
+        if self.stage.one_character and len(self.triggers.all) > 1:
+            one_of = " or ".join(f"trigger={trigger}" for trigger in self.triggers.all)
+            raise InputError(f"trigger={self.triggers}: stage={self.stage.kind} draws one character, set {one_of}")
+        if self.text.tokens and len(self.triggers.all) > 1:
             raise InputError(
-                f"class_noun={self.class_noun!r}: name what others of the kind of {self.trigger} are called, such as "
-                "character"
+                f"text.tokens={self.text.tokens}: new tokens stand for one trigger, not for {self.triggers.phrase}: "
+                "set text.tokens=0, or train a LoRA of each"
             )
         if reason := unfit_for_a_file(self.name):
             raise SettingError("name", f"name={self.name[:60]}: the name becomes a file name, so it {reason}")
@@ -220,6 +250,33 @@ class Config(Section):
         if self.schedule.name == "polynomial" and self.rate <= 1e-7:
             raise InputError(f"schedule=polynomial falls to 1e-7, and the learning rate is only {self.rate:g}")
         OptimizerTraits.split(self.optimizer)
+
+    @field_validator("trigger", "name", mode="before")
+    @classmethod
+    def _convert_triggers(cls, value: object, info: Any) -> object:
+        """Texts of a mapping folder -> trigger; in place of a name, which is the trigger by default, they joined.
+
+        A mapping arrives as text if Hydra's grammar lacks the letters of a folder."""
+        if isinstance(value, str) and value[:1] + value[-1:] == "{}":
+            with suppress(YAMLError):
+                value = safe_load(value)
+        texts = value.values() if isinstance(value, dict) else [value]
+        if any(text is None or isinstance(text, (dict, list)) for text in texts):
+            raise PydanticCustomError("trigger", "not a text, or folders with a text each: {tofu: A, mug: B}")
+        if not isinstance(value, dict):
+            return value
+        by_folder = {normalize("NFC", str(folder)).strip("/"): str(trigger) for folder, trigger in value.items()}
+        return "-".join(dict.fromkeys(by_folder.values())) if info.field_name == "name" else by_folder
+
+    @property
+    def triggers(self) -> Triggers:
+        """`trigger` as it is for one character and for several."""
+        return Triggers(self.trigger if isinstance(self.trigger, dict) else {"": self.trigger})
+
+    @property
+    def character(self) -> str:
+        """The trigger, of several the first."""
+        return self.triggers.all[0]
 
     @property
     def rate(self) -> float:
@@ -233,6 +290,21 @@ class Config(Section):
         # They read the drawn images back.
         readers = ["captioner", "refiner"] if self.score.attributes or self.score.photos is not None else []
         return ["model.judge", "model.dino", "score.held_out", "score.photos", *readers]
+
+
+def refuse_triggers(triggers: Triggers, class_noun: str) -> None:
+    """Raise InputError for triggers that are no words, that cannot be told apart, or that are in the class noun."""
+    if not triggers.all:
+        raise InputError("trigger={}: name at least one folder and its trigger")
+    for trigger in triggers.all:
+        if not trigger.strip() or trigger != " ".join(trigger.split()):
+            raise InputError(f"trigger={trigger!r}: the trigger is one or more words without spaces around them")
+        if trigger in class_noun or not class_noun.strip():
+            raise InputError(
+                f"class_noun={class_noun!r}: name what others of the kind of {trigger} are called, such as character"
+            )
+        if longer := next((other for other in triggers.all if trigger in other and trigger != other), None):
+            raise InputError(f"trigger={triggers}: {trigger} is a part of {longer}, choose words that are not")
 
 
 def unfit_for_a_file(name: str) -> str | None:
@@ -331,7 +403,11 @@ def training_fingerprint(config: Config) -> dict[str, Any]:
     # A folder may move, and None is what older checkpoints have for a training without a prior.
     kind = None if config.prior.kind == "none" else config.prior.kind
     repeats = [folder.repeats for folder in config.dataset.folders]
-    return compared | {"dataset.repeats": repeats, "loss.mask": config.loss.masks, "prior.kind": kind}
+    trigger = config.trigger if isinstance(config.trigger, str) else str(config.triggers)
+    return compared | {
+        "dataset.repeats": repeats, "loss.mask": config.loss.masks, "prior.kind": kind,
+        "text.max_tokens": config.text.max_tokens or 77, "trigger": trigger,
+    }  # fmt: skip
 
 
 def _compared(facts: Facts) -> bool:
@@ -376,12 +452,14 @@ def shared_by_pack(config: Config) -> dict[str, Any]:
     return {v.key: v.value for v in values_of(config) if not v.facts.per_job}
 
 
-def base_image_settings(model: Model, loss: Loss, memory: Memory, sampler: Sampler) -> dict[str, Any]:
+def base_image_settings(model: Model, loss: Loss, memory: Memory, sampler: Sampler, text: Text) -> dict[str, Any]:
     """By its dotted key every setting that decides what the base draws for one prompt and seed; the files of the base
     have a hash."""
+    # Without it images that were drawn before there was a choice keep their names.
+    long = {} if text.max_tokens in (None, 77) else {"text.max_tokens": text.max_tokens}
     sections = {"model": model, "loss": loss, "memory": memory, "sampler": sampler}
     values = [value for name, section in sections.items() for value in values_of(section, f"{name}.")]
-    return {v.key: v.value for v in values if "images" in v.facts.decides and not v.facts.hashed_as}
+    return {v.key: v.value for v in values if "images" in v.facts.decides and not v.facts.hashed_as} | long
 
 
 def shown_on_page(key: str, drawn: bool = False) -> bool:

@@ -1,6 +1,7 @@
 """The groups of settings that every run has: model, dataset, training, scores, tracker."""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ KEYS_OF_PRIORS = {
     "prediction": ("weight", "class_noun"),
 }
 TIMESTEPS = 1000  # of SDXL's noise schedule
+WINDOWS = {77: 77, 150: 152, 225: 227}  # text.max_tokens -> tokens that are read, start and end markers included
 TEXT_ENCODERS = {"none": (), "first": (0,), "second": (1,), "both": (0, 1)}  # positions among the base's
 
 
@@ -47,9 +49,15 @@ class Model(Section):
         decides=BOTH,
         hashed_as="base",
     )
-    vae: ModelLocation | None = setting("VAE instead of the base's: hub id or folder", decides=BOTH, default=None)
+    vae: ModelLocation | None = setting(
+        "VAE instead of the base's: hub id or folder; auto is a single file's own, else SDXL's for half precision",
+        decides=BOTH,
+        default=None,
+    )
     config: AnyPath | None = setting(
-        "folder of configs and tokenizers for a single-file checkpoint; null asks the hub", decides=BOTH, default=None
+        "folder of configs and tokenizers for a single-file checkpoint; null takes SDXL's, which are in the package",
+        decides=BOTH,
+        default=None,
     )
     judge: ModelLocation | None = setting(
         "CLIP model that scores LoRAs by the images they draw; null leaves scores out", decides="request", default=None
@@ -422,6 +430,12 @@ class Loss(Section):
 
 @section
 class Text(Section):
+    max_tokens: int | None = setting(
+        "length of captions and prompts: 77 is one chunk of 75 and its markers, 150 and 225 are two and three chunks; "
+        "null: 77, for drawing what the LoRA was trained with",
+        decides=BOTH,
+        default=None,
+    )
     encoders: Literal["none", "first", "second", "both"] = setting(
         "text encoders that get a LoRA on their attention", decides="weights", default="none"
     )
@@ -450,6 +464,8 @@ class Text(Section):
     )
 
     def __post_init__(self) -> None:
+        if self.max_tokens not in (None, *WINDOWS):
+            raise InputError(f"text.max_tokens={self.max_tokens}: one of {', '.join(map(str, WINDOWS))}")
         if self.tokens > 75:
             raise InputError(f"text.tokens={self.tokens}: a text has 75 tokens, and the caption needs most of them")
         for key, off in (("encoder_lr", None), ("encoder_stop", 1)):
@@ -461,6 +477,11 @@ class Text(Section):
             raise InputError("text.tokens_from: name a word such as character, or set text.tokens_from=null")
 
     @property
+    def window(self) -> int:
+        """The tokens of a text that are read, start and end markers included."""
+        return WINDOWS[self.max_tokens or 77]
+
+    @property
     def adapted(self) -> tuple[int, ...]:
         """The positions of the text encoders that get a LoRA beside the network."""
         return TEXT_ENCODERS[self.encoders]
@@ -469,6 +490,71 @@ class Text(Section):
     def learns(self) -> bool:
         """Whether captions must be encoded in every step."""
         return bool(self.adapted or self.tokens)
+
+
+@dataclass(frozen=True)
+class Triggers:
+    """The words that name the characters of a dataset."""
+
+    by_folder: Mapping[str, str]  # the folder of a character's images -> its trigger; {"": trigger} of one character
+
+    @property
+    def all(self) -> list[str]:
+        """Each trigger once, in the order of the folders."""
+        return list(dict.fromkeys(self.by_folder.values()))
+
+    @property
+    def phrase(self) -> str:
+        """All of them as one text."""
+        return ", ".join(self.all)
+
+    def of(self, name: str) -> str:
+        """The trigger of the image `name` (as Sample.name), by its innermost folder. Raises InputError for an image in
+        no folder of a trigger."""
+        trigger = self._find(name)
+        if trigger is None:
+            raise InputError(
+                f"{name} is in no folder of trigger={self}: add its folder and trigger, or move it into another folder"
+            )
+        return trigger
+
+    def _find(self, name: str) -> str | None:
+        folders = [folder for folder in self.by_folder if not folder or name.startswith(f"{folder}/")]
+        return self.by_folder[max(folders, key=len)] if folders else None
+
+    def names_by_trigger(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The images of each character, in their order. Raises InputError for an image in no folder of a trigger, and
+        for a trigger without images."""
+        found: dict[str, list[str]] = {trigger: [] for trigger in self.all}
+        for name in names:
+            found[self.of(name)].append(name)
+        for folder, trigger in self.by_folder.items():
+            if not found[trigger]:
+                raise InputError(f"trigger={self}: there are no pictures in a folder {folder}")
+        return found
+
+    def own(self, names: Iterable[str], trigger: str) -> list[str]:
+        """Of `names` those of the images of one character; all of them where it has no folder among theirs."""
+        names = list(names)
+        return [name for name in names if self._find(name) == trigger] or names
+
+    def fill(self, prompts: Iterable[str]) -> list[str]:
+        """The prompts; those with {trigger} once for each character, whose trigger stands in its place."""
+        texts = []
+        for prompt in prompts:
+            triggers = self.all if "{trigger}" in prompt else self.all[:1]
+            texts += [prompt.replace("{trigger}", trigger) for trigger in triggers]
+        return texts
+
+    def replaced(self, text: str, noun: str) -> str:
+        """The text with `noun` in place of every trigger."""
+        for trigger in self.all:
+            text = text.replace(trigger, noun)
+        return text
+
+    def __str__(self) -> str:
+        """As one types it."""
+        return "{" + ", ".join(f"{folder}: {trigger}" for folder, trigger in self.by_folder.items()) + "}"
 
 
 @dataclass(frozen=True)

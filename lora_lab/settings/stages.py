@@ -37,6 +37,7 @@ class Stage(Section):
     """What to do: `stage=train` puts a Train here, and so on."""
 
     several_folders: ClassVar[bool] = False  # whether dataset.root may be a list
+    one_character: ClassVar[bool] = False  # whether `trigger` is one word
     draws: ClassVar[bool] = False  # whether its jobs in one process share the base: its function takes a Shared too
 
     def inputs(self, config: "Config") -> list[str]:
@@ -92,6 +93,39 @@ class Convert(Stage):
 
     def inputs(self, config: "Config") -> list[str]:
         return []
+
+
+@section
+class Mask(Stage):
+    kind: Literal["mask"] = _kind("mask")
+    subject: Literal["foreground", "person", "background"] = setting(
+        "what is white: the foreground of a plain background; the person that model.segmenter finds, without one the "
+        "foreground; or all but the person",
+        decides="request",
+        default="foreground",
+    )
+    mode: Literal["missing", "replace"] = setting(
+        "missing: images without a mask; replace: also masks that are as the program wrote them",
+        decides="request",
+        default="missing",
+    )
+    output: AnyPath | None = setting(
+        "folder of the masks, for loss.mask; null is NAME-masks beside dataset.root, for the bundled images masks in "
+        "the run folder",
+        decides="request",
+        default=None,
+    )
+    feather: float = setting(
+        "by how much a mask is larger than its subject, and over how much it then fades (a background only fades), as "
+        "a fraction of the shorter side",
+        decides="request",
+        default=0.01,
+        ge=0,
+        le=1,
+    )
+
+    def inputs(self, config: "Config") -> list[str]:
+        return ["dataset.root", *(["model.segmenter"] if self.subject != "foreground" else [])]
 
 
 @section
@@ -198,6 +232,7 @@ class Train(Stage):
 
 @section
 class Img2img(Stage):
+    one_character: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     kind: Literal["img2img"] = _kind("img2img")
@@ -324,6 +359,8 @@ class Compare(Stage):
 
 @section
 class Pipeline(Stage):
+    one_character: ClassVar[bool] = True
+
     kind: Literal["pipeline"] = _kind("pipeline")
     captions: Literal["new", "keep"] = setting(
         "new: caption a copy of the images; keep: copy the folder's captions and caption the images without one",
@@ -343,6 +380,7 @@ STAGES: dict[str, type[Stage]] = {
     "caption": Caption,
     "refine": Refine,
     "convert": Convert,
+    "mask": Mask,
     "train": Train,
     "img2img": Img2img,
     "evaluate": Evaluate,

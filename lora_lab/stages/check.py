@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lora_lab.base.load import token_counter
 from lora_lab.base.locate import locate_folder
+from lora_lab.captions.phrases import CommonWords, is_background
 from lora_lab.captions.syntax import length_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
@@ -24,7 +24,7 @@ from lora_lab.images.dataset import (
 from lora_lab.images.inspection import Findings, inspect_dataset
 from lora_lab.images.pixels import aspect_buckets
 from lora_lab.runs import write_json
-from lora_lab.settings.schema import Config
+from lora_lab.settings.schema import Config, Triggers
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,24 @@ def check(config: Config, folder: Path) -> CheckResult:
     folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in config.dataset.folders]
     roots = [root for root, _ in folders]
     require_distinct_names(roots)
-    dataset, model = config.dataset, config.model
-    training_text = partial(
-        apply_caption_affixes, prefix=dataset.caption_prefix, suffix=dataset.caption_suffix, trigger=config.trigger
-    )
+    dataset, model, triggers = config.dataset, config.model, config.triggers
+
+    def training_text(name: str, caption: str) -> str:
+        return apply_caption_affixes(caption, dataset.caption_prefix, dataset.caption_suffix, triggers.of(name))
+
     count_tokens = token_counter(model.base)
     if count_tokens is None:
         say(f"captions are not measured in tokens: the tokenizer of {model.base} cannot be reached")
     findings = inspect_dataset(
         roots,
-        config.trigger,
+        triggers,
         aspect_buckets(model.resolution, model.bucket_step),
         find_masks(config.loss.mask),
         training_text,
         count_tokens,
+        config.text.window,
         dataset.follow_links,
+        config.class_noun,
     )
     where = ", ".join(map(str, roots))
     errors, refusals = _errors(findings, where), missing_captions(findings.uncaptioned, findings.pictures, where)
@@ -68,7 +71,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         *(f"stage=train refuses this folder as it is: {refusal}" for refusal in refusals),
         *_warnings_of_files(findings, dataset.kohya_folders),
         *_warnings_of_images(findings, dataset.random_crop),
-        *_warnings_of_captions(findings, config.trigger),
+        *_warnings_of_captions(findings, triggers, config.text.window),
     ]
     result = CheckResult("check", errors, warnings, not (errors or refusals), findings)
     write_json(folder / "check.json", asdict(result))
@@ -89,7 +92,7 @@ def _errors(findings: Findings, where: str) -> list[str]:
 
 
 def _try_to_read(
-    folders: Sequence[tuple[Path, int]], config: Config, training_text: Callable[[str], str]
+    folders: Sequence[tuple[Path, int]], config: Config, training_text: Callable[[str, str], str]
 ) -> tuple[list[str], list[str]]:
     """Read (folder, repeats) as stage=train does: (its error, its refusal of captions without the trigger)."""
     try:
@@ -97,7 +100,8 @@ def _try_to_read(
     except InputError as error:
         return [str(error)], []
     try:
-        require_trigger([map(training_text, sample.captions) for sample in samples], config.trigger)
+        texts = {s.name: [training_text(s.name, caption) for caption in s.captions] for s in samples}
+        require_trigger(texts, config.triggers)
     except InputError as error:
         return [], [str(error)]
     return [], []
@@ -140,16 +144,41 @@ def _warnings_of_images(findings: Findings, random_crop: bool) -> list[str]:
     return warnings
 
 
-def _warnings_of_captions(findings: Findings, trigger: str) -> list[str]:
+def _warnings_of_captions(findings: Findings, triggers: Triggers, window: int) -> list[str]:
     warnings = []
     if findings.without_trigger:
-        names = list_names(findings.without_trigger)
-        warnings.append(f"{len(findings.without_trigger)} captions do not have {trigger} ({names}): run stage=refine")
-    warnings += [*length_warnings(findings.too_long, "the caption of "), *findings.syntax]
-    for phrase in findings.in_every_caption:
+        count, names = len(findings.without_trigger), list_names(findings.without_trigger)
+        their = "the trigger of their folder" if triggers.all[1:] else triggers.phrase
+        warnings.append(f"{count} captions do not have {their} ({names}): run stage=refine")
+    warnings += [*length_warnings(findings.too_long, window, "the caption of "), *findings.syntax]
+    by_language: dict[str, list[str]] = {}
+    for name, language in findings.foreign.items():
+        by_language.setdefault(language, []).append(name)
+    for language, named in by_language.items():
+        warnings.append(f"{list_names(named)}: the caption is {language}: CLIP reads English, so translate it")
+    for names in findings.repeated:
+        warnings.append(f"{list_names(names)} have the same caption: say what differs, or remove copies")
+    for trigger, words in findings.common_words.items():
+        warnings += _warnings_of_words(words, trigger, f" of {trigger}" if triggers.all[1:] else "")
+    return warnings
+
+
+def _warnings_of_words(words: CommonWords, trigger: str, of: str) -> list[str]:
+    warnings = []
+    for phrase, count in words.shared.items():
+        where = f'"{phrase}" is in {count} of {words.captions} captions{of}'
+        if is_background(phrase):
+            warnings.append(f"{where}: it will be learnt as part of {trigger}; add pictures with other backgrounds")
+        else:
+            warnings.append(
+                f"{where}: {trigger} should stand for what most pictures show; stage=refine refiner.strip=auto takes "
+                "it out"
+            )
+    for phrase, count in words.constant.items():
+        noun = phrase.rpartition(" ")[2]
         warnings.append(
-            f'"{phrase}" is in {findings.captions} of {findings.captions} captions: it will be learnt as part of '
-            f"{trigger}; add pictures that show something else there"
+            f'"{phrase}" is in all {count} captions{of} that mention the {noun}: if it is in the other pictures too, '
+            f"{trigger} should stand for it; stage=refine 'refiner.strip=[{phrase}]' takes it out"
         )
     return warnings
 

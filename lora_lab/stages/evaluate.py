@@ -1,5 +1,6 @@
 """Score LoRA files, of any trainer, by the images they render: fidelity to character and prompt, and leakage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from lora_lab.adapters.files import embeddings_path, prediction_from_metadata, read_tokens, resolve_lora
+from lora_lab.adapters.files import (
+    embeddings_path,
+    prediction_from_metadata,
+    read_tokens,
+    resolve_lora,
+    text_from_metadata,
+    triggers_of,
+)
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
 from lora_lab.base.layers import validate_quantization
@@ -20,17 +28,19 @@ from lora_lab.errors import InputError
 from lora_lab.evaluation.ladder import WHOLE, Ladder, write_ladder
 from lora_lab.evaluation.metrics import Scores
 from lora_lab.evaluation.scores import (
+    Pictures,
     ScoredImages,
     ScorePrompts,
-    Scorer,
+    Scorers,
     held_out_pictures,
     load_scored,
-    pictures_in,
+    open_pictures,
     save_scored,
     table,
     validate_embedders,
     write_lines,
 )
+from lora_lab.images.dataset import folder_prefix
 from lora_lab.images.scan import find_pictures
 from lora_lab.images.sheet import contact_sheet
 from lora_lab.runs import (
@@ -42,7 +52,7 @@ from lora_lab.runs import (
     write_manifest,
 )
 from lora_lab.sampling.generate import RenderSettings, base_for_sampling, find_photos, render_settings
-from lora_lab.settings.schema import Config, Loss, values_of
+from lora_lab.settings.schema import Config, Loss, Text, values_of
 from lora_lab.shared import Shared
 
 CELL = 256  # px, of the sheet
@@ -62,7 +72,7 @@ class EvaluateResult:
     """result.json of stage=evaluate."""
 
     stage: str
-    trigger: str
+    trigger: str  # of several characters all of them
     scores_before: Scores  # of the base without a LoRA
     loras: list[Evaluated]  # in the order they were named; with stage.ladder each is followed by its damaged copies
     ladders: list[Ladder]  # one for each named file with stage.ladder
@@ -82,21 +92,24 @@ def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> Eval
         raise InputError("model.judge=null: scores need a CLIP, set model.judge= to one")
     base = locate_model("model.base", config.model.base)
     named = _loras(config)
+    config = replace(config, text=_text(config, named))
     loss = _loss(config, named)
     validate_embedders(config.model, config.score, config.captioner)
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.precision, device)
     validate_quantization(config.memory.linear_weights, config.memory.convolution_weights, device)
     hashes = {"base": hash_model(base)}
-    scorer = _load_scorer(config, len(named), hashes, device, folder)
+    scorers = _load_scorers(config, named, hashes, device, folder)
     ladders = _write_ladders(named, folder) if config.stage.ladder else {}
     loras = [file for lora in named for file in (lora, *ladders.get(lora, {}).values())]
-    render = render_settings(config.model, loss, config.memory, config.sampler, config.cache, hashes["base"], dtype)
-    with base_for_sampling(shared or Shared(), config.model, config.memory, loss, device) as encoder:
+    render = render_settings(
+        config.model, loss, config.memory, config.sampler, config.text, config.cache, hashes["base"], dtype
+    )
+    with base_for_sampling(shared or Shared(), config.model, config.memory, loss, config.text, device) as encoder:
         for lora in loras:  # before the first is worked on: that they can be read and have the right shapes is known
             with lora_attached(encoder.base, lora):
                 pass
-        scored = _score_all(config, loras, scorer, render, encoder, folder)
+        scored = _score_all(config, loras, scorers, render, encoder, folder)
     values = {lora: images.scores["score"].value for lora, images in zip(loras, scored[1:], strict=True)}
     judged = [
         Ladder.of(str(lora), {WHOLE: values[lora]} | {name: values[copy] for name, copy in copies.items()})
@@ -108,7 +121,7 @@ def evaluate(config: Config, folder: Path, shared: Shared | None = None) -> Eval
         say(ladder.describe())
     return EvaluateResult(
         stage="evaluate",
-        trigger=config.trigger,
+        trigger=config.triggers.phrase,
         scores_before=scored[0].scores,
         loras=[
             Evaluated(str(lora), images.scores, str(place))
@@ -126,31 +139,34 @@ def _write_ladders(loras: list[Path], folder: Path) -> dict[Path, dict[str, Path
     return {lora: write_ladder(lora, folder / "ladder", name) for lora, name in zip(loras, names, strict=True)}
 
 
-def _load_scorer(config: Config, loras: int, hashes: dict[str, str], device: torch.device, folder: Path) -> Scorer:
+def _load_scorers(
+    config: Config, loras: Sequence[Path], hashes: dict[str, str], device: torch.device, folder: Path
+) -> Scorers:
     """Say what is compared with what, after the last check of the inputs, and embed the images.
 
     All but the references are in memory only here. Raises InputError for images that cannot be opened."""
-    training = _training_pictures(config)
-    held_out = held_out_pictures(config.model, config.score)
-    references = f"{len(held_out)} held-out pictures" if held_out else f"{len(training)} training pictures"
+    training = _training_pictures(config, loras)
+    held_out = held_out_pictures(config.model, config.score, config.triggers)
+    count = sum(map(len, (held_out or training).values()))
+    references = f"{count} {'held-out' if held_out else 'training'} pictures"
     texts = prompts_by_key(score_prompts=config.score.prompts, score_other_prompts=config.score.other_prompts)
-    for line in prompt_warnings(texts, config.trigger, token_counter(config.model.base), of_character=False):
+    count_tokens = token_counter(config.model.base)
+    for line in prompt_warnings(texts, config.triggers, count_tokens, config.text.window, of_character=False):
         say(line)
-    prompts = ScorePrompts.of(config.score, config.trigger, config.class_noun)
+    images = sum(len(ScorePrompts.of(config.score, trigger, config.class_noun).specs) for trigger in training)
     say(
-        f"{loras} LoRA of {config.trigger}, {len(prompts.specs)} pictures each, compared with {references}, "
+        f"{len(loras)} LoRA of {config.triggers.phrase}, {images} pictures each, compared with {references}, "
         f"{config.model.base} on {device}"
     )
     write_manifest(folder, device, hashes)
-    return Scorer.load(
-        prompts,
+    return Scorers.load(
+        config.score,
         config.model,
         config.captioner,
         config.refiner,
-        config.trigger,
+        config.class_noun,
         training,
         held_out,
-        config.score,
         device,
     )
 
@@ -160,7 +176,20 @@ def _loras(config: Config) -> list[Path]:
     if not values or None in values:
         raise InputError("lora is missing: set lora=FILE, lora=NAME of models/lora, lora=RUN FOLDER, or lora=[A,B]")
     layers = layer_shapes(config.model)
-    return [resolve_lora(str(value), config.trigger, layers) for value in values]
+    return [resolve_lora(str(value), config.triggers.all, layers) for value in values]
+
+
+def _text(config: Config, loras: list[Path]) -> Text:
+    """`config.text` with the limit of tokens that the files were trained with. Raises InputError where that of two
+    files differs."""
+    first, *others = [text_from_metadata(config.text, lora) for lora in loras]
+    for lora, text in zip(loras[1:], others, strict=True):
+        if text.window != first.window:
+            raise InputError(
+                f"{loras[0].name} was trained with text.max_tokens={first.max_tokens or 77}, {lora.name} with "
+                f"{text.max_tokens or 77}: score them separately, or set text.max_tokens="
+            )
+    return first
 
 
 def _loss(config: Config, loras: list[Path]) -> Loss:
@@ -193,11 +222,11 @@ def _places(folder: Path, loras: list[Path]) -> list[Path]:
 
 
 def _score_all(
-    config: Config, loras: list[Path], scorer: Scorer, render: RenderSettings, encoder: Encoder, folder: Path
+    config: Config, loras: list[Path], scorers: Scorers, render: RenderSettings, encoder: Encoder, folder: Path
 ) -> list[ScoredImages]:
     """The scores of the base and of every LoRA, with thumbnails as pictures. Each is written as soon as it is known;
     what the folder has already, of the same files and settings, is not done again."""
-    before = scorer.score_base(render, folder, encoder)
+    before = scorers.score_base(render, folder, encoder)
     scored = [replace(before, pictures=_thumbnails(before))]
     write_lines(folder, scored)
     inputs = _inputs(config, render)
@@ -209,7 +238,7 @@ def _score_all(
             if images:
                 say(f"{lora.name} is scored already")
             else:
-                images = scorer.score(lora, render, place, encoder)
+                images = scorers.score(lora, render, place, encoder)
                 save_scored(place, images, key)
             scored.append(
                 replace(images, pictures=_thumbnails(images))
@@ -243,10 +272,20 @@ def _inputs(config: Config, render: RenderSettings) -> tuple[object, ...]:
     )
 
 
-def _training_pictures(config: Config) -> list[Image.Image]:
+def _training_pictures(config: Config, loras: Sequence[Path]) -> Pictures:
+    """The images of dataset.root of each character. Of a file with several characters, if one is scored, those in the
+    folder that the file names, if dataset.root has it. Raises InputError."""
     roots = [locate_folder("dataset.root", folder.root) for folder in config.dataset.folders]
-    follow_links = config.dataset.follow_links
-    return [picture for root in roots for picture in pictures_in(root, "dataset.root", config.model, follow_links)]
+    follow_links, triggers = config.dataset.follow_links, config.triggers
+    files = {
+        folder_prefix(root, roots) + name: path
+        for root in roots
+        for name, path in find_pictures(root, "dataset.root", follow_links).items()
+    }
+    several = [found for lora in loras if (found := triggers_of(lora)) and found.all[1:]]
+    if several and not triggers.all[1:]:
+        files = {name: files[name] for name in several[0].own(files, config.character)}
+    return open_pictures(files, triggers, config.model)
 
 
 def _sheet(scored: list[ScoredImages], path: Path) -> Path:

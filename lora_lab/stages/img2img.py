@@ -17,6 +17,8 @@ from lora_lab.adapters.files import (
     prediction_from_metadata,
     read_tokens,
     resolve_lora,
+    text_from_metadata,
+    triggers_of,
 )
 from lora_lab.adapters.inject import lora_attached
 from lora_lab.base.encode import Encoder, key_of
@@ -25,9 +27,9 @@ from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype
 from lora_lab.base.locate import hash_model, locate_model
 from lora_lab.base.protocol import PhotoConditioned
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
-from lora_lab.captions.refiner import load_refiner
-from lora_lab.captions.syntax import prompt_warnings
-from lora_lab.console import say
+from lora_lab.captions.refiner import AUTO, load_refiner, strip_setting
+from lora_lab.captions.syntax import length_warnings, prompt_warnings
+from lora_lab.console import printable, say
 from lora_lab.errors import InputError
 from lora_lab.evaluation.resemblance import mean_scores, references_of
 from lora_lab.images.pixels import aspect_buckets, open_fitted, open_picture
@@ -109,9 +111,11 @@ def img2img(config: Config, folder: Path, shared: Shared | None = None) -> Img2i
     paths = find_photos(stage.photo, "stage.photo")
     photos = _open_photos(config, paths)
     lora = _lora(config)
+    config = replace(config, text=text_from_metadata(config.text, lora))
     references = _references(config, lora)
     if stage.prompt:
-        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.trigger, token_counter(config.model.base)):
+        count_tokens = token_counter(config.model.base)
+        for line in prompt_warnings({"stage.prompt": stage.prompt}, config.triggers, count_tokens, config.text.window):
             say(line)
     loss = prediction_from_metadata(config.loss, config.model.base, lora)
     validate_prediction(config.model, loss)
@@ -162,7 +166,13 @@ def _lora(config: Config) -> Path | None:
         raise InputError("lora is missing: use lora=FILE, lora=NAME of models/lora, or lora=RUN FOLDER")
     if isinstance(config.lora, list):
         raise InputError(f"lora={config.lora}: stage=img2img draws with one LoRA, name one")
-    return resolve_lora(str(config.lora), None if config.stage.prompt else config.trigger, layer_shapes(config.model))
+    triggers = [] if config.stage.prompt else [config.character]
+    lora = resolve_lora(str(config.lora), triggers, layer_shapes(config.model))
+    trained = triggers_of(lora)
+    if trained and trained.all[1:]:
+        words = printable(trained.phrase, 200)
+        say(f"{lora.name} has the characters {words}: {config.character} is drawn, trigger= chooses")
+    return lora
 
 
 def _references(config: Config, lora: Path | None) -> list[Path]:
@@ -171,7 +181,7 @@ def _references(config: Config, lora: Path | None) -> list[Path]:
     stage = config.stage
     if lora is None or not stage.resemblance:
         return []
-    references = references_of(lora, config.dataset)
+    references = references_of(lora, config.dataset, config.character)
     if not references:
         what = f"the training images of {lora.name} are not known, set dataset.root to their folder"
         if stage.auto:
@@ -223,12 +233,27 @@ def _photo_requests(
     buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
     refiner = load_refiner(config.refiner)
     if not stage.prompt:
+        if strip_setting(config.refiner) == AUTO:
+            say("captions of photos are not stripped: refiner.strip=auto knows a folder's only, name a list of phrases")
         check_captioner(config.captioner)
         captions = _captions(config.captioner, paths, device, folder / CAPTIONS, shared)
-    return [
-        photo_to_request(photo, text, refiner, config.trigger, buckets, prompt=stage.prompt)
+    requests = [
+        photo_to_request(photo, text, refiner, config.character, buckets, prompt=stage.prompt)
         for photo, text in zip(photos, captions, strict=True)
     ]
+    if not stage.prompt:  # a prompt of the user's was looked at before the captioner was loaded
+        prompts = [item.request.prompt for item in requests]
+        _say_long(dict(zip(distinct_names(paths), prompts, strict=True)), config.model.base, config.text.window)
+    return requests
+
+
+def _say_long(prompts: Mapping[str, str], base: str, window: int) -> None:
+    """Print which prompts, by the names of their photos, have more tokens than are read."""
+    count_tokens = token_counter(base)
+    tokens = {name: count_tokens(prompt) for name, prompt in prompts.items()} if count_tokens else {}
+    long = {name: count for name, count in tokens.items() if count > window}
+    for line in length_warnings(long, window, "the prompt of ") if long else ():
+        say(line)
 
 
 def _conditions(
@@ -378,7 +403,9 @@ class PhotoImages:
     def load_base(self, stack: ExitStack, shared: Shared) -> Encoder:
         """The base with what the photos need beside it, until `stack` ends."""
         config = self.config
-        encoder = stack.enter_context(base_for_sampling(shared, config.model, config.memory, self.loss, self.device))
+        encoder = stack.enter_context(
+            base_for_sampling(shared, config.model, config.memory, self.loss, config.text, self.device)
+        )
         if isinstance(encoder.base, PhotoConditioned):
             encoder.base.load_control(config.structure, self.device, config.memory.offload)
             encoder.base.load_likeness(config.likeness, self.device)
@@ -413,7 +440,7 @@ class PhotoImages:
         """A hash of what decides the pixels of all images alike: base, LoRA, sampler."""
         config, (base, conditions) = self.config, self._model_hashes
         dtype = pick_dtype(config.model.precision, self.device)
-        render = render_settings(config.model, self.loss, config.memory, sampler, None, base, dtype)
+        render = render_settings(config.model, self.loss, config.memory, sampler, config.text, None, base, dtype)
         return key_of(render.base_key, self._lora_hash if lora else hash_files(), *conditions)
 
     @cached_property

@@ -31,7 +31,7 @@ def load_judge(run: "PhotoImages", references: Sequence[Path], base: Callable[[]
     encoder = base()
     with lora_attached(encoder.base, None):
         return ResemblanceJudge.load(
-            config.model, config.captioner, refiner, config.trigger, images, photos, before, encoder
+            config.model, config.captioner, refiner, config.character, images, photos, before, encoder
         )
 
 

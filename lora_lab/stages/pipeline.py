@@ -75,7 +75,7 @@ def pipeline(config: Config, folder: Path) -> PipelineResult:
     result = PipelineResult(
         stage="pipeline",
         name=config.name,
-        trigger=config.trigger,
+        trigger=config.character,
         lora=trained.lora,
         model=trained.model,
         steps=trained.steps,

@@ -11,14 +11,14 @@ from lora_lab.adapters.tokens import tokenizers_of
 from lora_lab.base.encode import Cache, Encoder
 from lora_lab.base.layers import quantize_
 from lora_lab.base.load import load_base
-from lora_lab.evaluation.scores import ScoredImages, ScorePrompts, Scorer
+from lora_lab.evaluation.scores import ScoredImages, Scorers
 from lora_lab.training.data import TrainingData, caption_texts, encode_dataset
 from lora_lab.training.engine import StepBatches
 from lora_lab.training.lora_training import LoRATraining
 from lora_lab.training.loss import Batch
 from lora_lab.training.prior import PriorData, prior_data
 from lora_lab.training.randomness import seed_of
-from lora_lab.training.resolve import ResolvedTraining
+from lora_lab.training.resolve import ResolvedTraining, pictures_by_trigger
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class BaseContext:
     data: TrainingData
     prior: PriorData | None
     validation_data: TrainingData
-    scorer: Scorer | None
+    scorers: Scorers | None
     base_scores: ScoredImages | None  # of the base alone, without its images; None without model.judge
 
     def batches(self, training: LoRATraining, step: int) -> StepBatches:
@@ -71,13 +71,14 @@ def prepare_base(training: ResolvedTraining) -> BaseContext:
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
     images, files = training.images, training.files
-    scorer = _load_scorer(training) if training.model.judge else None
+    scorers = _load_scorers(training) if training.model.judge else None
     # Modules are moved to the GPU one at a time; the network stays there.
     base = load_base(training.model, training.device, waiting=True)
     if training.memory.vae_tiling:
         base.enable_tiling(training.model.resolution // 2)
     base.apply_loss(training.loss)
-    tokenizers = tokenizers_of(base, training.trigger, training.text.tokens) if training.text.learns else None
+    base.text_window = training.text.window
+    tokenizers = tokenizers_of(base, training.triggers.phrase, training.text.tokens) if training.text.learns else None
     encoder = Encoder(base, training.device, Cache(training.cache), True, tokenizers)
     data = encode_dataset(files.samples, images.crops, files.texts, training.dataset.flip, encoder)
     validation_data = _held_out_data(training, encoder) if files.held_out else data
@@ -85,22 +86,21 @@ def prepare_base(training: ResolvedTraining) -> BaseContext:
     prior = _prior(training, data, encoder) if training.prior.kind != "none" else None
     if training.text.learns:  # a text's embedding changes with every step from now on
         encoder = replace(encoder, tokenizers=None, cache=Cache(None))
-    base_scores = scorer and replace(scorer.score_base(training.render, training.folder, encoder), pictures=[])
+    base_scores = scorers and replace(scorers.score_base(training.render, training.folder, encoder), pictures=[])
     images.free()
-    return BaseContext(encoder, data, prior, validation_data, scorer, base_scores)
+    return BaseContext(encoder, data, prior, validation_data, scorers, base_scores)
 
 
-def _load_scorer(training: ResolvedTraining) -> Scorer:
+def _load_scorers(training: ResolvedTraining) -> Scorers:
     """Scores LoRAs by held-out images, or by the training images where none are held out. Raises InputError."""
-    return Scorer.load(
-        ScorePrompts.of(training.score, training.trigger, training.class_noun),
+    return Scorers.load(
+        training.score,
         training.model,
         training.captioner,
         training.refiner,
-        training.trigger,
-        [image.picture for image in training.images.fitted],
+        training.class_noun,
+        pictures_by_trigger(training.triggers, training.files.samples, training.images.fitted),
         training.images.references,
-        training.score,
         training.device,
     )
 
@@ -109,7 +109,7 @@ def _prior(training: ResolvedTraining, data: TrainingData, encoder: Encoder) -> 
     """What preserves the prior, for `data` of the character. Raises RunError for non-finite values."""
     return prior_data(
         training.prior,
-        training.trigger,
+        training.triggers,
         data,
         training.files.texts,
         training.files.class_samples,
@@ -122,9 +122,9 @@ def _prior(training: ResolvedTraining, data: TrainingData, encoder: Encoder) -> 
 
 def _held_out_data(training: ResolvedTraining, encoder: Encoder) -> TrainingData:
     """The held-out images with the first caption of each, cut at the centre and not mirrored."""
-    held_out, trigger = training.files.held_out, training.trigger
+    held_out, triggers = training.files.held_out, training.triggers
     crops = [[fitted] for fitted in training.images.held_out]
-    texts = [caption_texts(sample.captions[:1], training.dataset, trigger) for sample in held_out]
+    texts = [caption_texts(sample.captions[:1], training.dataset, triggers.of(sample.name)) for sample in held_out]
     return encode_dataset(held_out, crops, texts, False, encoder)
 
 

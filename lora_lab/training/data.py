@@ -1,7 +1,7 @@
 """Images and captions as tensors, encoded once; and the batch of any step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,9 +15,9 @@ from lora_lab.base.load import token_counter
 from lora_lab.base.protocol import BaseModel, Conditioning
 from lora_lab.captions.syntax import length_warnings, long_texts, prompt_warnings, prompts_by_key, syntax_warnings
 from lora_lab.console import say
-from lora_lab.images.dataset import Masks, Sample, apply_caption_affixes, require_trigger
+from lora_lab.images.dataset import Masks, Sample, apply_caption_affixes
 from lora_lab.images.pixels import Fitted, aspect_buckets, fit, fit_crops, nearest_bucket, open_picture
-from lora_lab.settings.schema import Dataset, Model, Prior, Score
+from lora_lab.settings.schema import Dataset, Model, Prior, Score, Text, Triggers
 from lora_lab.training.loss import Batch, Objective
 from lora_lab.training.randomness import batch_indices, choose, sample_randomness, shuffle_caption_tags
 
@@ -215,28 +215,29 @@ def count_buckets(pictures: list[Fitted]) -> dict[tuple[int, int], int]:
     return dict(sorted(counts.items()))
 
 
-def check_trigger(texts: list[list[list[str]]], trigger: str) -> None:
-    """Raise InputError if none of the texts that images are trained with has the trigger."""
-    require_trigger([[text for orders in image_texts for text in orders] for image_texts in texts], trigger)
-
-
 def text_warnings(
-    samples: Sequence[Sample], prompts: Sequence[str], score: Score, prior: Prior, model: Model, trigger: str
+    captions: Mapping[str, Sequence[str]],
+    prompts: Sequence[str],
+    score: Score,
+    prior: Prior,
+    model: Model,
+    text: Text,
+    triggers: Triggers,
 ) -> list[str]:
-    """Lines about captions and prompts whose words do nothing, are too many, or lack the trigger, before the base is
-    loaded. `prompts` are those of validation images."""
-    captions, others = {sample.name: sample.captions for sample in samples}, {}
+    """Lines about captions and prompts whose words do nothing, are too many, or lack a trigger, before the base is
+    loaded. `captions` are of images by name, `prompts` of validation images."""
+    others = {}
     if model.judge is not None:
         others = prompts_by_key(score_prompts=score.prompts, score_other_prompts=score.other_prompts)
     if prior.prompt:
         others["prior.prompt"] = prior.prompt
     count_tokens = token_counter(model.base)
-    too_long = long_texts(captions, count_tokens) if count_tokens else {}
+    too_long = long_texts(captions, count_tokens, text.window) if count_tokens else {}
     return [
         *syntax_warnings(captions),
-        *length_warnings(too_long, "the caption of "),
-        *prompt_warnings(prompts_by_key(stage_prompts=prompts), trigger, count_tokens),
-        *prompt_warnings(others, trigger, count_tokens, of_character=False),
+        *length_warnings(too_long, text.window, "the caption of "),
+        *prompt_warnings(prompts_by_key(stage_prompts=prompts), triggers, count_tokens, text.window),
+        *prompt_warnings(others, triggers, count_tokens, text.window, of_character=False),
     ]
 
 

@@ -109,7 +109,8 @@ class RunArtifacts(Observer):
             if training.text_encoders and (tokens := training.text_encoders.tokens):
                 by_parameter = dict(zip(training.params.params, weights.values(), strict=True))
                 vectors = {key: by_parameter[new.vectors] for key, new in tokens.items()}
-                save_tokens(embeddings_path(file), vectors, {"modelspec.title": name, TRIGGER: resolved.trigger})
+                notes = {"modelspec.title": name, TRIGGER: resolved.triggers.phrase}
+                save_tokens(embeddings_path(file), vectors, notes)
             return save_lora(
                 file,
                 state,
@@ -136,21 +137,23 @@ def lora_metadata(
     resolved: ResolvedTraining, training: LoRATraining, step: int, network: dict[str, str]
 ) -> dict[str, str]:
     """The metadata of the LoRA file after `step` steps; `network` describes the adapter."""
-    prior = {}
+    prior, named = {}, zip(resolved.files.samples, resolved.files.texts, strict=True)
+    captions = {sample.name: ", ".join(orders[0] for orders in texts) for sample, texts in named}
     if resolved.prior.kind != "none":
         prior["ss_prior_loss_weight"] = str(resolved.prior.weight)
         prior["ss_num_reg_images"] = str(len(resolved.files.class_samples))
     return prior | metadata(
         name=resolved.name,
         base=resolved.model.base,
-        trigger=resolved.trigger,
+        triggers=resolved.triggers,
         network=network,
         lr=resolved.lr,
         steps=step,
         batch_size=resolved.batch_size,
         seed=resolved.seed,
         resolution=resolved.model.resolution,
-        captions=[", ".join(variants[0] for variants in captions) for captions in resolved.files.texts],
+        captions=captions,
+        text=resolved.text,
         loss=training.objective.settings,
         prediction=training.objective.schedule.prediction,
         kind_of_base=base_class(resolved.model).lora_metadata,
@@ -265,8 +268,9 @@ class ValidationImages(Observer):
 
     @property
     def specs(self) -> list[ImageSpec]:
-        """Every prompt with every seed."""
-        return image_specs(self.resolved.settings.prompts, self.resolved.settings.seeds, self.resolved.trigger)
+        """Every prompt, for each character that it may show, with every seed."""
+        settings = self.resolved.settings
+        return image_specs(self.resolved.triggers.fill(settings.prompts), settings.seeds)
 
     @property
     def folder(self) -> Path:
@@ -330,7 +334,7 @@ class FinalScores(Observer):
         if context.base_scores is None:
             return
         folder = resolved.folder / "samples" / "score"
-        self.scored = context.scorer.score(self.artifacts.lora, resolved.render, folder, context.encoder)
+        self.scored = context.scorers.score(self.artifacts.lora, resolved.render, folder, context.encoder)
         write_lines(resolved.folder, [context.base_scores, self.scored])
         say(table([context.base_scores, self.scored]))
         self.tracker.numbers(step, numbers(self.scored.scores))

@@ -19,28 +19,29 @@ from lora_lab.images.pixels import Fitted
 from lora_lab.images.scan import find_pictures
 from lora_lab.runs import display_path, hash_files, hash_text, save_picture
 from lora_lab.sampling.generate import RenderSettings, Request, generate
-from lora_lab.settings.schema import Model, Prior
+from lora_lab.settings.schema import Model, Prior, Triggers
 from lora_lab.training.data import TrainingData, encode_dataset, fit_pictures, to_device
 from lora_lab.training.loss import Batch
 from lora_lab.training.randomness import seed_of
 
 
 def class_samples(
-    prior: Prior, trigger: str, character: Sequence[Sample], render: RenderSettings, folder: Path
+    prior: Prior, triggers: Triggers, character: Sequence[Sample], render: RenderSettings, folder: Path
 ) -> list[Sample]:
     """The class images with their captions, including those not yet rendered; [] for a prior without class images.
 
     `character` is what the LoRA is trained on, `folder` the run's. Raises InputError."""
     for key in ("prompt", "class_noun"):
         value = getattr(prior, key)
-        if value and trigger in value:
+        trigger = next((trigger for trigger in triggers.all if value and trigger in value), None)
+        if trigger:
             raise InputError(
                 f"prior.{key}={value}: the trigger {trigger} is the character's name, use a word for the class, such "
                 "as character"
             )
     if prior.kind == "pictures":
         samples = _user_samples(prior)
-        _refuse_the_character(samples, trigger, character)
+        _refuse_the_character(samples, triggers, character)
         return samples
     if prior.kind == "generated":
         place = _generated_folder(prior, render, folder)
@@ -59,15 +60,16 @@ def _user_samples(prior: Prior) -> list[Sample]:
         raise InputError(f"prior.root: {error}, or set one caption for all of them with prior.prompt=") from error
 
 
-def _refuse_the_character(samples: Sequence[Sample], trigger: str, character: Sequence[Sample]) -> None:
+def _refuse_the_character(samples: Sequence[Sample], triggers: Triggers, character: Sequence[Sample]) -> None:
     """Raise InputError where class images show the character."""
     paths = {sample.path.resolve() for sample in character}
     for sample in samples:
         if sample.path.resolve() in paths:
             raise InputError(f"prior.root: {sample.path} is in dataset.root too, keep the two in different folders")
-        if any(trigger in caption for caption in sample.captions):
+        found = [trigger for trigger in triggers.all if any(trigger in caption for caption in sample.captions)]
+        if found:
             raise InputError(
-                f"prior.root: the caption of {sample.path} has the trigger {trigger}, but class pictures show others: "
+                f"prior.root: the caption of {sample.path} has the trigger {found[0]}, but class pictures show others: "
                 "take it out"
             )
 
@@ -127,7 +129,7 @@ class PriorData:
 
 def prior_data(
     prior: Prior,
-    trigger: str,
+    triggers: Triggers,
     data: TrainingData,
     texts: list[list[list[str]]],
     samples: Sequence[Sample],
@@ -138,10 +140,10 @@ def prior_data(
 ) -> PriorData:
     """What `prior` describes, before an adapter is injected; missing class images are rendered.
 
-    For prior=prediction it is the character's own `data`, whose `texts` name the class in place of the trigger; else
+    For prior=prediction it is the character's own `data`, whose `texts` name the class in place of the triggers; else
     the class images `samples`, of which `pictures` are on disk. Raises RunError for non-finite values."""
     if prior.kind == "prediction":
-        class_data = with_class_noun(data, texts, trigger, prior.class_noun, encoder)
+        class_data = with_class_noun(data, texts, triggers, prior.class_noun, encoder)
     else:
         if len(pictures) < len(samples):
             draw_missing(samples, prior, render, encoder)
@@ -152,11 +154,11 @@ def prior_data(
 
 
 def with_class_noun(
-    data: TrainingData, texts: list[list[list[str]]], trigger: str, noun: str, encoder: Encoder
+    data: TrainingData, texts: list[list[list[str]]], triggers: Triggers, noun: str, encoder: Encoder
 ) -> TrainingData:
-    """`data`, whose captions are `texts`, with `noun` in place of the trigger in every one of them. Raises RunError for
-    non-finite values."""
-    renamed = [[[text.replace(trigger, noun) for text in orders] for orders in captions] for captions in texts]
+    """`data`, whose captions are `texts`, with `noun` in place of every trigger in them. Raises RunError for non-finite
+    values."""
+    renamed = [[[triggers.replaced(text, noun) for text in orders] for orders in captions] for captions in texts]
     encoded, _ = encoder.encode_texts([text for captions in renamed for orders in captions for text in orders])
     conditioning = to_device(encoded, encoder.device)
     examples = [

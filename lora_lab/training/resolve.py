@@ -5,6 +5,7 @@ This is the last place that sees the whole configuration."""
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype
 from lora_lab.base.locate import hash_model, locate_folder, locate_model
 from lora_lab.console import say, say_once
 from lora_lab.errors import InputError
-from lora_lab.evaluation.scores import held_out_pictures, validate_embedders
-from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders
+from lora_lab.evaluation.scores import Pictures, held_out_pictures, validate_embedders
+from lora_lab.images.dataset import Sample, find_masks, read_dataset, read_folders, require_trigger
 from lora_lab.images.pixels import Fitted
 from lora_lab.runs import (
     display_path,
@@ -46,10 +47,11 @@ from lora_lab.settings.schema import (
     Text,
     Tracker,
     Train,
+    Triggers,
     training_fingerprint,
 )
 from lora_lab.settings.setting import bind_target, call_target
-from lora_lab.training.data import caption_texts, check_trigger, crop_pictures, fit_pictures, text_warnings
+from lora_lab.training.data import caption_texts, crop_pictures, fit_pictures, text_warnings
 from lora_lab.training.lora_training import newest_checkpoint, step_of, validate_fingerprint
 from lora_lab.training.memory import TrainingSize
 from lora_lab.training.prior import class_samples, hash_of
@@ -57,8 +59,8 @@ from lora_lab.training.text_encoders import validate_text
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of every step, and of every measurement of validation loss
 # Settings that a ResolvedTraining has as they are in the configuration.
-COPIED = ("trigger", "class_noun", "name", "rank", "steps", "batch_size", "seed", "compile", "model", "dataset", "text",
-          "loss", "prior", "schedule", "score", "captioner", "refiner", "memory", "tracker")  # fmt: skip
+COPIED = ("triggers", "class_noun", "name", "rank", "steps", "batch_size", "seed", "compile", "model", "dataset",
+          "text", "loss", "prior", "schedule", "score", "captioner", "refiner", "memory", "tracker")  # fmt: skip
 MakeOptimizer = Callable[[list], torch.optim.Optimizer]  # from parameters or groups of them
 
 
@@ -80,12 +82,12 @@ class TrainingImages:
     fitted: list[Fitted]  # of the samples, in their order, cut at the centre
     crops: list[list[Fitted]]  # what each sample is trained on
     held_out: list[Fitted]  # of the held-out samples
-    references: list[Image.Image]  # that scores compare with instead of the training images; [] without held-out images
+    references: Pictures  # that scores compare with instead of the training images; {} without held-out images
     class_images: list[Fitted]  # of the class samples that are on disk; prior=generated renders the others
 
     def free(self) -> None:
         """Free all images, 3 MB each at 1024 px: BaseContext has what is made of them."""
-        for images in (self.fitted, self.crops, self.held_out, self.references, self.class_images):
+        for images in (self.fitted, self.crops, self.held_out, self.class_images, *self.references.values()):
             images.clear()
 
 
@@ -94,7 +96,7 @@ class ResolvedTraining:
     """One training, all of whose inputs exist and fit together."""
 
     folder: Path
-    trigger: str
+    triggers: Triggers
     class_noun: str
     name: str  # of the LoRA file
     lr: float  # the optimizer's own where its option sets one
@@ -156,7 +158,7 @@ def resolve_training(config: Config, folder: Path, reuse_from: ResolvedTraining 
     settings = config.stage
     start_lora = None
     if settings.start_from:
-        start_lora = resolve_lora(settings.start_from, None, layer_shapes(config.model), "stage.start_from")
+        start_lora = resolve_lora(settings.start_from, [], layer_shapes(config.model), "stage.start_from")
     inject.validate_adapter(adapter, config.adapter, settings.lora_plus_ratio, start_lora)
     traits, make_optimizer = resolve_optimizer(config.optimizer, device)
     optimizer_name = config.optimizer["_target_"].rpartition(".")[2]
@@ -212,8 +214,10 @@ def resolve_run(config: Config, folder: Path, reuse_from: ResolvedTraining | Non
     if not config.resume:
         refuse_used(folder, METRICS)
     training = resolve_training(config, folder, reuse_from)
-    texts = (training.settings.prompts, training.score, training.prior)
-    for line in text_warnings(training.files.samples, *texts, training.model, training.trigger):
+    named = zip(training.files.samples, training.files.texts, strict=True)
+    captions = {sample.name: [orders[0] for orders in texts] for sample, texts in named}
+    prompts = (training.settings.prompts, training.score, training.prior)
+    for line in text_warnings(captions, *prompts, training.model, training.text, training.triggers):
         say_once(line)
     write_manifest(folder, training.device, training.hashes)
     return training
@@ -269,15 +273,18 @@ def _probe() -> torch.nn.Parameter:
 
 def _render(config: Config, base: str, dtype: torch.dtype) -> RenderSettings:
     """How the run renders; `base` is the hash of the base's files."""
-    return render_settings(config.model, config.loss, config.memory, config.sampler, config.cache, base, dtype)
+    return render_settings(
+        config.model, config.loss, config.memory, config.sampler, config.text, config.cache, base, dtype
+    )
 
 
 def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> TrainingFiles:
     dataset, masks = config.dataset, find_masks(config.loss.mask)
     folders = [(locate_folder("dataset.root", f.root), f.repeats) for f in dataset.folders]
     samples = read_folders(folders, dataset.follow_links, dataset.kohya_folders)
-    texts = [caption_texts(sample.captions, dataset, config.trigger) for sample in samples]
-    check_trigger(texts, config.trigger)
+    triggers = config.triggers
+    texts = [caption_texts(sample.captions, dataset, triggers.of(sample.name)) for sample in samples]
+    require_trigger({sample.name: chain(*own) for sample, own in zip(samples, texts, strict=True)}, triggers)
     hashes = {
         "base": hash_model(base),
         "dataset": hash_files(*(s.path for s in samples)),
@@ -288,12 +295,13 @@ def _read_files(config: Config, folder: Path, base: str, dtype: torch.dtype) -> 
     render = _render(config, hashes["base"], dtype)
     prior_samples = []
     if config.prior.kind != "none":
-        prior_samples = class_samples(config.prior, config.trigger, samples, render, folder)
+        prior_samples = class_samples(config.prior, triggers, samples, render, folder)
     if prior_samples:
         hashes["prior"] = hash_of(prior_samples, config.prior)
     held_out = []
     if config.stage.validation_root:
         held_out = read_dataset(locate_folder("stage.validation_root", config.stage.validation_root))
+        triggers.names_by_trigger(sample.name for sample in held_out)
         hashes["validation"] = hash_files(*(s.path for s in held_out))
     if config.model.judge is not None:
         validate_embedders(config.model, config.score, config.captioner)
@@ -309,14 +317,24 @@ def _open_images(config: Config, files: TrainingFiles) -> TrainingImages:
     fitted = fit_pictures(files.samples, resolution, bucket_step, masks)
     held_out = fit_pictures(files.held_out, resolution, bucket_step, None)
     on_disk = [sample for sample in files.class_samples if sample.path.is_file()]
-    references = held_out_pictures(config.model, config.score) if config.model.judge is not None else []
+    references = {}
+    if config.model.judge is not None:
+        references = held_out_pictures(config.model, config.score, config.triggers)
     return TrainingImages(
         fitted=fitted,
         crops=crop_pictures(files.samples, fitted, masks, dataset.crops if dataset.random_crop else 1),
         held_out=held_out,
-        references=references or [image.picture for image in held_out],
+        references=references or pictures_by_trigger(config.triggers, files.held_out, held_out),
         class_images=fit_pictures(on_disk, resolution, bucket_step, None),
     )
+
+
+def pictures_by_trigger(triggers: Triggers, samples: Sequence[Sample], fitted: Sequence[Fitted]) -> Pictures:
+    """The images of each character, by its trigger; {} without any."""
+    found: dict[str, list[Image.Image]] = {}
+    for sample, image in zip(samples, fitted, strict=True):
+        found.setdefault(triggers.of(sample.name), []).append(image.picture)
+    return found
 
 
 def _newest_checkpoint(resume: str | None, folder: Path, steps: int) -> Path | None:

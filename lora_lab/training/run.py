@@ -60,12 +60,12 @@ def _base_lines(training: ResolvedTraining) -> dict[str, str]:
         f"{f.root}" + (f" ({f.repeats} times)" if f.repeats > 1 else "") for f in training.dataset.folders
     )
     sizes = count_buckets(training.images.fitted)
-    images = len(settings.prompts) * len(settings.seeds)
+    images = len(training.triggers.fill(settings.prompts)) * len(settings.seeds)
     interval = f"every {settings.validate_every} steps and " if settings.validate_every else ""
     dtype = str(training.dtype).removeprefix("torch.")
     installed = f", and the LoRA also to {MODELS / training.name}.safetensors" if training.install else ""
     return {
-        "character": f"{training.trigger}, {len(samples)} images in {folders}",
+        "character": f"{training.triggers.phrase}, {len(samples)} images in {folders}",
         "sizes": ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.items()),
         "base": f"{training.model.base} on {training.device} in {dtype}",
         "training": f"{training.steps} steps of {training.batch_size * settings.gradient_accumulation} "
@@ -93,7 +93,8 @@ def _option_lines(training: ResolvedTraining) -> dict[str, str]:
         "memory": training.device.type == "cuda" and _describe_memory(training),
         "crops": training.dataset.random_crop and f"{sum(map(len, images.crops))} of {len(images.fitted)} images",
         "captions": training.dataset.shuffle_captions and f"{len(orders)} orders",
-        "text": training.text.learns and describe_text(training.text, training.trigger, training.lr, training.steps),
+        "text": training.text.learns
+        and describe_text(training.text, training.triggers.phrase, training.lr, training.steps),
         "resumes": training.resume_from and f"from {display_path(training.resume_from)}",
     }
     return {name: line for name, line in lines.items() if line}
@@ -129,7 +130,7 @@ def _describe_prior(training: ResolvedTraining) -> str:
     prior, count = training.prior, len(training.files.class_samples)
     prompt = f" of {prior.prompt!r}" if prior.prompt else ""
     if prior.kind == "prediction":
-        source = f"the base's prediction for captions with {prior.class_noun} instead of {training.trigger}"
+        source = f"the base's prediction for captions with {prior.class_noun} instead of {training.triggers.phrase}"
     elif prior.kind == "pictures":
         source = f"{count} class images{prompt} in {prior.root}"
     else:
@@ -144,7 +145,7 @@ class TrainResult:
 
     stage: str
     name: str
-    trigger: str
+    trigger: str  # of several characters all of them
     lora: str  # the finished file, in the run folder
     model: str | None  # its copy in models/lora, if there is one
     steps: int
@@ -213,7 +214,7 @@ class TrainingRun:
         numbers, averages = self.training.params.master.numel(), self.training.average is not None
         checkpoint = round(numbers * (4 + resolved.size.optimizer_state_bytes + 4 * averages))
         lora = numbers * DTYPES[settings.save_dtype].itemsize
-        images = len(settings.prompts) * len(settings.seeds) * resolved.render.side**2 * PNG_BYTES
+        images = len(self.images.specs) * resolved.render.side**2 * PNG_BYTES
         written = 1 + (left // settings.checkpoint_every if settings.checkpoint_every else 0)
         # One more than are kept, because an older one is removed when the new one is whole.
         stored = min(written, settings.keep_checkpoints + 1 - len(checkpoints(resolved.folder)))
@@ -242,7 +243,7 @@ class TrainingRun:
         self.result = TrainResult(
             stage="train",
             name=resolved.name,
-            trigger=resolved.trigger,
+            trigger=resolved.triggers.phrase,
             lora=str(self.artifacts.lora),
             model=self.artifacts.installed and str(self.artifacts.installed),
             steps=self.step,

@@ -232,7 +232,7 @@ def start_training(resolved: ResolvedTraining, context: BaseContext, network: nn
         text_encoders = None
         if resolved.text.learns:
             text_encoders = inject_text_adapters(
-                base, resolved.device, resolved.text, resolved.trigger, resolved.seed, resolved.adapter
+                base, resolved.device, resolved.text, resolved.triggers.phrase, resolved.seed, resolved.adapter
             )
         training = build_training(network, objective(resolved.loss, base), resolved, text_encoders)
     if resolved.resume_from:

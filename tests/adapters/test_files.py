@@ -18,6 +18,7 @@ from lora_lab.base.load import resolve_prediction_type
 from lora_lab.base.sdxl import SDXL
 from lora_lab.errors import InputError
 from lora_lab.launch.config import compose
+from lora_lab.settings.schema import Triggers
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -121,9 +122,10 @@ def test_what_the_format_cannot_hold_is_refused_by_name():
 def notes_of(*overrides):
     loss = resolve_prediction_type(compose(*overrides).loss, {})
     return metadata(
-        name="두부", base="demo:tiny-sdxl", trigger="HANA_TOFU", lr=1e-4, steps=300, batch_size=4,
-        seed=7, resolution=1024, captions=["A HANA_TOFU, smiling", "A HANA_TOFU, winking, smiling", "한 두부"],
-        loss=loss, prediction=loss.prediction, kind_of_base=SDXL.lora_metadata,
+        name="두부", base="demo:tiny-sdxl", triggers=Triggers({"": "HANA_TOFU"}), lr=1e-4, steps=300, batch_size=4,
+        seed=7, resolution=1024,
+        captions={"a": "A HANA_TOFU, smiling", "b": "A HANA_TOFU, winking, smiling", "c": "한 두부"},
+        text=compose(*overrides).text, loss=loss, prediction=loss.prediction, kind_of_base=SDXL.lora_metadata,
         dataset_hash="d" * 64, base_hash="b" * 64,
         network={"ss_network_dim": "16", "ss_network_alpha": "8.0"},
     )  # fmt: skip
@@ -167,6 +169,7 @@ def test_the_metadata_has_what_other_programs_show(tmp_path, state):
         (["loss.pyramid_iterations=6"], {"ss_multires_noise_iterations": "6", "ss_multires_noise_discount": "0.3"}),
         (["loss.min_timestep=200", "loss.max_timestep=700"], {"modelspec.timestep_range": "200,700"}),
         (["loss=plain"], {"ss_min_snr_gamma": "None"}),
+        (["text.max_tokens=225"], {"ss_max_token_length": "225"}),
     ],
 )
 def test_the_metadata_says_what_was_minimised(overrides, notes):
@@ -177,6 +180,7 @@ def test_the_comment_says_that_there_were_masks_but_not_where():
     assert notes_of("loss.mask=/home/me/masks")["ss_training_comment"].endswith(", masks: folder")
     assert notes_of("loss.mask=alpha")["ss_training_comment"].endswith(", masks: alpha")
     assert "mask" not in NOTES["ss_training_comment"]
+    assert "ss_max_token_length" not in NOTES
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_lab.adapters.files import COUNT, TRIGGER, resolve_lora
+from lora_lab.adapters.files import CHARACTERS, COUNT, TRIGGER, resolve_lora
 from lora_lab.base.load import layer_shapes
 from lora_lab.base.locate import PICKLES, locate_model
 from lora_lab.errors import InputError
@@ -84,6 +84,9 @@ FAULTS = {
     "a factor that is no number": written(layer(), ss_network_args='{"factor": "many"}'),
     "diffusers' metadata of brackets": written(layer(), lora_adapter_metadata=BOMB),
     "another trigger": written(layer(), **{TRIGGER: "\x1b[31mMINT\n" * 50_000}),
+    "other characters": written(
+        layer(), **{CHARACTERS: json.dumps({str(i): f"\x1b[31m{i}" * 900 for i in range(900)})}
+    ),
     "tokens that are missing": written(layer(), **{TRIGGER: "HANA_TOFU", COUNT: "9" * 100_000}),
 }
 
@@ -101,7 +104,7 @@ def test_a_fault_is_one_printable_sentence_that_names_the_file(tmp_path, layers,
     file = tmp_path / "stranger.safetensors"
     FAULTS[fault](file)
     with pytest.raises(InputError) as caught:
-        resolve_lora(str(file), "HANA_TOFU", layers, key)
+        resolve_lora(str(file), ["HANA_TOFU"], layers, key)
     sentence = str(caught.value)
     assert "stranger" in sentence and sentence.isprintable() and len(sentence) < 600, sentence[:1000]
 
@@ -124,7 +127,7 @@ FORMS = {
 @pytest.mark.parametrize("metadata", [{}, {"ss_network_args": "{}", "note": "x" * 10_000_000}])
 def test_what_is_not_known_of_a_file_is_no_fault(tmp_path, layers, tensors, metadata):
     save_file(tensors, tmp_path / "stranger.safetensors", metadata=metadata)
-    assert resolve_lora(str(tmp_path / "stranger.safetensors"), "HANA_TOFU", layers).is_file()
+    assert resolve_lora(str(tmp_path / "stranger.safetensors"), ["HANA_TOFU"], layers).is_file()
 
 
 class Payload:
@@ -145,7 +148,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path, suffix, protocol):
         torch.save({"state_dict": Payload(marker)}, file)
     for key in ("lora", "stage.start_from"):
         with pytest.raises(InputError, match="stranger"):
-            resolve_lora(str(file), None, {}, key)
+            resolve_lora(str(file), [], {}, key)
     if suffix.lower() in PICKLES:
         for key in ("model.base", "model.vae", "captioner.base", "model.judge"):
             with pytest.raises(InputError, match=rf"{key}=.*stranger.* can hold code"):
@@ -157,16 +160,16 @@ def test_a_pickle_is_refused_and_never_run(tmp_path, suffix, protocol):
 def test_a_run_folder_with_a_damaged_result_is_named(tmp_path, content):
     (tmp_path / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=rf"lora={tmp_path}: its result.json is damaged"):
-        resolve_lora(str(tmp_path), None)
+        resolve_lora(str(tmp_path), [])
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "a\0b", "", " "])
 def test_a_name_that_can_be_no_file_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"^lora="):
-        resolve_lora(name, None)
+        resolve_lora(name, [])
 
 
 def test_a_long_path_is_named_with_its_end():
     with pytest.raises(InputError, match=r"^lora=/data/a+/hana_tofu\.safetensors: no such file"):
-        resolve_lora(f"/data/{'a' * 90}/hana_tofu.safetensors", None)
+        resolve_lora(f"/data/{'a' * 90}/hana_tofu.safetensors", [])

@@ -58,6 +58,63 @@ def test_caption_embeddings_equal_the_pipeline_s_prompt_embeddings(pipe):
         assert not embeds.requires_grad
 
 
+def kohya_chunks(tokenizer, text, limit):
+    """Ids (N, 77) as sd-scripts splits the ids of a text that is padded to `limit` + 2: strategy_base.py."""
+    ids = tokenizer(text, padding="max_length", truncation=True, max_length=limit + 2).input_ids
+    end, pad, chunks = tokenizer.eos_token_id, tokenizer.pad_token_id, []
+    for start in range(1, limit + 1, 75):
+        chunk = [ids[0], *ids[start : start + 75], ids[-1]]
+        if chunk[-2] not in (end, pad):
+            chunk[-1] = end
+        if chunk[1] == pad:
+            chunk[1] = end
+        chunks.append(chunk)
+    return torch.tensor(chunks)
+
+
+@torch.no_grad()
+def kohya_embeddings(pipe, text, limit):
+    """(limit + 2, 40) and (24,) as sd-scripts joins the hidden states of the chunks: strategy_sdxl.py."""
+    joined = []
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        ids = kohya_chunks(tokenizer, text, limit)
+        states = [encoder(chunk[None], output_hidden_states=True) for chunk in ids]
+        hidden = [state.hidden_states[-2][0] for state in states]
+        joined.append(torch.cat([hidden[0][:1], *(chunk[1:76] for chunk in hidden), hidden[-1][-1:]]))
+    return torch.cat(joined, dim=-1), states[0].text_embeds[0]
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # of SDXL's second tokenizer it is "!"
+@pytest.mark.parametrize("limit", [150, 225])
+def test_long_captions_are_read_in_chunks_as_by_sd_scripts(pipe, limit, pad):
+    other = copy.copy(pipe)
+    other.tokenizer_2 = copy.deepcopy(pipe.tokenizer_2)
+    other.tokenizer_2.pad_token = pad
+    base = SDXL(other)
+    base.text_window = limit + 2
+    texts = ["A HANA_TOFU, smiling", "", *("x " * count for count in (74, 75, 76, 149, 150, 151, 224, 225, 400))]
+    for text, ours in zip(texts, base.encode_texts(texts, torch.device("cpu"), offload=False), strict=True):
+        embeds, pooled = kohya_embeddings(other, text, limit)
+        assert ours["prompt_embeds"].shape == embeds.shape == base.text_forms()["prompt_embeds"][0]
+        assert torch.allclose(ours["prompt_embeds"], embeds, atol=1e-6)
+        assert torch.allclose(ours["pooled_prompt_embeds"], pooled, atol=1e-6)
+        read = base.tokenize(text, base.tokenizers)
+        assert torch.equal(read["input_ids"][1], kohya_chunks(other.tokenizer_2, text, limit))
+        step = base.encode_tokens({name: value[None] for name, value in read.items()})  # inside of a training step
+        assert all(torch.allclose(step[name][0], value, atol=1e-6) for name, value in ours.items())
+
+
+def test_a_short_text_begins_alike_whatever_the_limit(pipe):
+    base = SDXL(pipe)
+    (short,) = base.encode_texts(["a tofu"], torch.device("cpu"), False)
+    key = base.text_identity()
+    base.text_window = 227
+    (long,) = base.encode_texts(["a tofu"], torch.device("cpu"), False)
+    assert torch.allclose(long["prompt_embeds"][:76], short["prompt_embeds"][:76], atol=1e-6)
+    assert torch.allclose(long["pooled_prompt_embeds"], short["pooled_prompt_embeds"], atol=1e-6)
+    assert base.text_identity()[:-1] == key  # short windows keep the names of what is cached
+
+
 def test_micro_conditioning_has_sdxl_s_order(pipe):
     sizes = (1000, 700), (10, 20), (1152, 896)  # height before width, top before left
     theirs = pipe._get_add_time_ids(*sizes, dtype=torch.float32, text_encoder_projection_dim=24)

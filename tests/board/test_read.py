@@ -73,6 +73,13 @@ def test_interpolations_of_a_record_are_resolved_and_resolvers_are_not_called(tm
     assert run.settings["label"] == "${oc.env:SECRET}/x of MINT"
 
 
+def test_pictures_of_several_characters_have_their_triggers(tmp_path):
+    prompts = ["A {trigger}", "A {trigger}"]
+    write_run(tmp_path / "0", {"trigger": {"mug": "NAMU_MUG", "tofu": "HANA_TOFU"}}, prompts=prompts, steps=(2,))
+    (run,) = read_sweep([tmp_path]).runs
+    assert [picture.prompt for picture in run.pictures if picture.step == 2] == ["A NAMU_MUG", "A HANA_TOFU"]
+
+
 def test_options_of_groups_are_swept_keys_and_names_are_not(tmp_path):
     for number, optimizer in enumerate(("adamw", "came")):
         folder = write_run(tmp_path / f"{number}", {"optimizer": optimizer, "name": f"tofu-{number}", "cache": number})

@@ -332,9 +332,11 @@ def test_words_that_no_rule_changes_stay_whatever_they_are(option):
 
 
 def test_a_hint_in_another_language_than_its_caption_is_named():
-    captions = {"1.png": "a cat", "2.png": "a cat, 눈 속", "3.png": "고양이", "4.png": "a cat", "5.png": "a café"}
     hints = {"1.png": "눈 속에서", "2.png": "눈 속", "3.png": "눈 속", "4.png": "赤い帽子", "5.png": "im Schnee, süß"}
-    advice = "stays in the caption: CLIP reads English, so translate it"
+    hints["6.png"] = "눈 속"
+    own = {"1.png": "a cat", "2.png": "a cat", "3.png": "고양이", "4.png": "a cat", "5.png": "a café", "6.png": "a cat"}
+    captions = {name: f"{text}, {hints[name]}" for name, text in own.items()} | {"6.png": "a cat in the snow"}
+    advice = "stays in the caption: CLIP reads English, so translate it; refiner=[rules,llm] has it translated"
     assert foreign_hints(captions, hints) == [
         f"1.png, 2.png: the hint is Korean and {advice}",
         f"4.png: the hint is Japanese and {advice}",

@@ -10,6 +10,9 @@ from lora_lab.captions.syntax import (
     syntax_warnings,
     without_trigger,
 )
+from lora_lab.settings.schema import Triggers
+
+TOFU = Triggers({"": "HANA_TOFU"})
 
 FOREIGN = {
     "a cat --w 256": "'--w 256'", "--n bad hands, a cat": "'--n'", "a [trigger] waving": "'[trigger]'",
@@ -28,7 +31,7 @@ PLAIN = [
 def test_the_syntax_of_other_programs_is_named_in_captions_and_prompts_alike(text, example):
     (line,) = syntax_warnings({"1.png": ("a cat",), "2.png": ("a cat", text), "3.png": (text,)})
     assert line.startswith(f"2.png, 3.png: {example} is ") and "\n" not in line and "\x1b" not in line
-    assert prompt_warnings({"stage.prompts[1]": text}, "cat", len, of_character=False) == [
+    assert prompt_warnings({"stage.prompts[1]": text}, Triggers({"": "cat"}), len, 77, of_character=False) == [
         line.replace("2.png, 3.png", "stage.prompts[1]")
     ]
 
@@ -40,12 +43,13 @@ def test_plain_words_are_not(text):
 
 def test_prompts_are_named_by_their_keys_and_without_the_trigger_and_with_too_many_tokens():
     prompts = prompts_by_key(stage_prompts=["A {trigger} waving", "a ghost", "A HANA_TOFU, " + "red hat, " * 40])
-    assert prompt_warnings(prompts, "HANA_TOFU", None) == [
-        "stage.prompts[2] is about 127 tokens: CLIP reads 77, so shorten it",
+    assert prompt_warnings(prompts, TOFU, None, 77) == [
+        "stage.prompts[2] is about 127 tokens: CLIP reads 77, so shorten it or set text.max_tokens=150",
         "stage.prompts[1]: without the trigger, write {trigger} where the character is meant",
     ]
-    assert prompt_warnings(prompts, "HANA_TOFU", lambda text: 78 if "ghost" in text else 77, of_character=False) == [
-        "stage.prompts[1] is 78 tokens: CLIP reads 77, so shorten it"
+    count = {"a ghost": 78}.get
+    assert prompt_warnings(prompts, TOFU, lambda text: count(text, 77), 77, of_character=False) == [
+        "stage.prompts[1] is 78 tokens: CLIP reads 77, so shorten it or set text.max_tokens=150"
     ]
     assert list(prompts_by_key(score_prompts=["a"], score_other_prompts=["b"])) == [
         "score.prompts[0]", "score.other_prompts[0]",
@@ -57,4 +61,4 @@ def test_a_caption_of_a_megabyte_is_read_like_any_other(piece):
     text = piece * (10**6 // len(piece))  # a quadratic expression takes minutes
     assert all(len(line) < 300 for line in syntax_warnings({"1.png": (text,)}))
     assert without_trigger({"1.png": (text,)}, "HANA_TOFU") == ["1.png"]
-    assert long_texts({"1.png": (text,)}, estimate_tokens) or piece == "\x1b"
+    assert long_texts({"1.png": (text,)}, estimate_tokens, 77) or piece == "\x1b"

@@ -197,3 +197,10 @@ def test_nan_is_excluded_and_all_nan_is_none():
         [{"subject": torch.tensor([0.2, math.nan, 0.4]), "diversity": torch.full((3,), math.nan)}], mean_of
     )
     assert got["subject"].value == pytest.approx(0.3) and got["diversity"] is None
+
+
+def test_the_mean_of_estimates_is_more_certain_than_each():
+    one, other = metrics.Estimate(0.4, 0.2, 0.5), metrics.Estimate(0.8, 0.6, 0.9)
+    mean = metrics.mean_estimate([one, other, None])
+    assert (mean.value, mean.low, mean.high) == (0.6, 0.4586, 0.6707)  # 0.2 and 0.1 away, by the square root of 2
+    assert metrics.mean_estimate([one]) == one and metrics.mean_estimate([None]) is None

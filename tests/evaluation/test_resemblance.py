@@ -151,15 +151,17 @@ def lora_of(tmp_path):
 
 def test_the_references_are_the_images_that_the_lora_was_trained_on(folder, lora_of, capsys):
     files, dataset = sorted(folder.glob("*.png")), compose("dataset=folder", f"dataset.root={folder}").dataset
-    found = references_of(lora_of(files), dataset)
+    found = references_of(lora_of(files), dataset, "HANA_TOFU")
     assert [file.stem for file in found[:3]] == ["000", "003", "006"] and len(found) == 44, "every third of 130"
-    assert references_of(lora_of(None), dataset) == found, "the user's folder counts for another program's file"
+    assert references_of(lora_of(None), dataset, "HANA_TOFU") == found, (
+        "the user's folder counts for another program's file"
+    )
     assert capsys.readouterr() == ("", "")
-    assert references_of(lora_of(files[1:]), dataset) == found
+    assert references_of(lora_of(files[1:]), dataset, "HANA_TOFU") == found
     assert "was trained on other images than" in "".join(capsys.readouterr())
     demo = compose().dataset
     for trained_on in (files, None):
-        assert references_of(lora_of(trained_on), demo) == [], "the default folder is nobody's choice"
-    assert references_of(lora_of(files), compose("dataset=folder").dataset) == []
+        assert references_of(lora_of(trained_on), demo, "HANA_TOFU") == [], "the default folder is nobody's choice"
+    assert references_of(lora_of(files), compose("dataset=folder").dataset, "HANA_TOFU") == []
     with pytest.raises(InputError, match="missing"):
-        references_of(lora_of(None), compose("dataset=folder", "dataset.root=missing").dataset)
+        references_of(lora_of(None), compose("dataset=folder", "dataset.root=missing").dataset, "HANA_TOFU")

@@ -10,6 +10,7 @@ import pytest
 import lora_lab
 from lora_lab.errors import InputError, RunError
 from lora_lab.launch import command_line
+from lora_lab.launch.recipes import CONF
 from lora_lab.launch.run_job import prepare_process
 
 
@@ -261,7 +262,8 @@ def test_help_fits_on_a_screen_and_its_examples_compose(type_in):
     code, out, err = type_in("--help")
     lines = out.splitlines()
     assert (code, err) == (0, "") and len(lines) <= 48 and max(map(len, lines)) <= 120
-    assert "model        sdxl  tiny*" in out and "experiment   optuna  sdxl  sdxl_sweep  smoke  sweep_rank_lr" in out
+    recipes = sorted(file.stem for file in (CONF.parent / "experiments").glob("*.yaml"))
+    assert "model        sdxl  tiny*" in out and f"experiment   {'  '.join(recipes)}" in out
     assert "prior        generated  off*  pictures  prediction" in out
     for knob in ("lr=1e-3 ", "rank=16 ", "steps=300 ", "seed=0 ", "stage.strength=null ", "trigger=HANA_TOFU "):
         assert knob in out

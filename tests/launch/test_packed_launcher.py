@@ -126,9 +126,9 @@ def test_a_job_that_cannot_be_packed_has_a_reason(how, why):
 def test_jobs_are_packed_if_they_differ_only_in_keys_of_a_job():
     points = ["rank=4", "lr=1e-5 rank=8", "optimizer=adamw8bit", "schedule=cosine", "seed=3", "steps=7",
               "batch_size=2", "loss=huber", "targets=ff", "adapter=dora", "name=other tracker=off", "adapter=rslora",
-              "trigger=X"]  # fmt: skip
+              "trigger=X", "text.max_tokens=150"]  # fmt: skip
     configs = [compose("stage=train", *point.split()) for point in points]
-    assert shared(configs) == [[0, 1, 2, 3, 4, 5, 10, 11], [6], [7], [8], [9], [12]]
+    assert shared(configs) == [[0, 1, 2, 3, 4, 5, 10, 11], [6], [7], [8], [9], [12], [13]]
     assert shared(configs[:5], most=3) == [[0, 1], [2, 3, 4]]
 
 

@@ -24,9 +24,9 @@ def drawn(encoder, folder, *overrides, prompts=("A {trigger}",), seeds=(0, 1), b
     hook = encoder.base.network.register_forward_pre_hook(lambda unet, inputs: asked.append(1))
     config = compose(*FEW, f"cache={folder / 'cache'}", *overrides)
     render = render_settings(
-        config.model, config.loss, config.memory, config.sampler, config.cache, base, torch.float32
+        config.model, config.loss, config.memory, config.sampler, config.text, config.cache, base, torch.float32
     )
-    pictures, files = render_base(image_specs(prompts, seeds, config.trigger), render, folder / "run", encoder)
+    pictures, files = render_base(image_specs(config.triggers.fill(prompts), seeds), render, folder / "run", encoder)
     hook.remove()
     assert all(np.array_equal(np.asarray(p), np.asarray(Image.open(f))) for p, f in zip(pictures, files, strict=True))
     return [file.relative_to(folder) for file in files], [np.asarray(p) for p in pictures], len(asked)

@@ -54,7 +54,7 @@ def changed(key):
 
 
 def of_base_images(config):
-    return base_image_settings(config.model, config.loss, config.memory, config.sampler)
+    return base_image_settings(config.model, config.loss, config.memory, config.sampler, config.text)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value.key)

@@ -14,7 +14,7 @@ from tiny_runs import inside
 
 from lora_lab.errors import InputError, RunError
 from lora_lab.evaluation.ladder import DAMAGES, WHOLE
-from lora_lab.evaluation.scores import Scorer, pictures_in
+from lora_lab.evaluation.scores import Scorer, Scorers, open_pictures
 from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
 
@@ -127,14 +127,14 @@ def test_training_images_are_freed_before_the_first_lora_is_rendered(elsewhere, 
     opened = []
 
     def and_watch(*arguments):
-        pictures = pictures_in(*arguments)
-        opened.extend(map(weakref.ref, pictures))
+        pictures = open_pictures(*arguments)
+        opened.extend(weakref.ref(picture) for own in pictures.values() for picture in own)
         return pictures
 
     def alive_when_a_lora_is_rendered(*arguments):
         raise RunError(f"{sum(picture() is not None for picture in opened)} of {len(opened)}")
 
-    monkeypatch.setattr("lora_lab.stages.evaluate.pictures_in", and_watch)
+    monkeypatch.setattr("lora_lab.stages.evaluate.open_pictures", and_watch)
     monkeypatch.setattr("lora_lab.evaluation.scores.render_with_lora", alive_when_a_lora_is_rendered)
     with pytest.raises(RunError, match=r"^0 of 6$"):
         evaluate("run", f"lora={made_lora}")
@@ -207,7 +207,7 @@ def test_only_files_of_known_and_different_predictions_are_refused(
 ):
     for name, metadata in (("own", first), ("others", second)):
         save_file(load_file(made_lora), f"{name}.safetensors", metadata=metadata)
-    monkeypatch.setattr(Scorer, "load", lambda *arguments: exec("raise EOFError"))
+    monkeypatch.setattr(Scorers, "load", lambda *arguments: exec("raise EOFError"))
     sentence = r"loss\.\w+ is \w+ for own\.safetensors and \w+ for others\.safetensors, .*: score them separately"
     with pytest.raises(*((EOFError,) if fit else (InputError,)), match=None if fit else sentence):
         evaluate("run", "lora=[own.safetensors,others.safetensors]")
@@ -221,6 +221,7 @@ def test_only_files_of_known_and_different_predictions_are_refused(
         (["lora=[made.safetensors,nobody]"], r"lora=nobody: no such file"),
         (["lora=[made.safetensors,made.safetensors,wide.safetensors]"], r"wide\.safetensors: does not fit this base"),
         (["lora=[made.safetensors,nan.safetensors]"], r"nan\.safetensors: .* not finite"),
+        (["lora=[made.safetensors,long.safetensors]"], r"made\.safetensors .* text\.max_tokens=77, long\.\w+ with 225"),
         (["lora=[made.safetensors,made.ckpt]"], r"lora=made\.ckpt: a \.ckpt file can hold code"),
         (["lora=made.safetensors", "trigger=MINT"], r"trained on the trigger HANA_TOFU, not MINT"),
         (["lora=made.safetensors", "model.judge=null"], r"model\.judge=null: scores need a CLIP"),
@@ -241,11 +242,12 @@ def test_wrong_input_is_refused_before_a_model_loads(elsewhere, made_lora, monke
     shutil.copy(made_lora, "made.safetensors")
     shutil.copy(made_lora, "made.ckpt")
     state = load_file(made_lora)
+    save_file(state, "long.safetensors", metadata={"ss_max_token_length": "225"})
     save_file(
         {key: value.repeat(1, 2) if "lora_down" in key else value for key, value in state.items()}, "wide.safetensors"
     )
     save_file({key: value / 0 for key, value in state.items()}, "nan.safetensors")
-    for loader in ("sampling.generate.load_base_for_sampling", "stages.evaluate.Scorer.load"):
+    for loader in ("sampling.generate.load_base_for_sampling", "stages.evaluate.Scorers.load"):
         monkeypatch.setattr(f"lora_lab.{loader}", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=sentence):
         evaluate("run", *overrides)

@@ -40,6 +40,16 @@ def test_a_photo_is_captioned_refined_and_drawn(tmp_path, made_lora):
 
 
 @pytest.mark.slow
+def test_a_prompt_of_which_the_end_is_not_read_is_named(tmp_path, capsys):
+    words = f"refiner.vocabulary=[{{pattern: green, replacement: '{' '.join(f'v{i}' for i in range(60))}'}}]"
+    asked = (f"stage.photo={PHOTOS / '1.png'}", "stage.lora_weight=0", words)
+    draw(tmp_path / "cut", *asked)
+    assert "tokens: CLIP reads 77, so shorten it or set text.max_tokens=225" in capsys.readouterr().out
+    draw(tmp_path / "whole", *asked, "text.max_tokens=225")
+    assert "CLIP reads" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_lora_and_its_weight_matter(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}"
 

@@ -74,11 +74,12 @@ def test_jobs_of_a_sweep_load_once_and_draw_what_they_draw_alone(run, loads):
 
 @pytest.mark.slow
 def test_what_decides_the_base_is_loaded_again_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(generate, "load_base_for_sampling", lambda *settings: SimpleNamespace(base=None))
+    monkeypatch.setattr(generate, "load_base_for_sampling", lambda *settings: SimpleNamespace(base=SimpleNamespace()))
 
     def base(shared, config):
         device = pick_device(config.device)
-        with generate.base_for_sampling(shared, config.model, config.memory, config.loss, device) as encoder:
+        model, memory, loss, text = config.model, config.memory, config.loss, config.text
+        with generate.base_for_sampling(shared, model, memory, loss, text, device) as encoder:
             return encoder
 
     draw = ("stage=img2img", "stage.photo=x", "device=cpu")

@@ -171,7 +171,7 @@ def test_with_a_prior_too_gradient_checkpointing_and_offload_change_nothing(how)
 def class_data(config, training, data, encoder):
     """The data of the prior of `config`, which may be another than that of `training`."""
     return prior_data(
-        config.prior, config.trigger, data, training.files.texts, training.files.class_samples,
+        config.prior, config.triggers, data, training.files.texts, training.files.class_samples,
         training.images.class_images, config.model, training.render, encoder,
     )  # fmt: skip
 

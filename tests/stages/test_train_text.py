@@ -84,6 +84,7 @@ class Prepared:
         self.config = compose(*FAST, *overrides)
         resolved = resolve_training(self.config, Path("run"))
         self.base = load_base(self.config.model, CPU)
+        self.base.text_window = self.config.text.window
         self.pipe = self.base.pipe
         tokenizers = tokenizers_of(self.base, "HANA_TOFU", self.config.text.tokens)
         encoder = Encoder(self.base, CPU, Cache(Path(self.config.cache)), False, tokenizers)
@@ -187,8 +188,9 @@ def test_the_text_alone_can_lower_the_loss(how):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
-    run = Prepared("text=lora")
+@pytest.mark.parametrize("limit", [77, pytest.param(225, marks=pytest.mark.slow)])
+def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number(limit):
+    run = Prepared("text=lora", f"text.max_tokens={limit}")
     batch = run.batch()
     read = run.training.text_encoders(batch)
     texts = [example.texts[0][0] for example in run.data.examples]
@@ -202,7 +204,8 @@ def test_a_step_reads_texts_as_inference_does_and_waits_for_no_number():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = {name: mode.from_tensor(value) for name, value in batch.tensors().items()}
         fake = run.training.text_encoders(Batch.from_tensors(inputs)).conditioning
-    assert fake["prompt_embeds"].shape == (2, 77, 256) and fake["pooled_prompt_embeds"].shape == (2, 128)
+    assert fake["prompt_embeds"].shape == (2, run.base.text_window, 256)
+    assert fake["pooled_prompt_embeds"].shape == (2, 128)
 
 
 @pytest.mark.slow
@@ -329,6 +332,34 @@ def test_img2img_draws_with_the_embeddings_and_misses_them(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ALL], ids=["frozen", "all"])
+def test_the_end_of_a_long_text_is_learnt_and_drawn_and_the_file_says_so(how, capsys):
+    def learnt(folder, end, *more):
+        caption = f"dataset.caption_suffix='{'with ' * 80}{end}'"
+        return load_file(train(folder, "steps=2", "publish=false", caption, *how, *more).lora)
+
+    def drawn(folder, end, *more):
+        photo = f"stage.photo={sorted(PHOTOS.glob('*.png'))[0]}"
+        prompt = f"stage.prompt='A {{trigger}} {'with ' * 80}{end}'"
+        asked = ("stage=img2img", "device=cpu", "sampler.steps=2", "lora=long", "dataset=folder", photo, prompt)
+        result = run_stage(compose(*asked, *more), Path(folder).absolute())
+        return np.asarray(Image.open(result.pictures[0].picture))
+
+    assert not moved(learnt("cut", "a hat"), learnt("also_cut", "the sea"))
+    assert how or "CLIP reads 77, so shorten it or set text.max_tokens=150" in capsys.readouterr().out  # said once
+    assert moved(learnt("long", "a hat", "text.max_tokens=150"), learnt("other", "the sea", "text.max_tokens=150"))
+    assert "CLIP reads" not in capsys.readouterr().out
+    assert notes("long/lora/HANA_TOFU.safetensors")["ss_max_token_length"] == "150"
+    assert "ss_max_token_length" not in notes("cut/lora/HANA_TOFU.safetensors")
+    first = drawn("hat", "a hat")
+    assert "trained with text.max_tokens=150" in capsys.readouterr().out
+    assert not np.array_equal(first, drawn("sea", "the sea"))
+    assert np.array_equal(drawn("hat_77", "a hat", "text.max_tokens=77"), drawn("sea_77", "sea", "text.max_tokens=77"))
+    with pytest.raises(InputError, match=r"text\.max_tokens=150, not 77"):
+        train("long", "steps=3", f"dataset.caption_suffix='{'with ' * 80}a hat'", *how, "resume=long")
+
+
+@pytest.mark.slow
 def test_publishing_moves_an_older_file_with_its_embeddings(trained):
     shutil.copytree(trained / "models", "models")
     old = load_file("models/lora/HANA_TOFU_emb.safetensors")
@@ -435,6 +466,7 @@ def test_training_begins_with_what_the_files_hold(trained):
         ("text=lora text.encoder_stop=1.5", r"text\.encoder_stop=1\.5: encoder_stop must be above 0 and at most 1"),
         ("text=pivotal text.token_stop=2", r"text\.token_stop=2.*: token_stop must be above 0 and at most 1"),
         ("text=pivotal text.token_lr=-1", r"text\.token_lr=-1.*above 0"),
+        ("text.max_tokens=100", r"text\.max_tokens=100: one of 77, 150, 225"),
         ("text.tokens=-1", r"text\.tokens=-1: tokens must be at least 0"),
         ("text.tokens=76", r"text\.tokens=76: a text has 75 tokens"),
         ("text.encoder_lr=1", r"text\.encoder_lr=1.*: no text encoder is trained, set text\.encoders=both"),
