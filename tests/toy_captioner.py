@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 
-@dataclass
+@dataclass(repr=False)  # as a setting it is always the same
 class Hook:
     """What happens before caption number `at`, counted from 0 over all runs."""
 

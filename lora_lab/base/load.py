@@ -19,11 +19,14 @@ from transformers import CLIPTokenizer
 
 from lora_lab.base.locate import locate_model
 from lora_lab.base.protocol import BaseModel
+from lora_lab.base.single_file import read_single_file
+from lora_lab.console import say_once
 from lora_lab.errors import InputError
 from lora_lab.runs import signals_deferred
 from lora_lab.settings.schema import Loss, Model
 from lora_lab.settings.setting import imported
 
+SDXL_CONFIG = Path(__file__).with_name("sdxl_config")  # configurations and tokenizer, for single files
 LONGEST_COUNTED = 4000  # letters
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,16 +98,27 @@ def token_counter(base: str) -> Callable[[str], int] | None:
     """A function that counts tokens, start and end markers included, with the tokenizer of `model.base`; of a text of
     thousands of letters it counts the beginning, which is beyond CLIP's window.
 
-    None where the tokenizer is not available: for a single file, a damaged one, or without a network."""
+    None where the tokenizer is not available: a damaged one, or without a network. A single file has SDXL's."""
     location = locate_model("model.base", base)
     if Path(location).is_file():
-        return None
+        location = str(SDXL_CONFIG)
     try:
         with signals_deferred():
             tokenizer = CLIPTokenizer.from_pretrained(location, subfolder="tokenizer", trust_remote_code=False)
     except Exception:  # libraries raise nearly anything, and loading the base names the fault
         return None
     return lambda text: len(tokenizer(text[:LONGEST_COUNTED]).input_ids)
+
+
+def published_scheduler(model: Model) -> dict[str, Any]:
+    """The configuration of the scheduler that a single file is read with: that of model.config, else SDXL's.
+
+    Raises InputError if it cannot be read."""
+    folder = SDXL_CONFIG if model.config is None else Path(model.config)
+    try:
+        return EulerDiscreteScheduler.load_config(str(folder), subfolder="scheduler", local_files_only=True)
+    except OSError as error:
+        raise InputError(f"model.config={model.config}: has no scheduler/scheduler_config.json: name a base") from error
 
 
 class DiffusionSchedule:
@@ -167,7 +181,10 @@ def validate_prediction_type(model: Model, loss: Loss) -> Loss:
     Raises InputError for a loss that does not fit that scheduler."""
     location = locate_model("model.base", model.base)
     if Path(location).is_file():
-        return loss
+        single = read_single_file(Path(location), has_vae=model.vae not in (None, "auto"))
+        if loss.prediction == "auto" and (line := single.line()):
+            say_once(f"model.base={model.base}: {line}")
+        return resolve_prediction_type(loss, single.scheduler(published_scheduler(model)))
     try:
         scheduler = EulerDiscreteScheduler.load_config(
             location, subfolder="scheduler", local_files_only=not loss.zero_terminal_snr

@@ -6,21 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import ImageProjection
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 from lora_lab.base.controlnet import UNION_TYPES, ControlNet, is_union, load_controlnet
 from lora_lab.base.encode import identity_of, on_device, rules_of
 from lora_lab.base.layers import split_geglu_
 from lora_lab.base.load import (
+    SDXL_CONFIG,
     DiffusionSchedule,
     pick_dtype,
+    published_scheduler,
     resolve_prediction_type,
     vae_remedy,
     validate_prediction_type,
@@ -28,6 +36,7 @@ from lora_lab.base.load import (
 )
 from lora_lab.base.locate import loading, locate_model, refuse_pickle
 from lora_lab.base.protocol import Conditioning, Forms, MemoryProfile
+from lora_lab.base.single_file import read_single_file
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import RunError
 from lora_lab.settings.schema import Likeness, Loss, Model, Structure
@@ -37,6 +46,7 @@ from lora_lab.settings.setting import call_target
 # How kohya's scripts, and every program that reads their files, name the components.
 LORA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
+FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # gives the images of SDXL's, which overflows in fp16
 FEATURE_NOISE = 10  # a tenth of the schedule: features of the tiny base hardly differ between .05 and .2
 
 
@@ -77,7 +87,8 @@ class SDXL:
         quiet_loading()
         dtype = pick_dtype(model.precision, device)
         base = locate_model("model.base", model.base)
-        vae = None if model.vae is None else _load_vae(model.vae, dtype)
+        name = _vae_of(model, base)
+        vae = None if name is None else _load_vae(name, dtype)
         with loading(base, f"model.base={model.base}: cannot be loaded as SDXL"):
             pipe = _load_pipeline(base, model, dtype, {} if vae is None else {"vae": vae})
             _refuse_missing_tensors(pipe)
@@ -437,6 +448,13 @@ class SDXL:
         self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter, use_safetensors=True)
 
 
+def _vae_of(model: Model, base: str) -> str | None:
+    """The VAE in place of the base's; None for that."""
+    if model.vae != "auto":
+        return model.vae
+    return None if Path(base).is_file() else FP16_VAE
+
+
 def _load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     location = locate_model("model.vae", name)
     with loading(location, f"model.vae={name}: cannot be loaded"):
@@ -465,8 +483,19 @@ def _load_ip_adapter(likeness: Likeness, dtype: torch.dtype) -> tuple[dict, CLIP
 
 def _load_pipeline(base: str, model: Model, dtype: torch.dtype, components: dict) -> StableDiffusionXLPipeline:
     if Path(base).is_file():
-        # Such a file has only weights; configs and tokenizers come from model.config or, through diffusers, the hub.
-        return StableDiffusionXLPipeline.from_single_file(base, dtype=dtype, config=model.config, **components)
+        single = read_single_file(Path(base), has_vae="vae" in components)
+        # Such a file has only weights; configurations and tokenizers come from model.config or this package.
+        config = str(model.config or SDXL_CONFIG)
+        if model.config is None:
+            folder = SDXL_CONFIG / "tokenizer"
+            components |= {"tokenizer": CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)}
+            second = CLIPTokenizer.from_pretrained(folder, pad_token="!", trust_remote_code=False)
+            components |= {"tokenizer_2": second}
+        pipe = StableDiffusionXLPipeline.from_single_file(
+            base, dtype=dtype, config=config, local_files_only=True, **components
+        )
+        pipe.scheduler = EulerDiscreteScheduler.from_config(single.scheduler(published_scheduler(model)))
+        return pipe
     variant = None if Path(base).is_dir() else model.variant
     # An explicit dtype everywhere: without one the text encoders get the file's, and the UNet float32.
     return StableDiffusionXLPipeline.from_pretrained(

@@ -94,8 +94,9 @@ class Verdict:
 
 
 def word(key: str, sweep: Sweep) -> Mapping[str, str]:
-    """A text of the page by language; that of drawn photos has a key of its own where it differs."""
-    return words().get(f"{key}_drawn" if sweep.drawn else key) or words()[key]
+    """A text of the page by language; that of drawn photos, or of captions, has a key of its own where it differs."""
+    suffix = "_drawn" if sweep.drawn else "_captioned" if sweep.captioned else ""
+    return words().get(f"{key}{suffix}") or words()[key]
 
 
 @cache
@@ -223,9 +224,13 @@ def write_page(sweep: Sweep, verdict: Verdict, to: Path) -> Path:
     if page.is_file() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise InputError(f"{page} is not a comparison page: move it away, or name another folder with hydra.run.dir=")
     assets = to / "page"
+    if sweep.captioned:
+        from lora_lab.board.captions import html as caption_html
+
+        return write_text(page, caption_html(sweep, verdict.sentence, assets))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sweep = replace(sweep, runs=tuple(_add_pictures(run, assets / slug(run), pool) for run in sweep.runs))
-    names = (_add_training_image(file, assets / "training", i) for i, file in enumerate(sweep.training))
+    names = (add_thumbnail(file, assets / "training", i) for i, file in enumerate(sweep.training))
     training = [name for name in names if name] or _training_thumbnails(assets / "training")
     write_atomically(to / "comparison.png", sheet(sweep, verdict, assets).save)
     content = html(page_data(sweep, verdict, training, assets), sweep, verdict)
@@ -307,7 +312,9 @@ def _link(source: Path, target: Path) -> None:
         write_atomically(target, partial(shutil.copy2, source))
 
 
-def _add_training_image(source: Path, folder: Path, number: int) -> str | None:
+def add_thumbnail(source: Path, folder: Path, number: int) -> str | None:
+    """Put the thumbnail of an image of the dataset into `folder`, unless it is current; returns its name, None for an
+    image that is damaged or was deleted. Raises InputError for a link in the place of the folder."""
     small = folder / f"{number}.webp"
     _create(folder)
     try:

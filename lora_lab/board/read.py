@@ -12,13 +12,15 @@ from typing import Any
 
 from lora_lab.base.locate import locate_folder
 from lora_lab.board.record import is_number, json_values, own_file, read_json, read_object, recorded_settings
+from lora_lab.captions.files import PROPOSED
 from lora_lab.console import say
 from lora_lab.errors import InputError
 from lora_lab.images.scan import leads_out, natural_key, pictures
 from lora_lab.runs import SWEEP_RECORD, write_atomically
 from lora_lab.settings.schema import Triggers, shown_on_page
 
-TRAINING, DRAWING = ("train", "pipeline"), ("img2img",)  # the stages whose runs are compared, not with each other
+# The stages whose runs are compared, not with each other.
+TRAINING, DRAWING, CAPTIONING = ("train", "pipeline"), ("img2img",), ("caption",)
 IMAGE_NAME, STEP_NAME = re.compile(r"p(\d+)-s(\d+)\.png"), re.compile(r"step-(\d+)")
 DRAWING_NAME = re.compile(r"(.+)-s\d+.*\.png")  # of stage=img2img: the photo's name and the seed
 LONGEST = 2000  # characters of an error that the page shows
@@ -62,6 +64,8 @@ class TrainedRun:
     loss: tuple[tuple[int, float], ...] = ()  # (step, loss)
     validation_loss: tuple[tuple[int, float], ...] = ()
     pictures: tuple[Picture, ...] = ()
+    captions: dict[str, str] = field(default_factory=dict)  # of stage=caption, by the names of the images
+    rate: float | None = None  # of stage=caption: images per second
     damage: tuple[str, ...] = ()  # files that could not be read, one sentence for each
 
 
@@ -74,26 +78,30 @@ class Sweep:
     swept: dict[str, list[Any]]  # a key in which runs differ -> its values, in order
     training: tuple[Path, ...]  # a few of the training images
     drawn: bool = False  # the runs are those of stage=img2img, and the pictures' prompts the names of photos
+    captioned: bool = False  # the runs are those of stage=caption
+    images: dict[str, dict[str, Path]] = field(default_factory=dict)  # that they captioned, by dataset.root and name
 
 
 def read_sweep(folders: Sequence[Path], datasets: Sequence[Path] | None = None) -> Sweep:
-    """All training runs below `folders`, each a sweep, a run or a parent of some, or else those that drew photos;
-    possibly none.
+    """All training runs below `folders`, each a sweep, a run or a parent of some, or else those that drew photos, or
+    else those that wrote captions; possibly none.
 
-    The page shows training images of `datasets`, or inside `folders`, alone: a record may name any folder. None stands
-    for all, where this process made the record."""
+    The page shows images of `datasets`, or inside `folders`, alone: a record may name any folder. None stands for all,
+    where this process made the record."""
     run_paths = list({run.resolve(): run for folder in folders for run in run_folders(folder)}.values())
     parent = os.path.commonpath([f.resolve().parent if f in run_paths else f.resolve() for f in folders])
     runs = [_read_run(folder, folder.resolve().relative_to(parent).as_posix()) for folder in run_paths]
     runs += [run for folder in folders for run in _missing_runs(folder, runs)]
-    trained, drawn = ([run for run in runs if _stage(run.settings) in stages] for stages in (TRAINING, DRAWING))
-    runs = trained or _with_names_of_files(drawn)
+    stages = (TRAINING, DRAWING, CAPTIONING)
+    trained, drawn, captioned = ([run for run in runs if _stage(run.settings) in kinds] for kinds in stages)
+    runs = trained or _with_names_of_files(drawn) or captioned
     sweep = folders[0].resolve() if len(folders) == 1 else None
     title = " ".join(sweep.parts[-2:]) if sweep and (sweep / SWEEP_RECORD).is_file() else (sweep or Path()).name
     shown = None if datasets is None else [*datasets, *folders]
-    images = _training_images(trained, shown) if trained else ()
-    only_drawn = not trained and bool(drawn)
-    return Sweep(title, tuple(runs), _swept_keys(runs, only_drawn), images, only_drawn)
+    only_drawn, only_captioned = not trained and bool(drawn), not trained and not drawn and bool(captioned)
+    swept, training = _swept_keys(runs, only_drawn), _training_images(trained, shown) if trained else ()
+    images = {root: _images(root, shown) for root in map(dataset_root, runs if only_captioned else ())}
+    return Sweep(title, tuple(runs), swept, training, only_drawn, only_captioned, images)
 
 
 def _stage(settings: dict[str, Any]) -> object:
@@ -124,6 +132,7 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
     result, failure = read(read_object, {}, "result.json"), read(read_object, {}, "failed.json")
     metrics, validation = read(_curve, (), "metrics.jsonl"), read(_curve, (), "validation.jsonl")
     draws = _stage(settings) in DRAWING
+    captions = read(_captions, {}, result) if _stage(settings) in CAPTIONING else {}
     pictures = tuple(read(_drawings, (), settings) if draws else _pictures(folder, settings))
     errors = [str(failure.get("error", ""))[:LONGEST]] if failure else []
     return TrainedRun(
@@ -140,6 +149,8 @@ def _read_run(folder: Path, name: str) -> TrainedRun:
         loss=metrics,
         validation_loss=validation,
         pictures=pictures,
+        captions=captions,
+        rate=rate if is_number(rate := result.get("pictures_per_second")) else None,
         damage=tuple(damage),
     )
 
@@ -307,22 +318,42 @@ def _swept_keys(runs: list[TrainedRun], drawn: bool) -> dict[str, list[Any]]:
 
 
 def _training_images(runs: list[TrainedRun], shown: Sequence[Path] | None) -> tuple[Path, ...]:
-    """A few images of the dataset that the runs trained on, if it still exists, and lies in a folder of `shown`."""
-    settings = next((run.settings for run in runs if run.settings), {})
-    root = settings.get("dataset.root")
-    root = root[0] if isinstance(root, list) and root else root
-    root = root.get("root") if isinstance(root, dict) else root
-    try:
-        folder = locate_folder("dataset.root", root if isinstance(root, str) else None)
-        if shown is not None and all(leads_out(folder, allowed) for allowed in shown):
-            say(f"training images are not shown: add dataset.root={root} if you know that folder")
-            return ()
-        files = list(pictures(folder).values())
-    except (InputError, OSError, ValueError):
-        return ()
+    """A few images of the dataset that the runs trained on."""
+    root = next((dataset_root(run) for run in runs if run.settings), "")
+    files = list(_images(root, shown).values())
     last = TRAINING_IMAGES - 1
     evenly_spaced = [round(i * (len(files) - 1) / last) for i in range(TRAINING_IMAGES)] if files else []
     return tuple(files[i] for i in dict.fromkeys(evenly_spaced))
+
+
+def dataset_root(run: TrainedRun) -> str:
+    """The dataset folder of a run, the first of several, as its record names it; "" without one."""
+    root = run.settings.get("dataset.root")
+    root = root[0] if isinstance(root, list) and root else root
+    root = root.get("root") if isinstance(root, dict) else root
+    return root if isinstance(root, str) else ""
+
+
+def _images(root: str, shown: Sequence[Path] | None) -> dict[str, Path]:
+    """The images of a dataset by their names, if it still exists, and lies in a folder of `shown`."""
+    try:
+        folder = locate_folder("dataset.root", root or None)
+        if shown is not None and all(leads_out(folder, allowed) for allowed in shown):
+            say(f"images of the dataset are not shown: add dataset.root={root} if you know that folder")
+            return {}
+        return pictures(folder)
+    except (InputError, OSError, ValueError):
+        return {}
+
+
+def _captions(run: Path, result: dict[str, Any]) -> dict[str, str]:
+    """The captions that a run of stage=caption wrote, or has proposed so far, by the names of the images.
+
+    Raises InputError."""
+    captions = result.get("captions")
+    if not isinstance(captions, dict):
+        captions = {line.get("file_name"): line.get("text") for line in _lines(run, PROPOSED)}
+    return {n: text[:LONGEST] for n, text in captions.items() if isinstance(n, str) and isinstance(text, str)}
 
 
 def final_validation_loss(run: TrainedRun) -> float | None:

@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, PositiveInt
+from pydantic import PositiveInt
 
-from lora_lab.base.locate import loading, locate_model
+from lora_lab.base.locate import loading
+from lora_lab.captions.captioner import CaptionModel
 from lora_lab.console import quiet_loading
 from lora_lab.errors import InputError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 VIEWS = 6  # of an image, from which `phrases` writes one caption
-BlipModel = Annotated[str, AfterValidator(partial(locate_model, "captioner.base"))]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Agreement:
 
 
 def load_blip(
-    base: BlipModel,
+    base: CaptionModel,
     device: "torch.device",
     prompt: str | None = None,
     max_tokens: PositiveInt = 50,
@@ -123,7 +122,8 @@ def load_blip(
         if model_type != "blip":  # it would load, with random weights
             raise InputError(f"captioner.base={base} is a {model_type} model, not BLIP: name a BLIP captioning model")
         processor = BlipProcessor.from_pretrained(base, backend="pil", trust_remote_code=False)  # no torchvision needed
-        model = BlipForConditionalGeneration.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+        options = {"use_safetensors": True, "trust_remote_code": False}
+        model = BlipForConditionalGeneration.from_pretrained(base, dtype=dtype, **options)
     return Blip(processor, model.to(device).eval(), prompt, max_tokens, beams, batch_size)
 
 

@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+from pydantic import AfterValidator
+
+from lora_lab.base.locate import locate_model
 from lora_lab.errors import InputError, RunError
 from lora_lab.settings.setting import bind_target, call_target
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST = 5  # different phrases that a line names
 Settings = Mapping[str, Any]  # the group `captioner` of the configuration
+CaptionModel = Annotated[str, AfterValidator(partial(locate_model, "captioner.base"))]  # a folder, or a hub id
 
 
 class Captioner(Protocol):
@@ -92,9 +97,9 @@ def certain_captions(
     phrases = captioner.phrases(list(images)) if images else []
     _check_number(captioner, len(phrases), len(images))
     captions = []
-    for first, *others in phrases:
-        kept = [first[0], *(phrase for phrase, confidence in others if confidence >= least)]
-        captions.append((", ".join(kept), tuple(phrase for phrase, confidence in others if confidence < least)))
+    for own in phrases:
+        certain = [phrase for i, (phrase, confidence) in enumerate(own) if i == 0 or confidence >= least]
+        captions.append((", ".join(certain), tuple(phrase for phrase, confidence in own[1:] if confidence < least)))
     return captions
 
 

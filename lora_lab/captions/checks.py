@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import snowballstemmer
 
-from lora_lab.captions.refiner import languages_of
+from lora_lab.captions.phrases import COLOURS
 from lora_lab.captions.rules import FUNCTION_WORDS, trigger_pattern
+from lora_lab.captions.syntax import languages_of
 
 # Words that name nothing: a rewritten caption may have them though the old one had others in their place.
 NEUTRAL = frozenset(
@@ -17,11 +18,6 @@ NEUTRAL = frozenset(
     "standing|shown|seen|visible|look|looking|appear|appearing|feature|featuring|display|displaying|"
     "background|side|front|top|part|set|place|position|positioned".split("|")
 ) - {"smiles", "holds", "waves", "rides"}
-COLOURS = frozenset({
-    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray",
-    "beige", "teal", "turquoise", "cyan", "magenta", "gold", "golden", "silver", "maroon", "navy", "olive", "lime",
-    "lavender", "crimson", "scarlet", "indigo", "tan", "cream",
-})  # fmt: skip
 REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i can(?:'t|not)|cannot (?:assist|help|comply)|as an? (?:ai|language)|"
     r"sorry,|i apologi[sz]e)",

@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from lora_lab.captions.chat import Chat, Question, Reply, ReplyCache, ask, load_local_chat, reply_cache
 from lora_lab.captions.chat_server import ServerUrl, connect
-from lora_lab.captions.refiner import languages_of
 from lora_lab.captions.rules import Rule, Rules, agree_article, compile_rules
+from lora_lab.captions.syntax import languages_of
 from lora_lab.errors import InputError
 
 OWN = "refined"  # in the cache: a caption that is the refiner's own result, and stays

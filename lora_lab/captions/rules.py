@@ -87,7 +87,7 @@ def refine_caption(caption: str, trigger: str, rules: Rules, hint: str = "") -> 
     spelling = trigger_pattern(trigger)
     hint = ", ".join(_phrases(re.sub(_LED + MARK, "", spelling.sub(MARK, hint), flags=re.IGNORECASE)))
     for _ in range(ROUNDS):
-        text = _without_hint(spelling.sub(MARK, caption.replace(MARK, "")), hint)
+        text = without_hint(spelling.sub(MARK, caption.replace(MARK, "")), hint)
         text = rewrite(text, rules.replace)
         text = drop_repeats(text) if rules.drop_repeats else text
         text = rewrite(text, rules.vocabulary)
@@ -116,7 +116,7 @@ def rewrite(caption: str, pairs: Pairs) -> str:
         new = phrase
         for pattern, replacement in pairs:
             new = " ".join(pattern.sub(replacement, new).split())
-        phrases.append(phrase if new == phrase else _tidy(new))
+        phrases.append(phrase if new == phrase else tidy(new))
     return ", ".join(filter(None, phrases))
 
 
@@ -195,7 +195,7 @@ def trigger_once(caption: str, trigger: str) -> str:
     again, parts = re.compile(_LED + re.escape(trigger), re.IGNORECASE), tail.split(",")
     before, comma, start = head.rpartition(",")
     phrases = [start + trigger + again.sub("", parts[0]), *(again.sub("", part) for part in parts[1:])]
-    phrases = [_tidy(new) if trigger in old else new for new, old in zip(phrases, parts, strict=True)]
+    phrases = [tidy(new) if trigger in old else new for new, old in zip(phrases, parts, strict=True)]
     return ", ".join(_phrases(before + comma + ",".join(phrases)))
 
 
@@ -230,7 +230,7 @@ def trigger_pattern(trigger: str) -> re.Pattern:
     return re.compile(r"(?<!\w)" + r"\s*".join(map(re.escape, parts)) + r"(?!\w)", re.IGNORECASE)
 
 
-def _without_hint(caption: str, hint: str) -> str:
+def without_hint(caption: str, hint: str) -> str:
     """The caption without the hint at its end: rules apply to the captioner's words, not to the user's."""
     return re.sub(rf"(?:^|,)\s*{re.escape(hint)}\s*$", "", caption, flags=re.IGNORECASE) if hint else caption
 
@@ -239,7 +239,7 @@ def _phrases(caption: str) -> list[str]:
     return [phrase for phrase in (" ".join(part.split()) for part in caption.split(",")) if phrase]
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """The text of a changed phrase, or of several, without the "and" or "with a" that a removed word leaves behind."""
     loose = r"^(?:and|or)\s+|(?:^|\s+)(?:and|or|with|of|a|an|the)$"
     phrases = _phrases(text)

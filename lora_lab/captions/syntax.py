@@ -1,6 +1,7 @@
 """What is wrong with the words of captions and prompts: the syntax of other programs, too many tokens, no trigger."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from lora_lab.console import cut
@@ -19,6 +20,12 @@ SYNTAX = (
     (r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]+", "control characters: delete them"),
 )  # fmt: skip
 COMPILED = tuple((re.compile(pattern, re.IGNORECASE), meaning) for pattern, meaning in SYNTAX)
+
+# By the first word of Unicode's names of letters; CLIP was trained on English.
+LANGUAGES = {
+    "HANGUL": "Korean", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "CJK": "Chinese", "CYRILLIC": "Cyrillic",
+    "GREEK": "Greek", "ARABIC": "Arabic", "HEBREW": "Hebrew", "THAI": "Thai", "DEVANAGARI": "Hindi",
+}  # fmt: skip
 
 MOST = 3  # texts of which each has its own line
 Texts = Mapping[str, Sequence[str]]  # by the name of an image, or by a key of the configuration
@@ -88,3 +95,21 @@ def estimate_tokens(text: str) -> int:
     """About the number of CLIP's tokens, start and end markers included: one for a word of up to eight letters, for a
     digit and for punctuation; in scripts other than Latin letters have one or more each."""
     return 2 + len(re.findall(r"[A-Za-z]{1,8}|\d|[^\w\s]{1,8}|[^\W\d_A-Za-z]|_", text[:4000]))
+
+
+def foreign_texts(texts: Texts, trigger: str) -> dict[str, str]:
+    """Name -> the language of each text that, besides the trigger, has letters of a script of its own.
+
+    Which language Latin letters are is not told."""
+    found = {
+        name: sorted({language for text in own for language in languages_of(text.replace(trigger, ""))})
+        for name, own in texts.items()
+    }
+    return {name: " and ".join(names) for name, names in found.items() if names}
+
+
+def languages_of(text: str) -> set[str]:
+    """The languages whose own scripts the text has letters of; none for Latin letters."""
+    scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in set(text)}
+    languages = {LANGUAGES[script] for script in scripts if script in LANGUAGES}
+    return languages - {"Chinese"} if languages & {"Japanese", "Korean"} else languages

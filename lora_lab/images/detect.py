@@ -1,6 +1,6 @@
 """Models of transformers that see the depth, the pose or the person of a photo, each loaded for one call only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,20 +84,20 @@ def skeleton(size: tuple[int, int], points: Sequence, scores: Sequence[float]) -
     return image
 
 
-@torch.inference_mode()
-def people(key: str, name: str, photos: Sequence[Image.Image], device: torch.device) -> list[np.ndarray]:
-    """Where RGB photos show people (H, W), boolean, by the segmentation model that the setting `key` names.
-
-    Raises InputError if it cannot be loaded or does not know people."""
+def people(key: str, name: str, photos: Iterable[Image.Image], device: torch.device) -> Iterator[np.ndarray]:
+    """Where RGB photos show people (H, W), boolean, one after the other, by the segmentation model that the setting
+    `key` names. Raises InputError if it cannot be loaded or does not know people."""
     model, processor = _load(key, name, AutoModelForSemanticSegmentation, device)
     labels = {label.lower(): int(number) for number, label in model.config.id2label.items()}
     if "person" not in labels:
         raise InputError(f"{key}={name}: it has no label person, but {', '.join([*labels][:5])}, ...: name another")
-    found = []
-    for photo in photos:
+
+    @torch.inference_mode()
+    def person(photo: Image.Image) -> np.ndarray:
         logits = model(**_inputs(model, processor, photo)).logits
-        found.append((_resized(logits, photo)[0].argmax(0) == labels["person"]).cpu().numpy())
-    return found
+        return (_resized(logits, photo)[0].argmax(0) == labels["person"]).cpu().numpy()
+
+    return map(person, photos)
 
 
 def _load(key: str, name: str, kind: type, device: torch.device) -> tuple[Any, Any]:

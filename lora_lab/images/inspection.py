@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_lab.captions.files import Texts, read_caption_lists
-from lora_lab.captions.phrases import common_phrases
-from lora_lab.captions.syntax import long_texts, syntax_warnings, without_trigger
+from lora_lab.captions.phrases import CommonWords, repeated_captions
+from lora_lab.captions.syntax import foreign_texts, long_texts, syntax_warnings, without_trigger
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import MOST_CUT_AWAY, Masks, folder_prefix, folder_repeats, unused_files
 from lora_lab.images.duplicates import Thumbnail, find_duplicates, thumbnail
@@ -51,7 +51,9 @@ class Findings:
     without_trigger: list[str]
     too_long: dict[str, int]  # name -> tokens, of captions that are read only in part
     syntax: list[str]  # a line for each kind of syntax of other programs in captions
-    in_every_caption: dict[str, list[str]]  # trigger -> the phrases in every caption of its character
+    foreign: dict[str, str]  # name -> the language of its caption, by its script
+    repeated: list[list[str]]  # names with one and the same caption
+    common_words: dict[str, CommonWords]  # by trigger
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def inspect_dataset(
     count_tokens: Callable[[str], int] | None = None,
     window: int = WINDOWS[77],
     follow_links: bool = False,
+    class_noun: str = "",
 ) -> Findings:
     """Open every image and read every caption in the folders of `roots`.
 
@@ -114,8 +117,14 @@ def inspect_dataset(
         without_trigger=[name for name in texts if without_trigger({name: texts[name]}, triggers.of(name))],
         too_long=long_texts(texts, count_tokens, window) if count_tokens else {},
         syntax=syntax_warnings(texts),
-        in_every_caption={
-            trigger: common_phrases([text for name in names for text in captions.get(name, ())], trigger)
+        foreign={
+            name: language
+            for trigger, names in by_trigger.items()
+            for name, language in foreign_texts({n: captions[n] for n in names if n in captions}, trigger).items()
+        },
+        repeated=repeated_captions(captions, triggers.all),
+        common_words={
+            trigger: CommonWords.of([text for name in names for text in captions.get(name, ())], trigger, class_noun)
             for trigger, names in by_trigger.items()
         },
     )

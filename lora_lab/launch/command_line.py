@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.board.record import read_yaml
+from lora_lab.console import warn
 from lora_lab.errors import InputError
 from lora_lab.launch import config
 from lora_lab.launch.config import name_of, unknown_key
@@ -254,7 +256,20 @@ def _check_sweep(overrides: list[str], parsed: list[Override]) -> Command:
         runs = [config.resolve(loader.load_configuration("config", without_mode(p), RunMode.RUN)) for p in points]
     if searches(composition.hydra):
         refuse_unscored(runs)
+    if folder := _captioned_by_several(runs):
+        # Each would write into the same caption file, or find the captions of another one there.
+        if typed := next((override for override in overrides if name_of(override) == "stage.mode"), None):
+            raise InputError(f"{typed}: several jobs would caption {folder}, leave it out and each proposes captions")
+        warn(f"several jobs caption {folder}: each proposes captions (stage.mode=propose), and a page compares them")
+        return _check_sweep([*overrides, "stage.mode=propose"], [*parsed, *parse(["stage.mode=propose"])])
     return Command(composition, runs)
+
+
+def _captioned_by_several(runs: Sequence[schema.Config]) -> str | None:
+    """The folder into which several of the runs of a sweep would write captions; None if there is none."""
+    writing = [run for run in runs if isinstance(run.stage, schema.Caption) and run.stage.mode != "propose"]
+    folders = Counter(run.dataset.folder for run in writing)
+    return next((folder for folder, number in folders.items() if number > 1), None)
 
 
 def _refuse_other_places(hydra: DictConfig) -> None:

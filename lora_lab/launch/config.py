@@ -44,7 +44,7 @@ from lora_lab.errors import InputError
 from lora_lab.launch.recipes import CHAINS, CONF, keep_spelling, read_recipe, recipe_files, register_recipes
 from lora_lab.settings.refusal import SettingError
 from lora_lab.settings.schema import KEYS_OF_STAGES, STAGES, Config, Model, Packed, build_config, fields_of
-from lora_lab.settings.setting import PARTS, at_home, defaults_of, facts_of, is_allowed, location_of
+from lora_lab.settings.setting import PARTS, at_home, default_of, defaults_of, facts_of, is_allowed, location_of
 
 # Groups of options with keys of other libraries, which only their files in conf/ know, and where these keys belong.
 OPTIONS = {name: name for name in ("captioner", "refiner", "adapter", "optimizer", "sampler")} | {"targets": "adapter"}
@@ -130,10 +130,12 @@ def _refuse_unknown_keys(cfg: DictConfig, composition: DictConfig) -> None:
     """Raise SettingError for a key of the open groups that the files of their options do not have."""
     choices, sources = composition.hydra.runtime.choices, composition.hydra.runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
-    groups = tuple(f"{key}." for key, info in fields_of() if facts_of(info).is_open)
+    open_groups = {key: default_of(info) for key, info in fields_of() if facts_of(info).is_open}
+    groups = tuple(f"{key}." for key in open_groups)
     keys = [key for key in keys_of(OmegaConf.to_container(cfg)) if key.startswith(groups)]
     chosen = {group: [choices[group]] if choices.get(group) else _options_of(folders, group) for group in OPTIONS}
     known = {key for group, options in chosen.items() for o in options for key in _keys_of_file(folders, group, o)}
+    known |= {*keys_of(open_groups)}
     if all(key in known or key.startswith(PATTERNS) for key in keys):
         return
     # Only now, for it takes as long as the first: what Hydra composes of the options alone.

@@ -72,6 +72,10 @@ def _group(group: str, info: FieldInfo) -> Iterator[str]:
     names = options()
     if facts_of(info):
         yield f"Keyword arguments of {info.description}, each option with its own.\n"
+        if own := facts_of(info).own:
+            defaults = default_of(info)
+            rows = [f"| `{group}.{key}` | `{shown(defaults[key])}` | {meaning} |" for key, meaning in own]
+            yield "\n".join(["Every option also has:\n", HEAD_OF_OPTION, *rows]) + "\n"
     else:
         yield _table(dict(fields_of(info.annotation, f"{group}.")))
     for option in names[group]:
@@ -152,7 +156,8 @@ def _table_of_option(group: str, option: str) -> str:
     text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
     rows = [HEAD_OF_OPTION]
     for key, value, meaning in re.findall(r"^(\w+): (.*?)  # (.*)$", text, re.M):
-        rows.append(f"| `{group}.{key}` | {f'`{value}`' if value else 'a list'} | {meaning} |")
+        value = {"": "a list", ">-": "a text"}.get(value, f"`{value}`")
+        rows.append(f"| `{group}.{key}` | {value} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

@@ -127,7 +127,8 @@ def _report_failures(sweep: Path) -> list[int]:
 def _show_page(sweep: Path, runs: list[schema.Config]) -> None:
     if page := rewrite_page(sweep):
         print(f"\ncompare the runs: {display_path(page)}", flush=True)
-        if wandb_runs := [run for run in runs if run.tracker.kind == "wandb" and not run.stage.draws]:  # no photos
+        trained = [run for run in runs if isinstance(run.stage, (schema.Train, schema.Pipeline))]  # no photos
+        if wandb_runs := [run for run in trained if run.tracker.kind == "wandb"]:
             attach_page(sweep, job_settings(wandb_runs[0], sweep).tracker)
 
 

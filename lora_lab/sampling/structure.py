@@ -6,20 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import binary_propagation, distance_transform_edt
 
 from lora_lab.base.locate import locate_folder
 from lora_lab.base.protocol import BaseModel
 from lora_lab.errors import InputError
-from lora_lab.images.detect import depth_maps, people, skeletons
+from lora_lab.images.detect import depth_maps, skeletons
 from lora_lab.images.edges import canny
+from lora_lab.images.masking import feathered, subjects_of
 from lora_lab.images.pixels import fit, open_picture
 from lora_lab.images.scan import find_pictures
 from lora_lab.sampling.generate import Control
 from lora_lab.settings.schema import Likeness, Memory, Structure
-
-PLAIN = 12  # of 255: how far a plain background may be from the colour of the border
-PLAIN_BORDER = 0.5  # fraction of the border that has this colour
 
 
 def check_conditions(
@@ -70,19 +67,17 @@ def masks_of(
 ) -> list[Image.Image | None]:
     """The mask (mode L, 255 is drawn) of each photo, as those of `controls_of`; None without one.
 
-    `mask` is `person`, `background`, or the place of images whose white is drawn. What is drawn is larger by `feather`
-    times the photo's shorter side, so that no contour of the photo stays, and falls to 0 over as much again; a
-    background only rises from the person's contour over as much. Without a `segmenter` the background is what is
-    joined to the border and has its plain colour. Raises InputError as `controls_of` does, and for a mask with which
-    nothing would be drawn."""
+    `mask` is `person`, `background`, or the place of images whose white is drawn. The edges are those of `feathered`,
+    so that no contour of the photo stays. Without a `segmenter` the background is what is joined to the border and has
+    its plain colour. Raises InputError as `controls_of` does, and for a mask with which nothing would be drawn."""
     if mask is None:
         return [None] * len(photos)
     if mask in ("person", "background"):
-        selected = people("model.segmenter", segmenter, photos, device) if segmenter else [*map(_foreground, photos)]
+        selected = [*subjects_of(segmenter, photos, device)]
     else:
         selected = [np.asarray(image.convert("L")) > 127 for image in _prepared("stage.mask", mask, paths, photos)]
     drawn = []
-    for path, photo, inside in zip(paths, photos, selected, strict=True):
+    for path, inside in zip(paths, selected, strict=True):
         if inside is None:
             raise InputError(
                 f"stage.mask={mask}: {path} has no plain background, name a segmentation model with model.segmenter= "
@@ -90,24 +85,8 @@ def masks_of(
             )
         if not inside.any() or (mask == "background" and inside.all()):
             raise InputError(f"stage.mask={mask}: nothing of {path} would be drawn, use another mask")
-        distance = distance_transform_edt(~inside)  # px
-        grown = 1 if mask == "background" else 2  # in units of feather: what is drawn covers the contour of the photo
-        levels = np.clip(grown - distance / max(feather * min(photo.size), 1e-6), 0, 1)
-        levels = 1 - levels if mask == "background" else levels
-        drawn.append(Image.fromarray((levels * 255).round().astype(np.uint8)))
+        drawn.append(feathered(inside, feather, outside=mask == "background"))
     return drawn
-
-
-def _foreground(photo: Image.Image) -> np.ndarray | None:
-    """What does not have the colour of the border, or is surrounded by what has not (H, W), boolean; None where the
-    border has no plain colour."""
-    pixels = np.asarray(photo).astype(int)
-    border = np.ones(pixels.shape[:2], bool)
-    border[1:-1, 1:-1] = False
-    near = np.abs(pixels - np.median(pixels[border], axis=0)).max(2) <= PLAIN
-    if near[border].mean() < PLAIN_BORDER:
-        return None
-    return ~binary_propagation(border & near, mask=near)
 
 
 def _prepared(key: str, value: str, paths: Sequence[Path], photos: Sequence[Image.Image]) -> list[Image.Image]:

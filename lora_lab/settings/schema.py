@@ -86,8 +86,8 @@ BOUNDS_OF_OPTIMIZER = {
     "decay_rate": Bounds(lt=0),
 }
 TEXTS_OF_OPEN_GROUPS = {
-    *(f"captioner.{key}" for key in ("name", "base", "prompt", "system", "hint_prompt", "url", "key_file")),
-    *(f"refiner.{key}" for key in ("article", "base", "style", "system", "url", "key_file")),
+    *(f"captioner.{key}" for key in ("name", "base", "prompt", "system", "exclude", "hint_prompt", "url", "key_file")),
+    *(f"refiner.{key}" for key in ("article", "base", "strip", "style", "system", "url", "key_file")),
 }
 BOUNDS_OF_SERVER = {
     **dict.fromkeys(("max_tokens", "parallel"), AT_LEAST_1),
@@ -96,7 +96,7 @@ BOUNDS_OF_SERVER = {
 }
 BOUNDS_OF_CAPTIONER = BOUNDS_OF_SERVER | {
     **dict.fromkeys(("beams", "batch_size", "image_size"), AT_LEAST_1),
-    "min_confidence": Bounds(ge=0, le=1),
+    **dict.fromkeys(("min_confidence", "general_threshold", "character_threshold"), Bounds(ge=0, le=1)),
 }
 BOUNDS_OF_REFINER = BOUNDS_OF_SERVER | {**dict.fromkeys(("group", "max_words"), AT_LEAST_1), "new_words": Bounds(ge=0)}
 
@@ -131,7 +131,17 @@ class Config(Section):
         bounds=BOUNDS_OF_CAPTIONER,
     )
     refiner: Annotated[dict[str, Any], Location("refiner")] = open_group(
-        "the refiner", decides=("weights", "request"), hashed_as="captions", bounds=BOUNDS_OF_REFINER
+        "the refiner",
+        decides=("weights", "request"),
+        hashed_as="captions",
+        bounds=BOUNDS_OF_REFINER,
+        own={
+            "strip": (
+                [],
+                "phrases that are taken out of refined captions, so that the trigger stands for them; auto: those in "
+                "four of five captions of the folder, for stage=refine",
+            )
+        },
     )
     adapter: dict[str, Any] = open_group(
         "peft's adapter", decides="weights", per_job=PER_JOB_OF_ADAPTER, bounds=BOUNDS_OF_ADAPTER

@@ -49,9 +49,15 @@ class Model(Section):
         decides=BOTH,
         hashed_as="base",
     )
-    vae: ModelLocation | None = setting("VAE instead of the base's: hub id or folder", decides=BOTH, default=None)
+    vae: ModelLocation | None = setting(
+        "VAE instead of the base's: hub id or folder; auto is a single file's own, else SDXL's for half precision",
+        decides=BOTH,
+        default=None,
+    )
     config: AnyPath | None = setting(
-        "folder of configs and tokenizers for a single-file checkpoint; null asks the hub", decides=BOTH, default=None
+        "folder of configs and tokenizers for a single-file checkpoint; null takes SDXL's, which are in the package",
+        decides=BOTH,
+        default=None,
     )
     judge: ModelLocation | None = setting(
         "CLIP model that scores LoRAs by the images they draw; null leaves scores out", decides="request", default=None

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -45,10 +46,11 @@ class Facts:
     is_open: bool = False  # a group of another library's keyword arguments
     bounds: tuple[tuple[str, "Bounds"], ...] = ()  # of an open group: those of its numbers
     of_keys: tuple[tuple[str, "Facts"], ...] = ()  # of an open group: the keys whose facts are not the group's
+    own: tuple[tuple[str, str], ...] = ()  # of an open group: the meaning of the keys that every option has
 
     def of(self, key: str) -> "Facts":
         """The facts of `key` in this open group."""
-        return dict(self.of_keys).get(key, replace(self, of_keys=(), bounds=(), is_open=False))
+        return dict(self.of_keys).get(key, replace(self, of_keys=(), bounds=(), own=(), is_open=False))
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,27 @@ def open_group(
     hashed_as: str | None = None,
     decide_nothing: Collection[str] = (),
     bounds: Mapping[str, Bounds] | None = None,
+    own: Mapping[str, tuple[Any, str]] | None = None,
 ) -> Any:
     """A field of another library's keyword arguments: the options in conf/ know the keys and explain them.
 
     `per_job` may name the keys in which the jobs of a pack may differ; `decide_nothing` names those that only describe
-    the rest; `bounds` are those of numbers, which the library itself would not refuse before work begins."""
+    the rest; `bounds` are those of numbers, which the library itself would not refuse before work begins. `own` has the
+    default and the meaning of keys that every option has and that are not passed to the library."""
     decides = (decides,) if isinstance(decides, str) else decides
-    group = Facts(decides, per_job is True, hashed_as, is_open=True, bounds=tuple((bounds or {}).items()))
+    defaults, meanings = ({key: pair[i] for key, pair in (own or {}).items()} for i in (0, 1))
+    group = Facts(
+        decides,
+        per_job is True,
+        hashed_as,
+        is_open=True,
+        bounds=tuple((bounds or {}).items()),
+        own=tuple(meanings.items()),
+    )
     exceptions = {} if isinstance(per_job, bool) else {key: Facts(decides, True, hashed_as) for key in per_job}
     exceptions |= {key: Facts(("nothing",), group.per_job) for key in decide_nothing}
     group = replace(group, of_keys=tuple(sorted(exceptions.items())))
-    return Field(default_factory=dict, description=meaning, json_schema_extra={"facts": group})
+    return Field(default_factory=lambda: deepcopy(defaults), description=meaning, json_schema_extra={"facts": group})
 
 
 def facts_of(info: FieldInfo) -> Facts | None:

@@ -96,6 +96,39 @@ class Convert(Stage):
 
 
 @section
+class Mask(Stage):
+    kind: Literal["mask"] = _kind("mask")
+    subject: Literal["foreground", "person", "background"] = setting(
+        "what is white: the foreground of a plain background; the person that model.segmenter finds, without one the "
+        "foreground; or all but the person",
+        decides="request",
+        default="foreground",
+    )
+    mode: Literal["missing", "replace"] = setting(
+        "missing: images without a mask; replace: also masks that are as the program wrote them",
+        decides="request",
+        default="missing",
+    )
+    output: AnyPath | None = setting(
+        "folder of the masks, for loss.mask; null is NAME-masks beside dataset.root, for the bundled images masks in "
+        "the run folder",
+        decides="request",
+        default=None,
+    )
+    feather: float = setting(
+        "by how much a mask is larger than its subject, and over how much it then fades (a background only fades), as "
+        "a fraction of the shorter side",
+        decides="request",
+        default=0.01,
+        ge=0,
+        le=1,
+    )
+
+    def inputs(self, config: "Config") -> list[str]:
+        return ["dataset.root", *(["model.segmenter"] if self.subject != "foreground" else [])]
+
+
+@section
 class Train(Stage):
     several_folders: ClassVar[bool] = True
 
@@ -347,6 +380,7 @@ STAGES: dict[str, type[Stage]] = {
     "caption": Caption,
     "refine": Refine,
     "convert": Convert,
+    "mask": Mask,
     "train": Train,
     "img2img": Img2img,
     "evaluate": Evaluate,

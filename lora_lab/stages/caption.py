@@ -1,9 +1,10 @@
 """stage=caption: write captions for the images of a folder. A caption that a person wrote is never overwritten."""
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_lab.base.load import pick_device
 from lora_lab.base.locate import locate_folder, writable_folder
@@ -20,30 +21,36 @@ from lora_lab.captions.captioner import (
 )
 from lora_lab.captions.files import PROPOSED, read_captions, refuse_links
 from lora_lab.captions.history import CaptionUpdate, machine_made
+from lora_lab.captions.proposals import Proposals, read_proposals
 from lora_lab.captions.refiner import read_hints
 from lora_lab.console import bar, say
 from lora_lab.errors import InputError
 from lora_lab.images.dataset import list_names, say_unused
 from lora_lab.images.pixels import open_picture
 from lora_lab.images.scan import find_pictures
-from lora_lab.runs import write_text
+from lora_lab.runs import display_path, sweep_of
 from lora_lab.settings.schema import Config
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class CaptionResult:
     stage: str
-    captions: dict[str, str]  # image name -> new caption
+    captions: dict[str, str]  # image name -> new caption; with stage.mode=propose those of every image
     kept: int  # number of images whose caption was not changed
     written: str | None  # the file with the new captions
     left_out: dict[str, list[str]]  # image name -> phrases of which the captioner was not certain enough
+    pictures_per_second: float | None = None  # without the loading of the captioner; None if nothing was captioned
 
 
 def caption(config: Config, folder: Path) -> CaptionResult:
     """Caption the images of dataset.root that `stage.mode` selects; each batch is written before the next one.
 
-    Raises InputError, before the captioner is loaded, for an unreadable image, a folder that cannot be written to, and
-    wrong settings of the captioner; later, if the caption files cannot be read any more."""
+    The jobs of a sweep propose captions in their own `folder`. Raises InputError, before the captioner is loaded, for
+    an unreadable image, a folder that cannot be written to, and wrong settings of the captioner; later, if the caption
+    files cannot be read any more."""
     settings, mode, follow_links = config.captioner, config.stage.mode, config.dataset.follow_links
     root = locate_folder("dataset.root", config.dataset.folder)
     paths, captions = find_pictures(root, follow_links=follow_links), read_captions(root, follow_links)
@@ -52,31 +59,25 @@ def caption(config: Config, folder: Path) -> CaptionResult:
     if not names:
         say(f"all {len(paths)} pictures of {root} have a caption, which stage.mode={mode} does not change")
         return CaptionResult("caption", {}, len(paths), None, {})
-    writable_folder("dataset.root", config.dataset.folder)
-    refuse_links(root)
+    target = folder if mode == "propose" and sweep_of(folder) else root
+    if target is root:
+        writable_folder("dataset.root", config.dataset.folder)
+        refuse_links(root)
     check_captioner(settings)
     for name in names:
         open_picture(paths[name])
-    author, device = captioner_name(settings), pick_device(config.device)
-    say(f"captioning {len(names)} pictures with {author} on {device}")
-    captioner, hints = load_captioner(settings, device), read_hints(root, follow_links)
-    if hasattr(captioner, "estimate"):
-        say(captioner.estimate(open_picture(paths[name]) for name in names))
-    left_out: dict[str, list[str]] = {}
-    batches = _captions({n: paths[n] for n in names}, captioner, settings, hints, left_out)
-    if mode == "propose":
-        written, new_captions = propose(root, batches)
-    else:
-        written, new_captions = _write(root, CaptionUpdate(root, author, captions, follow_links), batches, left_out)
-    say(f"captioned {len(new_captions)} of {len(paths)} pictures with {author}, written to {written}")
-    if without := [name for name in names if name not in new_captions]:
-        say(f"{list_names(without)}: no new caption; the same command tries again")
-    if hasattr(captioner, "cost") and (cost := captioner.cost()):
-        say(cost)
-    left_out = {name: phrases for name, phrases in left_out.items() if name in new_captions}
+    hints, proposes = read_hints(root, follow_links), mode == "propose"
+    update = CaptionUpdate(root, captioner_name(settings), captions, follow_links)
+    if proposes:
+        update = read_proposals(target / PROPOSED, paths, hints, settings)
+        names = [name for name in names if name not in update.rows]
+    selected, device = {name: paths[name] for name in names}, pick_device(config.device)
+    new, left_out, rate = _caption(selected, hints, settings, device, update)
+    captions = update.captions if proposes else new
+    left_out = update.left_out if proposes else {name: left_out[name] for name in new if name in left_out}
     if line := left_out_line([*left_out.values()], min_confidence(settings)):
         say(line)
-    return CaptionResult("caption", new_captions, len(paths) - len(new_captions), str(written), left_out)
+    return CaptionResult("caption", captions, len(paths) - len(captions), str(update.place), left_out, rate)
 
 
 def select_images(
@@ -91,32 +92,46 @@ def select_images(
     return [name for name in names if name in missing]
 
 
-def propose(root: Path, batches: Iterable[Mapping[str, str]]) -> tuple[Path, dict[str, str]]:
-    """Write the captions to metadata.proposed.jsonl, which no stage reads, as they come; returns its path and them."""
-    path, captions = root / PROPOSED, {}
-    for batch in batches:
-        captions |= batch
-        rows = (json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items())
-        write_text(path, "".join(row + "\n" for row in rows))
-    return path, captions
+def _caption(
+    paths: Mapping[str, Path],
+    hints: Mapping[str, str],
+    settings: Settings,
+    device: "torch.device",
+    update: CaptionUpdate | Proposals,
+) -> tuple[dict[str, str], dict[str, list[str]], float | None]:
+    """Caption these images and write their captions as they come.
 
-
-def _write(
-    root: Path, update: CaptionUpdate, batches: Iterable[Mapping[str, str]], left_out: Mapping[str, list[str]]
-) -> tuple[Path, dict[str, str]]:
-    """Write the captions into the folder's caption file as they come; returns its path and those that were written."""
-    captions = {}
-    for batch in batches:
+    Returns those that were written, what each leaves out, and the images per second, without loading the captioner."""
+    author, captions, left_out = captioner_name(settings), {}, {}
+    if known := len(update.captions) if isinstance(update, Proposals) else 0:
+        say(f"{known} captions by the same settings are in {display_path(update.place)} already")
+    if not paths:
+        return captions, left_out, None
+    say(f"captioning {len(paths)} pictures with {author} on {device}")
+    captioner = load_captioner(settings, device)
+    if hasattr(captioner, "estimate"):
+        say(captioner.estimate(open_picture(path) for path in paths.values()))
+    start = time.perf_counter()
+    for batch in _batches(paths, captioner, settings, hints, left_out):
         try:
             captions |= update.add(batch, left_out)
         except InputError as error:  # somebody has just damaged the file; what was captioned must not be lost
-            path, _ = propose(root, [captions | batch])
-            raise InputError(f"{error}; until then the new captions are in {path}") from error
-    return next(iter(update.files), root), captions
+            captions |= batch
+            kept = Proposals(update.root / PROPOSED, dict.fromkeys(captions, ""))
+            kept.add(captions, left_out)
+            raise InputError(f"{error}; until then the new captions are in {kept.place}") from error
+    rate = len(paths) / (time.perf_counter() - start)
+    told = f"captioned {len(captions)} of {len(paths)} pictures with {author}, {rate:.2f} a second"
+    say(f"{told}, written to {update.place}")
+    if without := [name for name in paths if name not in captions]:
+        say(f"{list_names(without)}: no new caption; the same command tries again")
+    if hasattr(captioner, "cost") and (cost := captioner.cost()):
+        say(cost)
+    return captions, left_out, rate
 
 
-def _captions(
-    paths: dict[str, Path],
+def _batches(
+    paths: Mapping[str, Path],
     captioner: Captioner,
     settings: Settings,
     hints: Mapping[str, str],

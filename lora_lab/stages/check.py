@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_lab.base.load import token_counter
 from lora_lab.base.locate import locate_folder
+from lora_lab.captions.phrases import CommonWords, is_background
 from lora_lab.captions.syntax import length_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
@@ -60,6 +61,7 @@ def check(config: Config, folder: Path) -> CheckResult:
         count_tokens,
         config.text.window,
         dataset.follow_links,
+        config.class_noun,
     )
     where = ", ".join(map(str, roots))
     errors, refusals = _errors(findings, where), missing_captions(findings.uncaptioned, findings.pictures, where)
@@ -149,13 +151,35 @@ def _warnings_of_captions(findings: Findings, triggers: Triggers, window: int) -
         their = "the trigger of their folder" if triggers.all[1:] else triggers.phrase
         warnings.append(f"{count} captions do not have {their} ({names}): run stage=refine")
     warnings += [*length_warnings(findings.too_long, window, "the caption of "), *findings.syntax]
-    for trigger, phrases in findings.in_every_caption.items():
-        where = f"{findings.captions} of {findings.captions} captions" if not triggers.all[1:] else "all its captions"
-        for phrase in phrases:
+    by_language: dict[str, list[str]] = {}
+    for name, language in findings.foreign.items():
+        by_language.setdefault(language, []).append(name)
+    for language, named in by_language.items():
+        warnings.append(f"{list_names(named)}: the caption is {language}: CLIP reads English, so translate it")
+    for names in findings.repeated:
+        warnings.append(f"{list_names(names)} have the same caption: say what differs, or remove copies")
+    for trigger, words in findings.common_words.items():
+        warnings += _warnings_of_words(words, trigger, f" of {trigger}" if triggers.all[1:] else "")
+    return warnings
+
+
+def _warnings_of_words(words: CommonWords, trigger: str, of: str) -> list[str]:
+    warnings = []
+    for phrase, count in words.shared.items():
+        where = f'"{phrase}" is in {count} of {words.captions} captions{of}'
+        if is_background(phrase):
+            warnings.append(f"{where}: it will be learnt as part of {trigger}; add pictures with other backgrounds")
+        else:
             warnings.append(
-                f'"{phrase}" is in {where}: it will be learnt as part of {trigger}; add pictures that show something '
-                "else there"
+                f"{where}: {trigger} should stand for what most pictures show; stage=refine refiner.strip=auto takes "
+                "it out"
             )
+    for phrase, count in words.constant.items():
+        noun = phrase.rpartition(" ")[2]
+        warnings.append(
+            f'"{phrase}" is in all {count} captions{of} that mention the {noun}: if it is in the other pictures too, '
+            f"{trigger} should stand for it; stage=refine 'refiner.strip=[{phrase}]' takes it out"
+        )
     return warnings
 
 

@@ -18,7 +18,7 @@ from lora_lab.settings.schema import Config
 class CompareResult:
     stage: str
     page: str  # path
-    picture: str  # path of the matrix as one labelled image
+    picture: str | None  # path of the matrix as one labelled image; None for captions
     runs: dict[str, int]  # done, failed, unfinished, missing -> number of runs
     measure: str | None  # the ranking's criterion: a score's name, validation_loss, or None
     winner: str | None  # folder of the best run
@@ -53,7 +53,7 @@ def compare(config: Config, folder: Path) -> CompareResult:
     return CompareResult(
         stage="compare",
         page=str(page),
-        picture=str(target / "comparison.png"),
+        picture=None if sweep.captioned else str(target / "comparison.png"),
         runs={state: sum(run.status == state for run in sweep.runs) for state in states},
         measure=ranked.measure,
         winner=ranking[0] if ranking else None,

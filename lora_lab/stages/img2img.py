@@ -27,7 +27,7 @@ from lora_lab.base.load import base_class, layer_shapes, pick_device, pick_dtype
 from lora_lab.base.locate import hash_model, locate_model
 from lora_lab.base.protocol import PhotoConditioned
 from lora_lab.captions.captioner import Settings, check_captioner, images_per_call, load_captioner, run_captioner
-from lora_lab.captions.refiner import load_refiner
+from lora_lab.captions.refiner import AUTO, load_refiner, strip_setting
 from lora_lab.captions.syntax import length_warnings, prompt_warnings
 from lora_lab.console import printable, say
 from lora_lab.errors import InputError
@@ -233,6 +233,8 @@ def _photo_requests(
     buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
     refiner = load_refiner(config.refiner)
     if not stage.prompt:
+        if strip_setting(config.refiner) == AUTO:
+            say("captions of photos are not stripped: refiner.strip=auto knows a folder's only, name a list of phrases")
         check_captioner(config.captioner)
         captions = _captions(config.captioner, paths, device, folder / CAPTIONS, shared)
     requests = [

@@ -66,6 +66,23 @@ def test_propose_writes_another_file_and_changes_nothing(root):
     assert [json.loads(line)["file_name"] for line in proposed] == ["00.png", "03.png", "06.png"]
 
 
+@pytest.mark.slow
+def test_captioners_are_compared_on_one_page_and_their_captions_can_be_taken_over(root, type_in):
+    write_captions(root, {"03.png": "my own words"})
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    command = ("-m", "stage=caption", "captioner=blip_tiny", "captioner.min_confidence=0,0.45", "device=cpu")
+    code, out, err = type_in(*command, "dataset=folder", f"dataset.root={root}", "hydra.sweep.dir=sweep")
+    assert code == 0 and "several jobs caption" in err and "compare the runs: sweep/index.html" in out
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == before
+    page = Path("sweep/index.html").read_text()
+    assert page.count("<img") == 3 and "captioner.min_confidence 0.45" in page and "images a second" in page
+    proposed = [json.loads(Path(f"sweep/{job}/result.json").read_text())["captions"] for job in (0, 1)]
+    assert all([*captions] == ["00.png", "03.png", "06.png"] for captions in proposed)
+    source = "stage.source=sweep/1/metadata.proposed.jsonl"
+    assert type_in("stage=convert", "dataset=folder", f"dataset.root={root}", source)[0] == 0
+    assert read_captions(root) == proposed[1] and (root / "metadata.1.jsonl.bak").is_file()
+
+
 def test_the_bundled_pictures_are_never_written_to(tmp_path):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in TOFU.iterdir())
     with pytest.raises(InputError, match="bundled files are not written to"):
@@ -164,3 +181,18 @@ def test_what_prompts_and_captions_do_not_do_is_said_before_a_model_is_loaded(ro
         "stage.prompt: '(big:1.2)' is only words here",
     ):
         assert printed.count(line) == 1
+
+
+def test_auto_strips_what_the_captions_share_but_no_hint_and_no_background(root, capsys):
+    planted = "A HANA_TOFU with a purple background, a square body and pink cheeks, {}"
+    write_captions(root, {name: planted.format(name[0] + name[1]) for name in ("00.png", "03.png", "06.png")})
+    (root / "hints.csv").write_text("file_name,text\n" + "".join(f"{n},in the snow\n" for n in read_captions(root)))
+    result = do(root, "stage=refine", "refiner=off", "refiner.strip=auto")
+    assert read_captions(root)["03.png"] == "A HANA_TOFU with a purple background, 03, in the snow"
+    assert result.stripped == {"square body and pink cheeks": 3} and set(result.after) == {"00.png", "03.png", "06.png"}
+    assert 'taken out of 3 captions by refiner.strip: "square body and pink cheeks" of 3' in capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in root.iterdir()}
+    again = do(root, "stage=refine", "refiner=off", "refiner.strip=auto")
+    assert again.after == {} and again.stripped == {}
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == files
+    assert len(list(root.glob("*.bak"))) == 1, "what the stage itself wrote needs no backup"

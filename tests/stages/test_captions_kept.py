@@ -17,6 +17,7 @@ from lora_lab.launch.config import compose
 from lora_lab.launch.run_job import run_stage
 
 NUMBER = 11
+NAMES = [f"{i}.png" for i in range(NUMBER)]
 
 
 @pytest.fixture
@@ -84,6 +85,27 @@ def test_an_interrupted_stage_equals_an_uninterrupted_one(tmp_path, stage, least
         if stage == "caption":
             assert len(hook.seen) == NUMBER - 1, "the second start captions only the missing"
             assert read_captions(root)["3.png"] == "my own words"
+
+
+def test_proposals_go_on_where_a_kill_ended_them(root, capsys):
+    hook = Hook(7, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        do(root, "caption", hook, "stage.mode=propose", least=0.5)
+    assert hook.count == 7
+    shutil.copy(root / "9.png", root / "1.png")  # another image, so its proposal is of no use
+    with (root / "metadata.proposed.jsonl").open("a") as file:
+        file.write('{"file_name": "8.png", "text": "a toy of no hash"}\n{"file_na')
+    result = do(root, "caption", hook, "stage.mode=propose", least=0.5)
+    assert sorted(colour[0] for colour in hook.seen[7:]) == [7, 8, 9, 9, 10], "the five that are missing"
+    assert "6 captions by the same settings are in" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (root / "metadata.proposed.jsonl").read_text().splitlines()]
+    assert {row["file_name"]: row["text"] for row in rows} == result.captions and [*result.captions] == NAMES
+    assert result.captions["1.png"] == "a toy of colour 9, with a hat, smiling" and result.pictures_per_second > 0
+    assert result.left_out == {f"{i}.png": ["with a hat"] for i in (0, 2, 3, 4)}
+    assert do(root, "caption", hook, "stage.mode=propose", least=0.5).captions == result.captions
+    assert len(hook.seen) == 12, "nothing is left to do"
+    do(root, "caption", hook, "stage.mode=propose", least=0)
+    assert len(hook.seen) == 12 + NUMBER, "of other settings"
 
 
 @pytest.mark.parametrize("mode", ["missing", "propose"])

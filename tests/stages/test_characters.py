@@ -82,8 +82,9 @@ def test_what_cannot_be_told_apart_is_refused(typed, sentence):
 def test_check_looks_at_each_character(root):
     result = do(root, "stage=check")
     assert result.findings.without_trigger == ["mug/07.png"]
-    assert result.findings.in_every_caption == {"HANA_TOFU": ["green leaf"], "NAMU_MUG": []}
-    assert [line for line in result.warnings if '"green leaf" is in all its captions: it will be learnt' in line]
+    shared = {trigger: words.shared for trigger, words in result.findings.common_words.items()}
+    assert shared == {"HANA_TOFU": {"green leaf": 3}, "NAMU_MUG": {}}
+    assert [line for line in result.warnings if '"green leaf" is in 3 of 3 captions of HANA_TOFU: HANA_TOFU' in line]
     assert [
         line for line in result.warnings if "1 captions do not have the trigger of their folder (mug/07.png)" in line
     ]
@@ -149,3 +150,14 @@ def test_a_lora_of_two_characters_is_drawn_and_scored_by_character(elsewhere, ro
     assert scores["score"].value == pytest.approx(
         (scores["score/HANA_TOFU"].value + scores["score/NAMU_MUG"].value) / 2, abs=1e-4
     )
+
+
+def test_auto_strips_of_each_character_what_its_own_captions_share(root):
+    own = {name: "a green leaf" if name.startswith("tofu/") else "a blue handle" for name in CAPTIONS}
+    write_captions(
+        root,
+        {name: f"{'HANA_TOFU' if 'leaf' in own[name] else 'NAMU_MUG'} with {own[name]}, {name[-6:-4]}" for name in own},
+    )
+    result = do(root, "stage=refine", "refiner=off", "refiner.strip=auto")
+    assert result.stripped == {"green leaf": 3, "blue handle": 3}
+    assert all("," in text and " with " not in text for text in read_captions(root).values())

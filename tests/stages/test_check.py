@@ -11,7 +11,6 @@ from PIL import Image
 from unloadable import unloadable_models
 
 from lora_lab.captions.files import read_captions
-from lora_lab.captions.phrases import common_phrases
 from lora_lab.demo import TOFU
 from lora_lab.errors import InputError
 from lora_lab.images import duplicates
@@ -76,7 +75,7 @@ def test_the_bundled_tofu_is_ready_and_only_its_background_is_a_warning(tmp_path
     assert result.errors == [] and result.ready
     assert result.findings.duplicates == [], "a wink is not a copy"
     assert result.findings.buckets == {"128x128": 24}
-    assert result.findings.in_every_caption == {TRIGGER: ["purple background"]}
+    assert result.findings.common_words[TRIGGER].shared == {"purple background": 24}
     (warning,) = result.warnings
     assert warning.startswith('"purple background" is in 24 of 24 captions: it will be learnt as part of HANA_TOFU')
     printed = capsys.readouterr().out
@@ -311,20 +310,22 @@ def test_folders_that_training_cannot_tell_apart_are_refused(root):
         check(root, f"dataset.root=[{root},{root}]")
 
 
-@pytest.mark.parametrize(
-    ("captions", "phrases"),
-    [
-        (["A T with a red hat, smiling", "T with a red hat", "T in a red hat, a red hat"], ["red hat"]),
-        (["T, on grass, smiling", "smiling T on grass", "on grass T smiling"], ["grass", "smiling"]),
-        (["T with a hat", "T with a scarf", "T with a bag"], []),
-        (["a hat T", "hat", "hats"], []),
-        (["red, hat T", "red, hat T", "red, hat T"], ["red", "hat"]),
-        (["T smiling", "T smiling"], []),
-        (["빨간 모자를 쓴 T", "T, 빨간 모자를 쓴", "빨간 모자를 쓴 T, 웃음"], ["빨간 모자를 쓴"]),
-    ],
-)
-def test_phrases_in_every_caption_are_found(captions, phrases):
-    assert common_phrases(captions, "T") == phrases
+def test_what_should_be_left_to_the_trigger_is_told_with_how_to_take_it_out(root):
+    captions = ["red body, big eye, smiling", "red body, 웃음", "red body", "big eye", "red body, big eye, smiling"]
+    for number in range(len(captions)):
+        drawing(number).save(root / f"{number}.png")
+    write(root, {f"{number}.png": f"{TRIGGER}, {text}" for number, text in enumerate(captions)})
+    result = check(root)
+    assert result.ready and result.findings.foreign == {"1.png": "Korean"}
+    assert result.findings.repeated == [["0.png", "4.png"]]
+    for words in (
+        '"red body" is in 4 of 5',
+        "refiner.strip=auto",
+        '"big eye" is in all 3',
+        "strip=[big eye]",
+        "Korean",
+    ):
+        assert [line for line in result.warnings if words in line], words
 
 
 def test_every_caption_of_an_image_is_checked_with_the_prefix_and_suffix_of_training(root):
@@ -414,7 +415,8 @@ def test_a_caption_of_a_book_and_a_name_with_escapes_are_printed_short_and_safe(
     (root / "evil\x1b[2J\nready for stage=train").write_bytes(b"")
     write(root, {f"{number}.png": text for number in range(3)})
     result = check(root)
-    assert len(result.findings.in_every_caption[TRIGGER][0]) < 1000 and len(result.findings.unused) == 1
+    (phrase,) = result.findings.common_words[TRIGGER].shared
+    assert len(phrase) < 1000 and len(result.findings.unused) == 1
     printed = capsys.readouterr().out
     assert len(printed) < 5000 and "\x1b" not in printed and "\\x1b[2J\\x0aready" in printed
 
