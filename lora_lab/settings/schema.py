@@ -164,7 +164,7 @@ class Config(Section):
     score: Score
     tracker: Tracker
     trigger: str | dict[str, str] = setting(
-        "the word that names the character in captions and prompts; of several {folder: word, ...}",
+        "the word that names the character; {folder: word, ...} for several characters",
         decides=("weights", "request"),
         default="HANA_TOFU",
     )
