@@ -40,6 +40,7 @@ from lora_lab.base.single_file import read_single_file
 from lora_lab.console import quiet_loading, say
 from lora_lab.errors import RunError
 from lora_lab.settings.schema import Likeness, Loss, Model, Structure
+from lora_lab.settings.sections import WINDOWS
 from lora_lab.settings.setting import call_target
 
 # How kohya's scripts, and every program that reads their files, name the components.
@@ -74,7 +75,7 @@ class SDXL:
 
     def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
         self.pipe = pipe
-        self.text_window = pipe.tokenizer.model_max_length
+        self.text_window = WINDOWS[77]
         self.controlnet: ControlNet | None = None
         self.control_type = 0  # of a union ControlNet
 
@@ -415,7 +416,7 @@ class SDXL:
 
     def text_identity(self) -> list[str]:
         """The hashes of both encoders and both tokenizers, and the window of long texts; takes seconds."""
-        window = [f"window {self.text_window}"] if self.text_window > self.pipe.tokenizer.model_max_length else []
+        window = [f"window {self.text_window}"] if self.text_window > WINDOWS[77] else []
         return [*map(identity_of, self.text_encoders.values()), *map(rules_of, self.tokenizers), *window]
 
     def text_forms(self) -> Forms:

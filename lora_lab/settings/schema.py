@@ -164,8 +164,7 @@ class Config(Section):
     score: Score
     tracker: Tracker
     trigger: str | dict[str, str] = setting(
-        "the word that names the character in captions and prompts; of several characters the word for each subfolder "
-        "of dataset.root, or for each of its folders: {tofu: HANA_TOFU, mug: NAMU_MUG}",
+        "the word that names the character; {folder: word, ...} for several characters",
         decides=("weights", "request"),
         default="HANA_TOFU",
     )

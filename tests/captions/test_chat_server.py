@@ -240,7 +240,13 @@ def test_no_file_of_a_run_has_the_key(tmp_path):
 
     with serving(answer) as (url, requests):
         server = (f"captioner.url={url}", "captioner.base=m", f"refiner.url={url}", "refiner.base=m")
-        for words in (("stage=caption",), ("stage=refine",), ("-m", "stage=caption", "stage.mode=propose", "seed=1,2")):
+        tracked = ("tracker=wandb", "tracker.mode=offline", "model.judge=null", "score.photos=null", "sampler.steps=2")
+        for words in (
+            ("stage=caption",),
+            ("stage=refine",),
+            ("-m", "stage=caption", "stage.mode=propose", "seed=1,2"),
+            ("stage=train", "steps=1", *tracked),
+        ):
             done = program(tmp_path, "captioner=openai", "refiner=[rules,llm]", *server, *words)
             said, _ = done.communicate(timeout=120)
             assert done.returncode == 0 and KEY not in said, said
@@ -250,6 +256,7 @@ def test_no_file_of_a_run_has_the_key(tmp_path):
     assert any("in the snow" in str(request["messages"]) for request in requests if "image_url" in str(request))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files if KEY.encode() in path.read_bytes()] == [] and len(files) > 10
+    assert any(path.suffix == ".wandb" for path in files)
     captions = (tmp_path / "data/metadata.jsonl").read_text()
     assert "A HANA_TOFU, in the snow" in captions
 
