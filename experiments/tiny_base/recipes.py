@@ -30,7 +30,7 @@ from experiments.tiny_base.shapes import circle, spots
 from experiments.tiny_base.vocabulary import Look, full_caption
 from lora_lab import demo
 from lora_lab.adapters.inject import lora_attached
-from lora_lab.captions.captioner import load_captioner, run_captioner
+from lora_lab.captions.captioner import certain_captions, load_captioner, min_confidence, run_captioner
 from lora_lab.captions.files import write_captions
 from lora_lab.captions.refiner import load_refiner, run_refiner
 from lora_lab.images.pixels import aspect_buckets, open_picture
@@ -65,6 +65,7 @@ RECIPES: dict[str, dict[str, object]] = {
     BASE: {},
     "default": {},
     "true captions": {"captions": "true"},
+    "whole captions": {"captions": "whole"},
     "100 steps": {"steps": 100},
     "150 steps": {"steps": 150},
     "200 steps": {"steps": 200},
@@ -116,25 +117,27 @@ class Bench:
         self.photos = photos()
         self.pictures = [open_picture(demo.PHOTOS / photo.file) for photo in self.photos]
         config = compose("tracker=off", "stage=img2img", "lora=x", f"stage.photo={demo.PHOTOS}", "refiner=avatars")
-        self.sampler, self.strength = config.sampler, config.model.strength
+        self.config, self.sampler, self.strength = config, config.sampler, config.model.strength
         self.buckets = aspect_buckets(config.model.resolution, config.model.bucket_step)
         self.captioner, self.refiner = load_captioner(config.captioner, CPU), load_refiner(config.refiner)
+        self.least = min_confidence(config.captioner)
         self.captions = run_captioner(self.captioner, self.pictures)
         self.encoder = load_base_for_sampling(config.model, config.memory, config.loss, CPU)
 
     def lessons(self, name: str, captions: str) -> Path:
         """The folder with a character's pictures, drawn if they are not there, and `captions`: what the captioner says
-        of them with the trigger, or what is true."""
+        of them with the trigger ("read"), also what it is not sure of ("whole"), or what is true."""
         folder, character = self.out / "data" / f"{name}-{captions}", CHARACTERS[name]
         if not folder.is_dir():
             if name == "robot":
                 write_robot(folder)
             else:
                 write(character, folder)
-            if captions == "read":
+            if captions != "true":
                 files = sorted(folder.glob("*.png"))
-                texts = run_captioner(self.captioner, [open_picture(file) for file in files])
-                texts = run_refiner(self.refiner, texts, character.trigger)
+                least = self.least if captions == "read" else 0
+                texts = certain_captions(self.captioner, [open_picture(file) for file in files], least)
+                texts = run_refiner(self.refiner, [text for text, _ in texts], character.trigger)
                 write_captions(folder, dict(zip((file.name for file in files), texts, strict=True)))
         return folder
 

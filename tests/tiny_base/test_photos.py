@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import pytest
+
+from experiments.tiny_base.blind import ranks
 from experiments.tiny_base.bodies import BODIES
 from experiments.tiny_base.held_out import HELD_OUT
 from experiments.tiny_base.photos import drawing, likeness, photos
@@ -16,3 +19,9 @@ def test_a_picture_keeps_what_it_shows_of_the_photo(monkeypatch):
     less = likeness(drawing(worn, tofu), photo, tofu)
     assert less.character == 1
     assert less.kept == {"background": False, "hair": True, "glasses": False, "shirt": False, "mouth": False}
+
+
+def test_a_ranking_by_eye_has_a_line_for_each_rank():
+    assert ranks("B\n\nA C\nD\n", ["A", "B", "C", "D"]) == [1, 0, 1, 2]
+    with pytest.raises(KeyError, match="E"):
+        ranks("B\nA\n", ["A", "B", "E"])
