@@ -55,7 +55,7 @@ class SingleFile:
 @lru_cache(maxsize=4)
 def _header(path: Path, changed: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
     """Shape and data type of each tensor, and the metadata; `changed` is the file's time, for the cache."""
-    with signals_deferred(), safe_open(str(path), "np") as file:
+    with safe_open(str(path), "np") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         tensors = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
         return tensors, file.metadata() or {}
@@ -67,7 +67,8 @@ def read_single_file(path: Path, has_vae: bool = False) -> SingleFile:
     Raises InputError for a file that is no whole SDXL checkpoint, in words that say what it is, and for one that is
     damaged."""
     try:
-        tensors, metadata = _header(path, path.stat().st_mtime_ns)
+        with signals_deferred():
+            tensors, metadata = _header(path, path.stat().st_mtime_ns)
     except (OSError, SafetensorError) as error:
         raise InputError(f"model.base={path}: cannot be read ({error}): copy it again") from error
     if reason := _refusal(tensors, has_vae):

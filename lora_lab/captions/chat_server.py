@@ -5,9 +5,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -52,31 +52,11 @@ class ChatServer:
         """The number of each question and its reply, as they come; failed requests are repeated, ever more slowly.
 
         Raises InputError for a refused key or model, RunError for a server that does not answer."""
-        waiting: SimpleQueue[tuple[int, Question]] = SimpleQueue()
-        done: SimpleQueue[tuple[int, Reply | BaseException]] = SimpleQueue()
-        stop = Event()
-        for numbered in enumerate(questions):
-            waiting.put(numbered)
-
-        def work() -> None:
-            while not stop.is_set():
-                try:
-                    number, question = waiting.get_nowait()
-                except Empty:
-                    return
-                try:
-                    done.put((number, self._reply(question)))
-                except BaseException as error:
-                    done.put((number, error))
-
-        # Daemons: after Ctrl-C the process ends without waiting for a server that does not answer.
-        for _ in range(min(self.parallel, len(questions))):
-            Thread(target=work, daemon=True).start()
-        try:
-            for _ in questions:
-                number, reply = done.get()
-                if isinstance(reply, BaseException):
-                    raise reply
+        if not questions:
+            return
+        # Its threads are daemons: after Ctrl-C the process ends without waiting for a server that does not answer.
+        with ThreadPool(min(self.parallel, len(questions))) as pool:
+            for number, reply in pool.imap_unordered(self._numbered_reply, enumerate(questions)):
                 self.usage.failures = self.usage.failures + 1 if reply.problem else 0
                 if self.usage.failures == GIVE_UP:
                     raise RunError(
@@ -84,8 +64,9 @@ class ChatServer:
                         "is kept, run the same command again when the server works"
                     )
                 yield number, reply
-        finally:
-            stop.set()
+
+    def _numbered_reply(self, numbered: tuple[int, Question]) -> tuple[int, Reply]:
+        return numbered[0], self._reply(numbered[1])
 
     def _reply(self, question: Question) -> Reply:
         import openai

@@ -1,6 +1,7 @@
 """WD14 taggers (SmilingWolf's wd-*-tagger-v3 and their like) as captioners: tags of Danbooru, by onnxruntime."""
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -154,6 +155,7 @@ def _file(base: str, name: str) -> str:
 
 
 def _session(model: str, device: "torch.device") -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would report to Microsoft, from its import on
     import onnxruntime
 
     options, providers = onnxruntime.SessionOptions(), ["CPUExecutionProvider"]

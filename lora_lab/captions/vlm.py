@@ -12,6 +12,7 @@ from lora_lab.base.locate import loading
 from lora_lab.captions.captioner import CaptionModel
 from lora_lab.console import quiet_loading, say_once
 from lora_lab.errors import InputError, RunError
+from lora_lab.runs import signals_deferred
 
 if TYPE_CHECKING:
     import torch
@@ -213,23 +214,12 @@ def load_processor(base: str) -> Any:
     """The processor of images and texts at `base`, without torchvision.
 
     Raises InputError for a model whose processor needs torchvision, and what transformers raises."""
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     try:
-        known = PROCESSOR_MAPPING.get(type(config), None)
-        if known is None or known.get_attributes()[-1] != "video_processor":
-            return AutoProcessor.from_pretrained(base, backend="pil", trust_remote_code=False)
-
-        class ImageProcessor(known):
-            """The processor without its last part, the one for videos, which needs torchvision."""
-
-            @classmethod
-            def get_attributes(cls) -> list[str]:
-                return super().get_attributes()[:-1]
-
-        return ImageProcessor.from_pretrained(base, backend="pil", trust_remote_code=False, video_processor=None)
+        with signals_deferred():
+            return _image_processor(base, config)
     except Exception as error:
         if not re.search("torchvision|pil backend", str(error), re.IGNORECASE):
             raise
@@ -237,6 +227,24 @@ def load_processor(base: str) -> Any:
             f"captioner.base={base}: transformers reads images for {config.model_type} models with torchvision only, "
             "which this program does without: name another model, such as Qwen/Qwen3-VL-4B-Instruct"
         ) from error
+
+
+def _image_processor(base: str, config: Any) -> Any:
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    known = PROCESSOR_MAPPING.get(type(config), None)
+    if known is None or known.get_attributes()[-1] != "video_processor":
+        return AutoProcessor.from_pretrained(base, backend="pil", trust_remote_code=False)
+
+    class ImageProcessor(known):
+        """The processor without its last part, the one for videos, which needs torchvision."""
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return super().get_attributes()[:-1]
+
+    return ImageProcessor.from_pretrained(base, backend="pil", trust_remote_code=False, video_processor=None)
 
 
 def chat_prompt(base: str, processor: Any, prompt: str, system: str) -> str:
@@ -251,7 +259,8 @@ def chat_prompt(base: str, processor: Any, prompt: str, system: str) -> str:
     for chat in _chats(prompt, system):
         try:
             render = processor.tokenizer.apply_chat_template
-            text = render(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+            with signals_deferred():
+                text = render(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program that may raise anything
             reason = f" ({' '.join(str(error).split())[:200]})"
             continue

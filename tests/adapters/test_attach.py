@@ -117,6 +117,7 @@ def test_adapters_disabled_gives_the_base_and_keeps_requires_grad(shared):
     assert all(p.requires_grad == (".default." in name) for name, p in pipe.unet.named_parameters())
 
 
+@pytest.mark.slow
 def test_training_is_unchanged_after_a_file_was_attached(shared, teacher, folder):
     base, pipe = outputs(shared), training_pipe()
     mine = outputs(pipe)

@@ -91,7 +91,8 @@ def test_the_scheduler_of_a_folder_is_checked_before_loading(tmp_path):
             validate_prediction(replace(compose().model, base=str(tmp_path)), loss)
     single = tmp_path / "single.safetensors"
     single.touch()
-    validate_prediction(replace(compose().model, base=str(single)), loss)  # says nothing before it is loaded
+    with pytest.raises(InputError, match=r"single\.safetensors: cannot be read .*copy it again"):
+        validate_prediction(replace(compose().model, base=str(single)), loss)
 
 
 def test_a_base_of_v_prediction_is_loaded_as_one(tmp_path):

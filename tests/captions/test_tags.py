@@ -1,6 +1,9 @@
 """WD14 taggers: how tags are written, and a tagger in ONNX that knows the mean colour of what it sees."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +144,19 @@ def test_tags_do_not_depend_on_their_batch_and_have_their_confidence(tagger, ima
         "",
         (),
     )
+
+
+@pytest.mark.slow
+def test_the_tagger_reports_to_nobody(tagger, tmp_path):
+    """onnxruntime keeps the session of its reports in the folder of temporary files."""
+    program = (
+        "import sys, torch; from lora_lab.captions.tags import load_tagger; "
+        "load_tagger(sys.argv[1], torch.device('cpu'))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", program, str(tagger)], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

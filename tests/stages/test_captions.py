@@ -146,6 +146,7 @@ def test_converting_in_place_keeps_the_other_form_and_agrees_with_it(root):
     assert (root / "metadata.csv").is_file() and read_captions(root) == captions
 
 
+@pytest.mark.slow
 def test_imagefolder_of_hugging_face_reads_the_written_captions(root):
     (root / "00.png").rename(root / "image_10.png")
     (root / "03.png").rename(root / "image_2.png")

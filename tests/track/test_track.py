@@ -160,6 +160,7 @@ def test_there_is_no_prompt_for_a_key_at_a_terminal(tmp_path):
     assert output.startswith("tracking offline (no W&B API key)") and len(output.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["environment", pytest.param("netrc", marks=pytest.mark.slow)])
 def test_an_unreachable_server_delays_the_run_but_does_not_stop_it(tmp_path, place):
     more = {"WANDB_BASE_URL": NOWHERE}
