@@ -83,6 +83,7 @@ def test_precision_applies_to_every_component(model, folder, single):
         assert {p.dtype for part in PARTS for p in getattr(pipe, part).parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_model_vae_replaces_the_vae_of_the_base(model, folder, single, tmp_path):
     other = pipeline(NARROW).vae
     with torch.no_grad():

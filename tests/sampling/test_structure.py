@@ -146,6 +146,7 @@ def test_a_mask_of_whole_latents_redraws_what_diffusers_inpainting_does(schedule
     assert np.array_equal(ours[~inside], np.asarray(photo())[~inside]) and not np.array_equal(ours, np.asarray(photo()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("union", [False, True])
 def test_a_single_file_gives_the_images_of_its_folder(tmp_path, union):
     network = random_controlnet(pipeline(NARROW).unet, union)

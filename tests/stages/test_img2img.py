@@ -196,6 +196,7 @@ def test_a_killed_run_goes_on_to_the_same_files(tmp_path, many):
     assert not list((tmp_path / "killed").glob(".*.png"))
 
 
+@pytest.mark.slow
 def test_an_image_of_other_settings_is_drawn_again(tmp_path, made_lora):
     photo = f"stage.photo={PHOTOS / '1.png'}", "stage.prompt='A {trigger}'", f"lora={made_lora}"
     (first,) = draw(tmp_path / "run", *photo).pictures

@@ -130,6 +130,7 @@ def test_masks_decide_what_of_the_pictures_is_learnt(three_steps, tmp_path, caps
     assert_same(lora("lenient"), three_steps)
 
 
+@pytest.mark.slow
 def test_pictures_of_several_shapes_are_trained_in_buckets(tmp_path, capsys):
     shapes = tmp_path / "shapes"
     shapes.mkdir()

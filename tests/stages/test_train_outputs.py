@@ -131,6 +131,7 @@ def test_scores_stand_in_the_result_with_every_picture_they_are_read_from(capsys
     assert "subject" in said and f"{result.scores['score'].value:.2f}" in said
 
 
+@pytest.mark.slow
 def test_what_the_base_draws_of_the_validation_prompts_lies_beside_what_the_lora_draws():
     train("run", "steps=1", "lr=0.05")
     before, after = (Image.open(f"run/samples/{name}/p0-s0.png") for name in ("base", "step-000001"))

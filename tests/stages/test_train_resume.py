@@ -77,6 +77,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted):
     assert [line["step"] for line in metrics("run")] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_this_version_cannot_read_is_refused():
     train("run", "steps=2")
     state = Path("run/checkpoints/step-000002/state.pt")
