@@ -36,7 +36,6 @@ class SingleFile:
 
     prediction: str | None  # epsilon or v_prediction; None where the file does not say
     zero_terminal_snr: bool
-    has_vae: bool
 
     def scheduler(self, published: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of the scheduler: `published`, that of SDXL, with what the file says."""
@@ -77,7 +76,7 @@ def read_single_file(path: Path, has_vae: bool = False) -> SingleFile:
     stated = PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
     zero = "ztsnr" in tensors or metadata.get("ss_zero_terminal_snr") == "True"
     prediction = "v_prediction" if "v_pred" in tensors or velocity else stated
-    return SingleFile(prediction, zero, any(key.startswith(VAE) for key in tensors))
+    return SingleFile(prediction, zero)
 
 
 def _refusal(tensors: Mapping[str, tuple[tuple[int, ...], str]], has_vae: bool) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -85,9 +85,11 @@ class LanguageRefiner:
         sources = self.rules.refine(captions, [""] * len(captions), trigger)
         tasks = [Task(*each) for each in zip(captions, sources, hints, by_rules, strict=True)]
         new = [task for task in dict.fromkeys(tasks) if not self.cache.get(self._own(task.given, task.hint, trigger))]
-        first = self._ask_first(new, trigger)
+        groups = [new[start : start + self.group] for start in range(0, len(new), self.group)]
+        first = self._answers(groups, [[_request(group, trigger)] for group in groups], trigger)
         rejected = {task: rejection for task, (_, rejection) in first.items() if rejection}
-        second = self._ask_again(rejected, {task: first[task][0] for task in rejected}, trigger)
+        turns = [[_request([task], trigger), _answer([first[task][0]]), _again(why)] for task, why in rejected.items()]
+        second = self._answers([[task] for task in rejected], turns, trigger)
         results = {task: caption for task, (caption, rejection) in (first | second).items() if not rejection}
         for task, caption in results.items():
             self.cache.put(self._own(caption, task.hint, trigger), OWN)
@@ -96,40 +98,24 @@ class LanguageRefiner:
                 self.remarks[task.given, task.hint] = f"kept as the rules leave it, for in both answers {rejection}"
             else:
                 self.remarks[task.given, task.hint] = f"asked twice, for in the first answer {rejected[task]}"
-        stay = {task: task.given for task in tasks if task not in first}
-        return [results.get(task, stay.get(task, task.by_rules)) for task in tasks]
+        return [results.get(task, task.by_rules if task in first else task.given) for task in tasks]
 
     def cost(self) -> str:
         """The requests and tokens in one line; "" where nothing was asked."""
         return self.chat.usage.line()
 
-    def _ask_first(self, tasks: Sequence[Task], trigger: str) -> "dict[Task, tuple[str, str]]":
-        """Each task's answer, and what is wrong with it, "" for nothing."""
-        groups = [tasks[start : start + self.group] for start in range(0, len(tasks), self.group)]
-        questions = [self._question([_request(group, trigger)], len(group)) for group in groups]
-        replies = ask(self.chat, self.cache, questions)
+    def _answers(
+        self, groups: Sequence[Sequence[Task]], turns: Sequence[Sequence[str]], trigger: str
+    ) -> dict[Task, tuple[str, str]]:
+        """The answer for each task, and what is wrong with it, "" for nothing; `turns` are the question of each
+        group."""
+        questions = [self._question(own, len(group)) for own, group in zip(turns, groups, strict=True)]
         answers = {}
-        for group, reply in zip(groups, replies, strict=True):
+        for group, reply in zip(groups, ask(self.chat, self.cache, questions), strict=True):
             captions, problem = read_answer(reply, len(group))
             for number, task in enumerate(group):
                 caption = agree_article(captions[number], trigger) if captions else ""
                 answers[task] = caption, problem or self._rejection(caption, task, trigger)
-        return answers
-
-    def _ask_again(
-        self, rejected: Mapping[Task, str], captions: Mapping[Task, str], trigger: str
-    ) -> "dict[Task, tuple[str, str]]":
-        """As _ask_first, each task by itself, with what was wrong with its first answer."""
-        questions = []
-        for task, rejection in rejected.items():
-            answer = _answer([captions[task]])
-            again = f"This was rejected: {rejection}. Write it again, with the words of the caption and the note only."
-            questions.append(self._question([_request([task], trigger), answer, again], 1))
-        answers = {}
-        for task, reply in zip(rejected, ask(self.chat, self.cache, questions), strict=True):
-            written, problem = read_answer(reply, 1)
-            caption = agree_article(written[0], trigger) if written else ""
-            answers[task] = caption, problem or self._rejection(caption, task, trigger)
         return answers
 
     def _question(self, turns: Sequence[str], number: int) -> Question:
@@ -140,17 +126,7 @@ class LanguageRefiner:
     def _rejection(self, caption: str, task: Task, trigger: str) -> str:
         from lora_lab.captions.checks import objections
 
-        limits = self.limits
-        found = objections(
-            caption,
-            task.source,
-            task.hint,
-            trigger,
-            class_noun=limits.class_noun,
-            max_words=limits.max_words,
-            new_words=limits.new_words,
-            min_kept=limits.min_kept,
-        )
+        found = objections(caption, task.source, task.hint, trigger, **vars(self.limits))
         return "; ".join(found)
 
     def _own(self, caption: str, hint: str, trigger: str) -> str:
@@ -234,6 +210,11 @@ def read_answer(reply: Reply, number: int) -> tuple[list[str], str]:
 def _answer(captions: Sequence[str]) -> str:
     """The answer that has these captions."""
     return json.dumps({"captions": [*captions]}, ensure_ascii=False)
+
+
+def _again(rejection: str) -> str:
+    """The words that ask for another answer."""
+    return f"This was rejected: {rejection}. Write it again, with the words of the caption and the note only."
 
 
 def _request(tasks: Sequence[Task], trigger: str) -> str:
